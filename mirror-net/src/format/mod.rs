@@ -1,0 +1,1 @@
+//! The on-disk format, as pure code: bytes in, bytes out.

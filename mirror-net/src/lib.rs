@@ -1,0 +1,9 @@
+//! What the nodes of a mirror must agree on.
+//!
+//! Pure code: no clock, no socket, no thread, no randomness, no `unsafe`. Time and random numbers
+//! are arguments, so that the daemon, the simulator and the tests drive the same code.
+#![forbid(unsafe_code)]
+
+pub mod format;
+pub mod ids;
+pub mod region;

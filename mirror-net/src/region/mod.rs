@@ -1,0 +1,3 @@
+//! What is tracked for each 1/64 of a slice.
+
+pub mod masks;
