@@ -6,4 +6,5 @@
 
 pub mod format;
 pub mod ids;
+pub mod map;
 pub mod region;
