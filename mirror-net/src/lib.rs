@@ -4,7 +4,9 @@
 //! are arguments, so that the daemon, the simulator and the tests drive the same code.
 #![forbid(unsafe_code)]
 
+pub mod control;
 pub mod format;
 pub mod ids;
 pub mod map;
 pub mod region;
+pub mod wire;
