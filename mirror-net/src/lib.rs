@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod control;
+pub mod engine;
 pub mod format;
 pub mod ids;
 pub mod map;

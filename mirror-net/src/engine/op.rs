@@ -1,0 +1,166 @@
+//! One operation on this node's copy of one slice, as primary or as secondary.
+
+use super::action::{BufferRange, DiskIndex, FlushKey, OpKey};
+use super::exporter::PartKey;
+use super::view::{LEGS_MAX, PeerIndex};
+use crate::ids::SliceEpoch;
+use crate::wire::header::Status;
+
+/// What is done to the range.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum OpKind {
+    Read,
+    Write { fua: bool },
+    Zero { fua: bool },
+    Discard,
+}
+
+/// Whom an operation answers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Origin {
+    /// A piece of a request of this node's frontends.
+    Part(PartKey),
+    /// A message of another node, on that session.
+    Peer(Sender),
+}
+
+/// Where a message came from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Sender {
+    pub peer: PeerIndex,
+    pub session: u64,
+    pub sequence: u64,
+}
+
+/// In which part this node acts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Part {
+    Primary,
+    Secondary,
+}
+
+/// How far the operation is on this node's disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Local {
+    /// Waits for its range, for leases, or for a wait after a start.
+    Idle,
+    /// Regions of unknown content are being zeroed before data enters them.
+    Zeroing { ios: u32, regions: u64 },
+    /// They are zeroed; the disk's cache is being flushed.
+    ZeroFlush { regions: u64 },
+    /// The masks are on their way to the log.
+    Intent,
+    /// Data is on its way, in so many I/Os.
+    Data { ios: u32 },
+    /// The disk has it.
+    Done,
+    /// The disk refused.
+    Failed,
+}
+
+impl Local {
+    /// No I/O of the operation's is under way on the disk.
+    pub fn is_quiet(self) -> bool {
+        matches!(self, Self::Idle | Self::Done | Self::Failed)
+    }
+}
+
+/// One other copy that a write goes to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Leg {
+    pub peer: PeerIndex,
+    pub state: LegState,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum LegState {
+    Unsent,
+    Sent,
+    Acknowledged,
+}
+
+/// The other copies of a write; no allocation on the way of a request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Legs {
+    legs: [Leg; LEGS_MAX],
+    count: usize,
+}
+
+impl Legs {
+    pub const NONE: Self = Self { legs: [Leg { peer: 0, state: LegState::Unsent }; LEGS_MAX], count: 0 };
+
+    /// Legs to these peers; what `before` knows to be acknowledged stays so.
+    pub fn new(peers: &[PeerIndex], before: &Self) -> Self {
+        let mut legs = Self::NONE;
+        for peer in peers {
+            let state = match before.iter().find(|leg| leg.peer == *peer) {
+                Some(leg) if leg.state == LegState::Acknowledged => LegState::Acknowledged,
+                _ => LegState::Unsent,
+            };
+            legs.legs[legs.count] = Leg { peer: *peer, state };
+            legs.count += 1;
+        }
+        legs
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Leg> {
+        self.legs[..self.count].iter()
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    pub fn get(&self, index: usize) -> Leg {
+        self.legs[..self.count][index]
+    }
+
+    pub fn set(&mut self, index: usize, state: LegState) {
+        self.legs[..self.count][index].state = state;
+    }
+
+    pub fn position(&self, peer: PeerIndex) -> Option<usize> {
+        self.iter().position(|leg| leg.peer == peer)
+    }
+
+    pub fn all_acknowledged(&self) -> bool {
+        self.iter().all(|leg| leg.state == LegState::Acknowledged)
+    }
+}
+
+/// An operation.
+#[derive(Debug)]
+pub(super) struct Op {
+    pub origin: Origin,
+    pub part: Part,
+    pub kind: OpKind,
+    /// Index of the device.
+    pub device: usize,
+    pub slice: u32,
+    pub offset: u32,
+    pub length: u32,
+    /// Under which it runs; follows the map as long as this node stays what it is for the slice.
+    pub epoch: SliceEpoch,
+    /// The claim under which it was asked for.
+    pub claim: u64,
+    pub buffer: Option<BufferRange>,
+    /// The buffer came with a frame and is given back when the operation ends.
+    pub owns_buffer: bool,
+    pub disk: DiskIndex,
+    pub slot: u32,
+    pub local: Local,
+    pub legs: Legs,
+    /// Holds its range.
+    pub holds: bool,
+    /// An I/O of its local leg failed.
+    pub failed: bool,
+    /// Runs no further; this is its answer once the disk is quiet (PROTOCOL.md rule 10).
+    pub doomed: Option<Status>,
+}
+
+/// Who waits for a disk's flush.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum FlushWaiter {
+    Op(OpKey),
+    Flush(FlushKey),
+}
