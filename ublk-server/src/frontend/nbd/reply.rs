@@ -232,3 +232,119 @@ pub fn block_status(request: &Request, extents: impl IntoIterator<Item = Extent>
     }
     reply
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::handshake_tests::export;
+    use super::super::transmission::CommandFlags;
+    use super::*;
+    use proptest::prelude::*;
+
+    fn session(structured: bool) -> Session {
+        Session { export: export("disk"), structured, base_allocation: structured }
+    }
+
+    fn request(command: Command, flags: u16) -> Request {
+        Request {
+            cookie: 0x0102_0304_0506_0708,
+            command,
+            flags: CommandFlags(flags),
+            offset: 0x1_0000,
+            length: 0x4000,
+        }
+    }
+
+    const COOKIE: &[u8] = b"\x01\x02\x03\x04\x05\x06\x07\x08";
+
+    #[test]
+    fn simple_replies() {
+        let expected = [b"\x67\x44\x66\x98\0\0\0\0", COOKIE].concat();
+        assert_eq!(success(&request(Command::Write, 0))[..], expected);
+        assert_eq!(read_head(&session(false), &request(Command::Read, 0))[..], expected);
+        let expected = [b"\x67\x44\x66\x98\0\0\0\x1c", COOKIE].concat();
+        let write = request(Command::Write, 0);
+        assert_eq!(failure(&session(false), &write, NbdError::NoSpace, "ignored")[..], expected);
+    }
+
+    #[test]
+    fn chunks() {
+        let data = [b"\x66\x8e\x33\xef\0\x01\0\x01", COOKIE, b"\0\0\x40\x08", b"\0\0\0\0\0\x01\0\0"].concat();
+        assert_eq!(read_head(&session(true), &request(Command::Read, 0))[..], data);
+        let mut first = data.clone();
+        first[5] = 0;
+        assert_eq!(data_chunk(0x0102_0304_0506_0708, 0x1_0000, 0x4000, More::Follows)[..], first);
+        let hole =
+            [b"\x66\x8e\x33\xef\0\0\0\x02", COOKIE, b"\0\0\0\x0c", b"\0\0\0\0\0\x01\0\0\0\0\x20\0"].concat();
+        assert_eq!(hole_chunk(0x0102_0304_0506_0708, 0x1_0000, 0x2000, More::Follows)[..], hole);
+        let none = [b"\x66\x8e\x33\xef\0\x01\0\0", COOKIE, b"\0\0\0\0"].concat();
+        assert_eq!(none_chunk(0x0102_0304_0506_0708)[..], none);
+    }
+
+    #[test]
+    fn error_chunks_carry_a_message() {
+        let read = request(Command::Read, 0);
+        let refused = Refusal { error: NbdError::Invalid, message: "why" };
+        let expected =
+            [b"\x66\x8e\x33\xef\0\x01\x80\x01", COOKIE, b"\0\0\0\x09", b"\0\0\0\x16\0\x03why"].concat();
+        assert_eq!(refusal(&session(true), &read, refused)[..], expected);
+        // Cut to whole characters: 101 bytes of the 102.
+        let long = format!("a{}", "\u{fc}".repeat(100));
+        let chunk = error_chunk(0, NbdError::Io, &long);
+        assert_eq!(chunk.len(), 26 + 101);
+        assert_eq!(std::str::from_utf8(&chunk[26..]).unwrap(), &long[..101]);
+        assert_eq!(chunk[24..26], 101u16.to_be_bytes());
+        assert_eq!(error_chunk(0, NbdError::Io, "").len(), 26);
+    }
+
+    fn extent(length: u64, status: u32) -> Extent {
+        Extent { length, hole: status & 1 != 0, zero: status & 2 != 0 }
+    }
+
+    /// Checks the frame and returns lengths and flags.
+    fn extents_of(reply: &[u8]) -> Vec<(u32, u32)> {
+        assert_eq!(reply[..16], [b"\x66\x8e\x33\xef\0\x01\0\x05", COOKIE].concat());
+        assert_eq!(reply[16..20], (reply.len() as u32 - 20).to_be_bytes());
+        assert_eq!(reply[20..24], BASE_ALLOCATION_ID.to_be_bytes());
+        let word = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+        reply[24..].chunks(8).map(|extent| (word(&extent[..4]), word(&extent[4..]))).collect()
+    }
+
+    #[test]
+    fn block_status_joins_and_cuts() {
+        let plain = request(Command::BlockStatus, 0);
+        let one = request(Command::BlockStatus, 1 << 3);
+        let extents =
+            [extent(0, 0), extent(0x1000, 0), extent(0x1000, 0), extent(0x200, 3), extent(1 << 40, 2)];
+        assert_eq!(extents_of(&block_status(&plain, extents)), [(0x2000, 0), (0x200, 3), (0x1e00, 2)]);
+        assert_eq!(extents_of(&block_status(&one, extents)), [(0x2000, 0)]);
+        assert_eq!(extents_of(&block_status(&one, [extent(1 << 40, 3)])), [(0x4000, 3)]);
+        assert_eq!(extents_of(&block_status(&plain, [])), [(0x4000, 0)]);
+        assert_eq!(extents_of(&block_status(&plain, [extent(0x200, 1)])), [(0x200, 1)]);
+    }
+
+    #[test]
+    fn block_status_ends_when_it_is_full() {
+        let request = Request { length: u32::MAX, ..request(Command::BlockStatus, 0) };
+        let endless = (0..).map(|i| extent(512, (i / 2) % 2 * 3));
+        let extents = extents_of(&block_status(&request, endless));
+        assert_eq!(extents.len(), EXTENTS_MAX);
+        assert!(extents.iter().all(|extent| extent.0 == 1024));
+    }
+
+    proptest! {
+        #[test]
+        fn block_status_keeps_the_protocols_rules(
+            list in prop::collection::vec((prop_oneof![0..9000u64, any::<u64>()], 0..4u32), 0..100),
+            length in 1..=u32::MAX,
+            one: bool,
+        ) {
+            let request = Request { length, ..request(Command::BlockStatus, u16::from(one) << 3) };
+            let list = list.into_iter().map(|(length, status)| extent(length, status));
+            let extents = extents_of(&block_status(&request, list));
+            prop_assert!(!extents.is_empty() && (!one || extents.len() == 1));
+            prop_assert!(extents.iter().all(|extent| extent.0 > 0));
+            prop_assert!(extents.windows(2).all(|pair| pair[0].1 != pair[1].1));
+            prop_assert!(extents.iter().map(|extent| u64::from(extent.0)).sum::<u64>() <= u64::from(length));
+        }
+    }
+}

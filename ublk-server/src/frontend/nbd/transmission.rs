@@ -248,3 +248,181 @@ impl Request {
 fn refuse(error: NbdError, message: &'static str) -> Result<(), Refusal> {
     Err(Refusal { error, message })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::handshake_tests::export;
+    use super::*;
+    use crate::frontend::nbd::ExportInfo;
+    use proptest::prelude::*;
+
+    fn header(flags: u16, command: u16, offset: u64, length: u32) -> [u8; RequestHeader::LENGTH] {
+        let mut bytes = [0; RequestHeader::LENGTH];
+        bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        bytes[4..6].copy_from_slice(&flags.to_be_bytes());
+        bytes[6..8].copy_from_slice(&command.to_be_bytes());
+        bytes[8..16].copy_from_slice(&0x0123_4567_89ab_cdef_u64.to_be_bytes());
+        bytes[16..24].copy_from_slice(&offset.to_be_bytes());
+        bytes[24..].copy_from_slice(&length.to_be_bytes());
+        bytes
+    }
+
+    fn request(flags: u16, command: u16, offset: u64, length: u32) -> Request {
+        RequestHeader::parse(&header(flags, command, offset, length)).unwrap()
+    }
+
+    /// 8 GiB in blocks of 4096, everything negotiated.
+    fn session() -> Session {
+        let export = ExportInfo { size: 8 << 30, block_size_min: 4096, fast_zero: true, ..export("disk") };
+        Session { export, structured: true, base_allocation: true }
+    }
+
+    fn error(session: &Session, flags: u16, command: u16, offset: u64, length: u32) -> Option<NbdError> {
+        request(flags, command, offset, length).check(session).err().map(|refusal| refusal.error)
+    }
+
+    #[test]
+    fn headers() {
+        let parsed = request(1, 1, 0x1000, 0x2000);
+        let flags = CommandFlags(1);
+        let expected = Request {
+            cookie: 0x0123_4567_89ab_cdef,
+            command: Command::Write,
+            flags,
+            offset: 0x1000,
+            length: 0x2000,
+        };
+        assert_eq!(parsed, expected);
+        assert!(flags.fua() && !flags.no_hole() && !flags.req_one() && !flags.fast_zero());
+        assert_eq!(RequestHeader::parse(&[0x25; 28]), Err(Bad::Magic(0x2525_2525)));
+        assert_eq!(request(0, 8, 0, 0).command, Command::Unknown(8));
+    }
+
+    #[test]
+    fn only_writes_have_a_payload_refused_or_not() {
+        for command in 0..10 {
+            let request = request(0xffff, command, u64::MAX, u32::MAX);
+            assert_eq!(request.payload_bytes(), if command == 1 { u32::MAX } else { 0 });
+        }
+    }
+
+    #[test]
+    fn what_is_right_passes() {
+        let session = session();
+        for (flags, command) in [(0, 0), (1, 0), (0, 1), (1, 1), (0, 4), (1, 4), (0b1_0011, 6), (0b1000, 7)] {
+            assert_eq!(error(&session, flags, command, 4096, 8192), None, "{command}");
+            assert_eq!(error(&session, flags, command, (8 << 30) - 4096, 4096), None, "{command}");
+            assert_eq!(error(&session, flags, command, 0, PAYLOAD_BYTES_MAX), None, "{command}");
+        }
+        assert_eq!(error(&session, 1, 3, 0, 0), None);
+        assert_eq!(error(&session, 0, 2, 0, 0), None);
+        // A disconnect has no reply, so it is never refused.
+        assert_eq!(error(&session, 0xffff, 2, 1, 1), None);
+    }
+
+    #[test]
+    fn beyond_the_end() {
+        let session = session();
+        for (command, expected) in [
+            (0, NbdError::Invalid),
+            (1, NbdError::NoSpace),
+            (4, NbdError::Invalid),
+            (6, NbdError::NoSpace),
+            (7, NbdError::Invalid),
+        ] {
+            assert_eq!(error(&session, 0, command, 8 << 30, 4096), Some(expected));
+            assert_eq!(error(&session, 0, command, (8 << 30) - 4096, 8192), Some(expected));
+            assert_eq!(error(&session, 0, command, u64::MAX - 4095, 4096), Some(expected));
+        }
+    }
+
+    #[test]
+    fn unaligned_or_empty() {
+        let session = session();
+        for command in [0, 1, 4, 6, 7] {
+            assert_eq!(error(&session, 0, command, 512, 4096), Some(NbdError::Invalid));
+            assert_eq!(error(&session, 0, command, 4096, 512), Some(NbdError::Invalid));
+            assert_eq!(error(&session, 0, command, 4096, 0), Some(NbdError::Invalid));
+        }
+        assert_eq!(error(&session, 0, 3, 4096, 0), Some(NbdError::Invalid));
+        assert_eq!(error(&session, 0, 3, 0, 4096), Some(NbdError::Invalid));
+    }
+
+    #[test]
+    fn too_long() {
+        let mut session = session();
+        let length = PAYLOAD_BYTES_MAX + 4096;
+        assert_eq!(error(&session, 0, 0, 0, length), Some(NbdError::Overflow));
+        assert_eq!(error(&session, 0, 1, 0, length), Some(NbdError::Invalid));
+        for command in [4, 6, 7] {
+            assert_eq!(error(&session, 0, command, 0, u32::MAX & !4095), None);
+        }
+        session.structured = false;
+        assert_eq!(error(&session, 0, 0, 0, length), Some(NbdError::Invalid));
+    }
+
+    #[test]
+    fn read_only() {
+        let mut session = session();
+        session.export.read_only = true;
+        for command in [1, 4, 6] {
+            assert_eq!(error(&session, 0, command, 0, 4096), Some(NbdError::NotPermitted));
+        }
+        for command in [0, 7] {
+            assert_eq!(error(&session, 0, command, 0, 4096), None);
+        }
+        assert_eq!(error(&session, 0, 3, 0, 0), None);
+    }
+
+    #[test]
+    fn flags_belong_to_commands() {
+        let session = session();
+        for (command, allowed) in [(0, 0b1), (1, 0b1), (3, 0b1), (4, 0b1), (6, 0b1_0011), (7, 0b1001)] {
+            for bit in 0..16 {
+                let (offset, length) = if command == 3 { (0, 0) } else { (0, 4096) };
+                let expected = if allowed >> bit & 1 == 1 { None } else { Some(NbdError::Invalid) };
+                assert_eq!(error(&session, 1 << bit, command, offset, length), expected, "{command} {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_not_negotiated_is_refused() {
+        let mut session = session();
+        session.base_allocation = false;
+        session.export.fast_zero = false;
+        assert_eq!(error(&session, 0, 7, 0, 4096), Some(NbdError::Invalid));
+        assert_eq!(error(&session, 0b1_0000, 6, 0, 4096), Some(NbdError::NotSupported));
+        assert_eq!(error(&session, 0, 6, 0, 4096), None);
+        for command in [5, 8, 0xffff] {
+            assert_eq!(error(&session, 0, command, 0, 4096), Some(NbdError::Invalid));
+        }
+    }
+
+    proptest! {
+        /// Whatever passes can be done without looking at it again.
+        #[test]
+        fn what_passes_is_harmless(
+            flags in 0..64u16, command in 0..9u16, offset: u64, length: u32, near: bool, structured: bool,
+        ) {
+            let mut session = session();
+            session.structured = structured;
+            let (offset, length) = if near { ((offset % (9 << 30)) & !4095, length & !511) } else { (offset, length) };
+            let request = request(flags, command, offset, length);
+            if request.check(&session).is_ok() && command != 2 && command != 3 {
+                prop_assert!(length > 0 && offset + u64::from(length) <= session.export.size);
+                prop_assert_eq!((offset | u64::from(length)) % 4096, 0);
+                prop_assert!(command > 1 || length <= PAYLOAD_BYTES_MAX);
+            }
+        }
+
+        #[test]
+        fn garbage_parses_or_is_refused(bytes: [u8; 28], magic: bool) {
+            let mut bytes = bytes;
+            if magic {
+                bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+            }
+            let _ = RequestHeader::parse(&bytes).map(|request| request.check(&session()));
+        }
+    }
+}
