@@ -1,1 +1,5 @@
-//! placeholder
+//! The node daemon: stores its segments, serves its devices over ublk or NBD, and mirrors every
+//! write to its partner.
+
+pub mod frontend;
+pub mod ring;

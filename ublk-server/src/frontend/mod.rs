@@ -1,0 +1,3 @@
+//! The ways a host reaches a device.
+
+pub mod nbd;

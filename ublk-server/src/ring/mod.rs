@@ -1,0 +1,3 @@
+//! What stands between io_uring and the rest of the daemon.
+
+pub mod reassembly;
