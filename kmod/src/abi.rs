@@ -259,7 +259,16 @@ pub struct CtrlCmd {
 impl CtrlCmd {
     /// A command about a whole device, without a buffer.
     pub const fn for_device(dev_id: u32, data: u64) -> CtrlCmd {
-        CtrlCmd { dev_id, queue_id: QUEUE_ID_NONE, len: 0, addr: 0, data, dev_path_len: 0, pad: 0, reserved: 0 }
+        CtrlCmd {
+            dev_id,
+            queue_id: QUEUE_ID_NONE,
+            len: 0,
+            addr: 0,
+            data,
+            dev_path_len: 0,
+            pad: 0,
+            reserved: 0,
+        }
     }
 }
 

@@ -50,7 +50,9 @@ pub enum CommandError {
         still_running: bool,
     },
     /// Too many earlier commands are still running in the kernel.
-    #[error("{running} earlier commands are still running in the kernel: wait until what blocks them is gone")]
+    #[error(
+        "{running} earlier commands are still running in the kernel: wait until what blocks them is gone"
+    )]
     Crowded {
         /// How many.
         running: usize,
@@ -94,8 +96,11 @@ impl CommandRing {
     /// # Errors
     /// [`OpenError`], which points to the probe.
     pub fn open() -> Result<CommandRing, OpenError> {
-        let control =
-            OpenOptions::new().read(true).write(true).open(CONTROL_DEVICE).map_err(OpenError::ControlDevice)?;
+        let control = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(CONTROL_DEVICE)
+            .map_err(OpenError::ControlDevice)?;
         let ring = open_ring().map_err(OpenError::Ring)?;
         Ok(CommandRing { ring, control, user_data_next: 0, adrift: HashMap::new() })
     }

@@ -1,1 +1,3 @@
-//! placeholder
+//! The node daemon as a library.
+
+pub mod frontend;
