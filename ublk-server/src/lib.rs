@@ -1,5 +1,7 @@
 //! The node daemon: stores its segments, serves its devices over ublk or NBD, and mirrors every
 //! write to its partner.
 
+pub mod driver;
 pub mod frontend;
+pub mod mirror;
 pub mod ring;

@@ -1,1 +1,3 @@
+//! `ublk-server`: the node daemon.
+
 fn main() {}

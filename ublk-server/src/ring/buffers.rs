@@ -26,8 +26,14 @@ struct Entry {
 }
 
 impl Entry {
-    const EMPTY: Self =
-        Self { start: NonNull::dangling(), length: 0, kind: Kind::Foreign, free: false, pins: 0, release_later: false };
+    const EMPTY: Self = Self {
+        start: NonNull::dangling(),
+        length: 0,
+        kind: Kind::Foreign,
+        free: false,
+        pins: 0,
+        release_later: false,
+    };
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,7 +81,12 @@ impl Buffers {
         let layout = Layout::from_size_align(size, ALIGNMENT).ok()?;
         // SAFETY: the layout's size is not zero.
         let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-        Some(self.insert(Entry { start, length: size, kind: class.map_or(Kind::Large, Kind::Class), ..Entry::EMPTY }))
+        Some(self.insert(Entry {
+            start,
+            length: size,
+            kind: class.map_or(Kind::Large, Kind::Class),
+            ..Entry::EMPTY
+        }))
     }
 
     fn insert(&mut self, entry: Entry) -> BufferId {

@@ -31,11 +31,31 @@ pub struct DiskIo {
 }
 
 enum Work {
-    Transfer { write: bool, pointer: *mut u8, length: u32, at: u64, durable: bool, block: Option<Box<Block>> },
-    Zero { length: u32, at: u64, durable: bool },
+    Transfer {
+        write: bool,
+        pointer: *mut u8,
+        length: u32,
+        at: u64,
+        durable: bool,
+        _block: Option<Box<Block>>,
+    },
+    Zero {
+        length: u32,
+        at: u64,
+        durable: bool,
+    },
     /// Zeros written by hand, piece by piece, from a block of zeros.
-    ZeroWrite { length: u32, at: u64, durable: bool, zeros: AlignedBlock, piece: u32 },
-    Punch { length: u32, at: u64 },
+    ZeroWrite {
+        length: u32,
+        at: u64,
+        durable: bool,
+        zeros: AlignedBlock,
+        piece: u32,
+    },
+    Punch {
+        length: u32,
+        at: u64,
+    },
     Flush,
 }
 
@@ -69,20 +89,29 @@ impl DiskFile {
     ) -> DiskIo {
         let pointer = buffers.pointer(buffer).as_ptr();
         let at = self.at(place);
-        DiskIo { io, disk, work: Work::Transfer { write, pointer, length: buffer.length, at, durable, block: None } }
+        DiskIo {
+            io,
+            disk,
+            work: Work::Transfer { write, pointer, length: buffer.length, at, durable, _block: None },
+        }
     }
 
     /// A metadata block.
     pub fn metadata(io: Io, disk: usize, at: u64, mut block: Box<Block>, durable: bool) -> DiskIo {
         let pointer = std::ptr::from_mut::<Block>(&mut block).cast::<u8>();
         let length = size_of::<Block>() as u32;
-        DiskIo { io, disk, work: Work::Transfer { write: true, pointer, length, at, durable, block: Some(block) } }
+        DiskIo {
+            io,
+            disk,
+            work: Work::Transfer { write: true, pointer, length, at, durable, _block: Some(block) },
+        }
     }
 
     /// Makes a range of a slot zero.
     pub fn zero(&self, io: Io, disk: usize, place: (u32, u32), length: u32, durable: bool) -> DiskIo {
         let at = self.at(place);
-        let work = if self.writes_zeros { by_hand(at, length, durable) } else { Work::Zero { length, at, durable } };
+        let work =
+            if self.writes_zeros { by_hand(at, length, durable) } else { Work::Zero { length, at, durable } };
         DiskIo { io, disk, work }
     }
 
@@ -135,7 +164,9 @@ impl DiskFile {
     pub fn completed(&mut self, mut io: DiskIo, result: i32) -> DiskOutcome {
         let done = match check(result) {
             Ok(done) => done,
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => return DiskOutcome::Again(io),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {
+                return DiskOutcome::Again(io);
+            }
             Err(error) => {
                 if let (Work::Zero { length, at, durable }, Some(libc::EOPNOTSUPP | libc::EINVAL)) =
                     (&io.work, error.raw_os_error())

@@ -105,6 +105,8 @@ pub struct Stream<P: FrameParser> {
     small: Vec<u8>,
     current: Option<(P::Header, Destination)>,
     waiting: Option<(P::Header, usize)>,
+    /// Where the payload of the last complete frame is.
+    taken: Option<BufferRange>,
     direct: bool,
     receiving: bool,
     starved: bool,
@@ -140,6 +142,7 @@ where
             small: Vec::new(),
             current: None,
             waiting: None,
+            taken: None,
             direct: false,
             receiving: false,
             starved: false,
@@ -165,16 +168,23 @@ where
         if let Some((header, destination)) = self.current {
             let filled = match destination {
                 Destination::Buffer(range) => self.reassembly.fill(&self.staging, buffers.bytes_mut(range)),
-                Destination::Small { length } => self.reassembly.fill(&self.staging, &mut self.small[..length]),
+                Destination::Small { length } => {
+                    self.reassembly.fill(&self.staging, &mut self.small[..length])
+                }
                 Destination::Skip => self.reassembly.skip(),
             };
             match filled {
                 Filled::Done => {
                     self.current = None;
+                    self.taken = match destination {
+                        Destination::Buffer(range) => Some(range),
+                        Destination::Small { .. } | Destination::Skip => None,
+                    };
                     return Ok(Incoming::Frame(header));
                 }
                 Filled::Need(need) => {
-                    self.direct = matches!(need, Need::Direct { .. }) && matches!(destination, Destination::Buffer(_));
+                    self.direct =
+                        matches!(need, Need::Direct { .. }) && matches!(destination, Destination::Buffer(_));
                     self.starved = true;
                     return Ok(Incoming::Starved);
                 }
@@ -215,6 +225,11 @@ where
         }
     }
 
+    /// The buffer of the last complete frame's payload, if it went to one.
+    pub fn taken(&self) -> Option<BufferRange> {
+        self.taken
+    }
+
     /// The payload of the last small frame.
     pub fn small(&self) -> &[u8] {
         &self.small
@@ -253,7 +268,9 @@ where
                 (window.as_mut_ptr(), window.len())
             }
         };
-        let entry = opcode::Recv::new(types::Fd(self.fd.as_raw_fd()), pointer, length as u32).build().user_data(token);
+        let entry = opcode::Recv::new(types::Fd(self.fd.as_raw_fd()), pointer, length as u32)
+            .build()
+            .user_data(token);
         // SAFETY: the staging block and the buffer live until the stream is dropped, which its owner
         // does only after `is_idle`.
         unsafe { ring.push(&entry)? };

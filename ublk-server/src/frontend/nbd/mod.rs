@@ -11,6 +11,7 @@
 //! local unless configured otherwise), extended headers, unfragmented reads (`DF`, never
 //! advertised) and `CACHE`.
 
+pub mod connection;
 pub mod error;
 pub mod export;
 pub mod handshake;
