@@ -295,6 +295,9 @@ fn lost_pages_plan(superblock: &Superblock, tables: &FoundTables, newest_lsn: u6
             PageKind::Assignments => PageKind::Masks,
             PageKind::Masks => PageKind::Assignments,
         };
+        if kind == PageKind::Assignments && tables.lost.contains(&(counterpart, index)) {
+            continue; // Both are lost: the masks' turn writes both, the assignments first.
+        }
         write((counterpart, index));
         write((kind, index));
     }

@@ -293,7 +293,7 @@ impl FoundTables {
         self.sequence = self.sequence.max(newest.header.sequence);
         match &decoded {
             [Ok(a), Ok(b)] if a.header.sequence != b.header.sequence => {
-                drop(self.changed.insert((kind, index)))
+                self.changed.insert((kind, index));
             }
             [Ok(_), Ok(_)] => (),
             [Ok(_), Err(_)] => {
@@ -327,9 +327,11 @@ impl FoundTables {
                 continue;
             }
             match record {
-                Record::Masks { slot, .. } => drop(self.masks_known.insert(slot.0)),
+                Record::Masks { slot, .. } => {
+                    self.masks_known.insert(slot.0);
+                }
                 Record::Assign { slot, .. } | Record::Free { slot, .. } => {
-                    drop(self.assignments_known.insert(slot.0))
+                    self.assignments_known.insert(slot.0);
                 }
                 Record::EpochRange { .. } => (),
             }
