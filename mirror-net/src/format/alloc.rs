@@ -288,7 +288,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn free_ranks_behave_as_a_set(count in 1u32..20_000, operations in prop::collection::vec((any::<bool>(), any::<u32>()), 1..200)) {
+        fn free_ranks_behave_as_a_set(count in 1u32..6_000, operations in prop::collection::vec((any::<bool>(), any::<u32>()), 1..40)) {
             let mut ranks = FreeRanks::all(count);
             let mut model: BTreeSet<u32> = (0..count).collect();
             for (insert, at) in operations {
@@ -298,7 +298,7 @@ mod tests {
                     model.insert(at);
                 } else {
                     // Whole runs, so that words and upper levels become empty.
-                    for rank in at..count.min(at + 5000) {
+                    for rank in at..count.min(at + 2000) {
                         ranks.remove(rank);
                         model.remove(&rank);
                     }

@@ -139,7 +139,7 @@ pub fn open(read: &mut Read<'_>, disk_bytes: u64) -> Result<Opened, OpenError> {
 }
 
 /// The superblock that counts, if the disk can be used at all.
-fn choose(found: &FoundSuperblocks, disk_bytes: u64) -> Result<Superblock, OpenError> {
+pub(super) fn choose(found: &FoundSuperblocks, disk_bytes: u64) -> Result<Superblock, OpenError> {
     let faults = found.0.each_ref().map(|copy| copy.content.as_ref().err().copied());
     for fault in faults.iter().flatten() {
         if let BlockFault::Version(version) = fault {
@@ -169,7 +169,7 @@ fn choose(found: &FoundSuperblocks, disk_bytes: u64) -> Result<Superblock, OpenE
 }
 
 /// Whether everything has to be taken for lost.
-fn judge(superblock: &Superblock, log: &FoundLog, tables: &FoundTables) -> Option<MaskLoss> {
+pub(super) fn judge(superblock: &Superblock, log: &FoundLog, tables: &FoundTables) -> Option<MaskLoss> {
     if superblock.state == DiskState::MaskLost {
         return Some(MaskLoss::Interrupted);
     }
