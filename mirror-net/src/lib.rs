@@ -4,6 +4,7 @@
 //! are arguments, so that the daemon, the simulator and the tests drive the same code.
 #![forbid(unsafe_code)]
 
+pub mod config;
 pub mod control;
 pub mod format;
 pub mod ids;
