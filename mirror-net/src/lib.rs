@@ -8,6 +8,7 @@ pub mod config;
 pub mod control;
 pub mod format;
 pub mod ids;
+pub mod manager;
 pub mod map;
 pub mod region;
 pub mod wire;
