@@ -11,7 +11,7 @@ use crate::map::{DistributionMap, SegmentSlots};
 use serde::{Deserialize, Serialize};
 
 /// What a node's agent says to the manager.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum NodeMessage {
     /// The first message: who is there, and with which disks.
@@ -54,7 +54,7 @@ pub const REPORT_MS: u64 = 500;
 pub const SILENCE_MS: u64 = 2_000;
 
 /// How a node introduces itself.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Registration {
     /// Its name in the cluster file.
     pub node: String,
@@ -69,7 +69,7 @@ pub struct Registration {
 }
 
 /// A disk as the node sees it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct DiskInventory {
     /// Its name in the cluster file.
     pub name: String,
@@ -111,7 +111,7 @@ pub enum DiskContent {
 }
 
 /// What the manager says to a node's agent.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ManagerMessage {
     /// The answer to a registration.
@@ -141,7 +141,7 @@ pub enum ManagerMessage {
 }
 
 /// The disks of one node to be formatted.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct FormatOrder {
     /// The new cluster.
     pub cluster: ClusterId,
@@ -158,7 +158,7 @@ pub struct FormatOrder {
 }
 
 /// One disk to be formatted.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct FormatDisk {
     /// Its name in the cluster file.
     pub name: String,
@@ -210,7 +210,7 @@ pub struct ExportReport {
 }
 
 /// What `mirrorctl` asks the manager.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum OperatorRequest {
     /// Make a cluster of the registered nodes.
@@ -232,7 +232,7 @@ pub enum OperatorRequest {
 }
 
 /// What the manager answers.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum OperatorReply {
     /// The cluster has been created.
@@ -264,16 +264,46 @@ pub enum OperatorReply {
 }
 
 /// All that the manager knows.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ClusterStatus {
     /// The map; `None` before a cluster has been created.
     pub map: Option<DistributionMap>,
     /// Every node that is in the map or has registered.
     pub nodes: Vec<NodeStatus>,
+    /// What is not as it should be, the worst first.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
+}
+
+/// How bad a finding is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// It passes by itself.
+    Note,
+    /// Everything can be read and written, with less protection than wanted.
+    Degraded,
+    /// Some data cannot be read or written now.
+    Unavailable,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// The device that it is about, if it is about one.
+    pub device: Option<String>,
+    /// The node that it is about or that it waits for, if it is one.
+    pub node: Option<String>,
+    /// What is the matter, for people.
+    pub what: String,
+    /// What to do or to type; empty if nothing helps but time.
+    pub todo: String,
 }
 
 /// A node as the manager sees it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct NodeStatus {
     /// Its name.
     pub name: String,
@@ -281,6 +311,9 @@ pub struct NodeStatus {
     pub up: bool,
     /// Its process, if it has registered since the manager started.
     pub process: Option<ProcessId>,
+    /// The newest map version that it has durably adopted, if it has registered.
+    #[serde(default)]
+    pub adopted: MapVersion,
     /// Its disks, if it has registered.
     pub disks: Vec<DiskInventory>,
     /// Its last report.
