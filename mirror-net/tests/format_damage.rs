@@ -318,6 +318,23 @@ fn errors_tell_what_is_the_matter() {
 }
 
 #[test]
+fn of_two_intact_superblocks_the_newer_counts() {
+    let (disk, superblock, _) = in_use();
+    for copy in 0..2 {
+        let mut disk = disk.clone();
+        let mut next = superblock.next();
+        next.attach_generation = 9;
+        disk.write(superblock.geometry.superblocks[copy], &next.encode().0);
+        disk.flush();
+        let opened = disk.open().unwrap();
+        assert_eq!(opened.superblock, next);
+        assert_eq!(opened.report.superblocks_rewritten, [(1 - copy, None)]);
+        finish(&mut disk, opened);
+        assert!(disk.open().unwrap().report.superblocks_rewritten.is_empty());
+    }
+}
+
+#[test]
 fn an_unknown_version_is_refused() {
     let (mut disk, superblock, _) = in_use();
     let mut block = mirror_net::format::Block(disk.block(superblock.geometry.superblocks[1]));
