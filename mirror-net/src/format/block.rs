@@ -9,6 +9,10 @@ pub const BLOCK_BYTES: usize = 4096;
 /// [`BLOCK_BYTES`] as an offset.
 pub const BLOCK: u64 = BLOCK_BYTES as u64;
 
+/// The highest sequence number of any kind that is believed: far beyond what a disk can live to see, and far
+/// enough from the end that counting on never overflows.
+pub(super) const SEQUENCE_MAX: u64 = 1 << 60;
+
 /// A metadata block. Aligned as direct I/O wants its buffers, so a driver can write it in place.
 #[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C, align(4096))]

@@ -333,3 +333,96 @@ impl Segments {
         u64::from(self.primary) + u64::from(self.secondary) + u64::from(self.unmirrored)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MIB: u64 = 1 << 20;
+    const TB: u64 = 1_000_000_000_000;
+
+    fn check(geometry: &Geometry) {
+        geometry.validate().unwrap();
+        let areas = geometry.areas();
+        for (i, (name, area)) in areas.iter().enumerate() {
+            assert!(area.offset >= BLOCK && area.end() <= geometry.disk_bytes, "{name}");
+            assert!(areas[..i].iter().all(|(_, other)| !area.overlaps(other)), "{name}");
+        }
+        let last = SlotIndex(geometry.slots - 1);
+        assert_eq!(geometry.slot_offset(last) + u64::from(geometry.slice_bytes), geometry.data.end());
+        for kind in PageKind::ALL {
+            let last = geometry.page_offset(kind, geometry.pages() - 1, 1);
+            assert!(last + BLOCK <= geometry.superblocks[1]);
+        }
+        // No slot more would fit.
+        let log_blocks = geometry.log_blocks() as u32;
+        let (slice, block) = (geometry.slice_bytes, geometry.block_bytes);
+        assert_eq!(
+            Geometry::lay_out(geometry.disk_bytes, slice, block, log_blocks, geometry.slots + 1),
+            None
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn areas_never_overlap(
+            exponent in 20.0..46.6f64,
+            slice in 18u32..=30,
+            block_bytes in prop_oneof![Just(512), Just(4096)],
+            odd in 0u64..8,
+        ) {
+            let disk_bytes = exponent.exp2() as u64 / 512 * 512 + odd * 512;
+            match Geometry::new(disk_bytes, 1 << slice, block_bytes) {
+                Ok(geometry) => check(&geometry),
+                Err(GeometryError::TooSmall { needed_bytes, .. }) => prop_assert!(disk_bytes < needed_bytes),
+                Err(GeometryError::TooManySlots(slots)) => prop_assert!(slots > SLOTS_MAX.into()),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_smallest_disk_is_as_small_as_the_error_says() {
+        for slice in [SLICE_BYTES_MIN, 64 << 20, SLICE_BYTES_MAX] {
+            let Err(GeometryError::TooSmall { needed_bytes, .. }) = Geometry::new(MIB, slice, 512) else {
+                panic!("a disk of 1 MiB is too small")
+            };
+            check(&Geometry::new(needed_bytes, slice, 512).unwrap());
+            assert!(Geometry::new(needed_bytes - 512, slice, 512).is_err());
+        }
+    }
+
+    #[test]
+    fn sizes_are_as_documented() {
+        let tables = |geometry: &Geometry| 4 * geometry.assignments[0].length;
+        let small = Geometry::new(TB, 64 << 20, 512).unwrap();
+        assert_eq!((small.slots, tables(&small)), (14_897, 1_949_696));
+        assert_eq!(small.log.length, 16 * MIB);
+        let large = Geometry::new(100 * TB, 64 << 20, 4096).unwrap();
+        assert_eq!((large.slots, tables(&large)), (1_489_749, 193_724_416));
+        assert_eq!(large.fine_bytes_per_slot(), 16 << 10);
+        assert_eq!(Geometry::new(8 << 30, 64 << 20, 512).unwrap().log.length, MIB);
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        assert_eq!(Geometry::new(TB, 3 << 20, 512), Err(GeometryError::SliceSize(3 << 20)));
+        assert_eq!(Geometry::new(TB, 128 << 10, 512), Err(GeometryError::SliceSize(128 << 10)));
+        assert_eq!(Geometry::new(TB, 64 << 20, 1024), Err(GeometryError::BlockSize(1024)));
+        assert_eq!(Geometry::with_log_blocks(TB, 64 << 20, 512, 3), Err(GeometryError::LogSize(3)));
+        assert!(Geometry::new(0, 64 << 20, 512).is_err());
+    }
+
+    #[test]
+    fn segments_cover_all_slots() {
+        let shares = |primary, secondary, unmirrored| Shares { primary, secondary, unmirrored };
+        let segments = Segments::divide(16_384, Shares::default()).unwrap();
+        assert_eq!(segments, Segments { primary: 7_374, secondary: 7_372, unmirrored: 1_638 });
+        for slots in [1, 2, 3, 10, 99, 1_000_001] {
+            assert_eq!(Segments::divide(slots, shares(33, 33, 34)).unwrap().total(), slots.into());
+        }
+        assert_eq!(Segments::divide(10, shares(0, 100, 0)).unwrap().secondary, 10);
+        assert_eq!(Segments::divide(10, shares(50, 50, 1)), None);
+    }
+}

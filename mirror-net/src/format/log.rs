@@ -4,7 +4,7 @@
 //! left it repeats the records of the block before, so that a single unreadable block in the log,
 //! the newest apart, loses nothing.
 
-use super::block::{BLOCK_BYTES, Block, BlockFault};
+use super::block::{BLOCK_BYTES, Block, BlockFault, SEQUENCE_MAX};
 use super::page::{decode_role, decode_state, role_code, state_code};
 use super::table::{Assignment, CopyState, Role};
 use crate::ids::{DeviceId, LossGeneration, SliceEpoch, SliceIndex, SlotIndex};
@@ -238,6 +238,9 @@ pub fn decode(
         return Err(BlockFault::OtherFormat);
     }
     let (lsn, tail_lsn) = (header.lsn.get(), header.tail_lsn.get());
+    if lsn > SEQUENCE_MAX {
+        return Err(BlockFault::Content("lsn"));
+    }
     if lsn % log_blocks != position {
         return Err(BlockFault::Misplaced);
     }
@@ -349,4 +352,114 @@ fn decode_record(bytes: &[u8; 32], slots: u32) -> Result<Record, BlockFault> {
         return Err(BlockFault::Content("record slot"));
     }
     Ok(record)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SLOTS: u32 = 1000;
+    const LOG_BLOCKS: u64 = 256;
+
+    fn record() -> impl Strategy<Value = Record> {
+        let role = prop_oneof![Just(Role::Primary), Just(Role::Secondary)];
+        let state = prop_oneof![Just(CopyState::InSync), Just(CopyState::Syncing), Just(CopyState::Stale)];
+        let numbers = (any::<u32>(), any::<u32>(), any::<u32>(), any::<u32>());
+        (0..4, 0..SLOTS, role, state, numbers, any::<[u64; 3]>()).prop_map(
+            |(kind, slot, role, state, small, large)| {
+                let slot = SlotIndex(slot);
+                let (epoch, loss) = (SliceEpoch(large[0]), LossGeneration(small.0));
+                match kind {
+                    0 => Record::Masks {
+                        slot,
+                        masks: RegionMasks { dirty: large[0], valid: large[1], zero: large[2] },
+                    },
+                    1 => {
+                        let (device, slice) = (DeviceId(small.1), SliceIndex(small.2));
+                        let slot_generation = small.3;
+                        let assignment =
+                            Assignment { device, slice, role, state, epoch, loss, slot_generation };
+                        Record::Assign { slot, assignment }
+                    }
+                    2 => {
+                        let count = 1 + small.1 % (SLOTS - slot.0);
+                        Record::EpochRange { first: slot, count, epoch, role, state, loss }
+                    }
+                    _ => Record::Free { slot, slot_generation: small.0 },
+                }
+            },
+        )
+    }
+
+    fn block() -> impl Strategy<Value = LogBlock> {
+        let records = || prop::collection::vec(record(), 0..=RECORDS_PER_BLOCK);
+        (1..1u64 << 60, 0..LOG_BLOCKS, any::<u64>(), records(), prop::option::of(records())).prop_map(
+            |(lsn, used, attach_generation, records, previous)| LogBlock {
+                lsn,
+                tail_lsn: lsn.saturating_sub(used).max(1),
+                attach_generation,
+                records,
+                previous,
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_block_survives_its_bytes(block in block(), tag: u64) {
+            let bytes = encode(&block, tag);
+            let mut expected = block.clone();
+            let room = RECORDS_PER_BLOCK - block.records.len();
+            expected.previous = block.previous.filter(|previous| previous.len() <= room);
+            let position = block.lsn % LOG_BLOCKS;
+            prop_assert_eq!(decode(&bytes, position, LOG_BLOCKS, SLOTS, tag), Ok(expected));
+            prop_assert_eq!(decode(&bytes, position, LOG_BLOCKS, SLOTS, !tag), Err(BlockFault::OtherFormat));
+            let elsewhere = (position + 1) % LOG_BLOCKS;
+            prop_assert_eq!(decode(&bytes, elsewhere, LOG_BLOCKS, SLOTS, tag), Err(BlockFault::Misplaced));
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        let masks = RegionMasks { dirty: 1, valid: 2, zero: 3 };
+        let records = vec![Record::Masks { slot: SlotIndex(1), masks }; 60];
+        let block = LogBlock {
+            lsn: 9,
+            tail_lsn: 3,
+            attach_generation: 1,
+            records: records.clone(),
+            previous: Some(records),
+        };
+        let mut bytes = encode(&block, 5);
+        for bit in 0..BLOCK_BYTES * 8 {
+            bytes.0[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&bytes, 9, LOG_BLOCKS, SLOTS, 5).is_err(), "bit {bit}");
+            bytes.0[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    #[test]
+    fn impossible_contents_are_refused() {
+        let good = LogBlock { lsn: 9, tail_lsn: 3, attach_generation: 1, records: vec![], previous: None };
+        let tampered = |change: &dyn Fn(&mut Block)| {
+            let mut bytes = encode(&good, 5);
+            change(&mut bytes);
+            bytes.seal();
+            decode(&bytes, 9, LOG_BLOCKS, SLOTS, 5).unwrap_err()
+        };
+        assert_eq!(tampered(&|bytes| bytes.0[24] = 10), BlockFault::Content("tail_lsn"));
+        assert_eq!(tampered(&|bytes| bytes.0[42] = 127), BlockFault::Content("count"));
+        assert_eq!(tampered(&|bytes| bytes.0[42] = 1), BlockFault::Content("record kind"));
+        assert_eq!(tampered(&|bytes| bytes.0[40] = 2), BlockFault::Version(2));
+        let beyond = |bytes: &mut Block| {
+            bytes.0[42] = 1;
+            bytes.0[64] = KIND_FREE;
+            bytes.0[68..72].copy_from_slice(&SLOTS.to_le_bytes());
+        };
+        assert_eq!(tampered(&beyond), BlockFault::Content("record slot"));
+        assert_eq!(decode(&Block::zeroed(), 9, LOG_BLOCKS, SLOTS, 5), Err(BlockFault::Blank));
+    }
 }

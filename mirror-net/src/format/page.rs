@@ -3,7 +3,7 @@
 //! Assignments and masks have pages of their own, so that I/O, which changes masks, never rewrites
 //! an assignment. The two copies of a page hold the same bytes.
 
-use super::block::{BLOCK_BYTES, Block, BlockFault};
+use super::block::{BLOCK_BYTES, Block, BlockFault, SEQUENCE_MAX};
 use super::table::{Assignment, CopyState, Role, SlotState, Table};
 use crate::ids::{DeviceId, LossGeneration, SliceEpoch, SliceIndex, SlotIndex};
 use crate::region::masks::RegionMasks;
@@ -203,6 +203,9 @@ pub(super) fn decode<'a>(
     if found.kind != kind.code() || found.index.get() != index {
         return Err(BlockFault::Misplaced);
     }
+    if found.sequence.get() > SEQUENCE_MAX || found.applied_lsn.get() > SEQUENCE_MAX {
+        return Err(BlockFault::Content("sequence"));
+    }
     if usize::from(found.count.get()) != page_slots(index, slots).len() {
         return Err(BlockFault::Content("count"));
     }
@@ -327,5 +330,85 @@ pub(super) fn decode_state(code: u8) -> Result<CopyState, BlockFault> {
         2 => Ok(CopyState::Syncing),
         3 => Ok(CopyState::Stale),
         _ => Err(BlockFault::Content("state")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SLOTS: u32 = 200;
+    const TAG: u64 = 0x1122_3344_5566_7788;
+
+    fn header(kind: PageKind, index: u32) -> PageHeader {
+        PageHeader { kind, index, sequence: 7, applied_lsn: 99, attach_generation: 3 }
+    }
+
+    /// A table with something different in every slot.
+    fn table(seed: u32) -> Table {
+        let mut table = Table::new(SLOTS, RegionMasks::ZEROED);
+        for slot in 0..SLOTS {
+            let n = seed.wrapping_mul(31).wrapping_add(slot);
+            let assignment = Assignment {
+                device: DeviceId(n),
+                slice: SliceIndex(n ^ 5),
+                role: if n % 2 == 0 { Role::Primary } else { Role::Secondary },
+                state: [CopyState::InSync, CopyState::Syncing, CopyState::Stale][n as usize % 3],
+                epoch: SliceEpoch(u64::from(n) << 20),
+                loss: LossGeneration(n ^ 9),
+                slot_generation: n ^ 17,
+            };
+            match n % 5 {
+                0 => table.free(SlotIndex(slot), n),
+                _ => table.assign(SlotIndex(slot), &assignment),
+            }
+            let wide = u64::from(n) << 13;
+            table.set_masks(SlotIndex(slot), RegionMasks { dirty: wide, valid: !wide, zero: wide ^ 0xff });
+        }
+        table
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
+        #[test]
+        fn pages_survive_their_bytes(seed: u32) {
+            let table = table(seed);
+            let mut read = Table::new(SLOTS, RegionMasks::default());
+            for kind in PageKind::ALL {
+                for index in 0..2 {
+                    let image = encode(&header(kind, index), TAG, &table);
+                    let page = decode(&image, kind, index, SLOTS, TAG).unwrap();
+                    prop_assert_eq!(page.header, header(kind, index));
+                    page.load(&mut read);
+                }
+            }
+            for slot in (0..SLOTS).map(SlotIndex) {
+                prop_assert_eq!(read.slot(slot), table.slot(slot));
+            }
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        for kind in PageKind::ALL {
+            let mut image = encode(&header(kind, 1), TAG, &table(1));
+            for bit in 0..BLOCK_BYTES * 8 {
+                image.0[bit / 8] ^= 1 << (bit % 8);
+                assert!(decode(&image, kind, 1, SLOTS, TAG).is_err(), "bit {bit}");
+                image.0[bit / 8] ^= 1 << (bit % 8);
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_elsewhere_or_of_another_format_is_refused() {
+        let image = encode(&header(PageKind::Masks, 1), TAG, &table(1));
+        let fault = |kind, index, slots, tag| decode(&image, kind, index, slots, tag).map(drop).unwrap_err();
+        assert_eq!(fault(PageKind::Masks, 0, SLOTS, TAG), BlockFault::Misplaced);
+        assert_eq!(fault(PageKind::Assignments, 1, SLOTS, TAG), BlockFault::Misplaced);
+        assert_eq!(fault(PageKind::Masks, 1, SLOTS, !TAG), BlockFault::OtherFormat);
+        assert_eq!(fault(PageKind::Masks, 1, SLOTS + 1, TAG), BlockFault::Content("count"));
     }
 }

@@ -1,6 +1,6 @@
 //! The superblock: whose disk it is, how it is laid out, and in which state.
 
-use super::block::{BLOCK_BYTES, Block, BlockFault};
+use super::block::{BLOCK_BYTES, Block, BlockFault, SEQUENCE_MAX};
 use super::geometry::{Area, Geometry, Segments};
 use super::plan::{Plan, PlanStep};
 use crate::ids::{ClusterId, DiskId, NodeId};
@@ -265,6 +265,9 @@ impl Superblock {
             },
             sequence: raw.sequence.get(),
         };
+        if superblock.sequence > SEQUENCE_MAX {
+            return Err(BlockFault::Content("sequence"));
+        }
         if superblock.segments.total() != u64::from(superblock.geometry.slots) {
             return Err(BlockFault::Content("segments"));
         }
@@ -324,4 +327,61 @@ fn decode_geometry(raw: &RawSuperblock) -> Result<Geometry, BlockFault> {
     };
     geometry.validate().map_err(|_| BlockFault::Content("geometry"))?;
     Ok(geometry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::geometry::Shares;
+
+    fn superblock() -> Superblock {
+        let geometry = Geometry::new(1 << 40, 64 << 20, 4096).unwrap();
+        Superblock {
+            cluster: ClusterId(Uuid::from_u128(0x0102)),
+            disk: DiskId(0x0304_0506),
+            node: NodeId(0x0708),
+            format: Uuid::from_u128(u128::MAX / 3),
+            node_name: "n".repeat(NAME_BYTES_MAX),
+            disk_name: "wwn-0x5000c500a1b2c3d4".into(),
+            segments: Segments::divide(geometry.slots, Shares::default()).unwrap(),
+            geometry,
+            slot_order: SlotOrder::FastestFirst,
+            zone_profile: ZoneProfile(std::array::from_fn(|point| 250 - point as u32)),
+            state: DiskState::MaskLost,
+            attach_generation: 77,
+            mask_losses: 3,
+            features: Features { compat: 1 << 63, ro_compat: 2, incompat: 3 },
+            sequence: 99,
+        }
+    }
+
+    #[test]
+    fn it_survives_its_bytes_in_both_places() {
+        let superblock = superblock();
+        let block = superblock.encode();
+        for offset in superblock.geometry.superblocks {
+            assert_eq!(Superblock::decode(&block, offset), Ok(superblock.clone()));
+        }
+        assert_eq!(Superblock::decode(&block, 0), Err(BlockFault::Misplaced));
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        let mut block = superblock().encode();
+        for bit in 0..BLOCK_BYTES * 8 {
+            block.0[bit / 8] ^= 1 << (bit % 8);
+            assert!(Superblock::decode(&block, 4096).is_err(), "bit {bit}");
+            block.0[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    #[test]
+    fn an_impossible_layout_is_refused() {
+        let mut overlapping = superblock();
+        overlapping.geometry.data.offset = overlapping.geometry.log.offset;
+        assert_eq!(Superblock::decode(&overlapping.encode(), 4096), Err(BlockFault::Content("geometry")));
+        let mut segments = superblock();
+        segments.segments.primary += 1;
+        assert_eq!(Superblock::decode(&segments.encode(), 4096), Err(BlockFault::Content("segments")));
+    }
 }
