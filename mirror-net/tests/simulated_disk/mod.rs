@@ -53,6 +53,10 @@ impl SimulatedDisk {
         }
     }
 
+    pub fn is_flushed(&self) -> bool {
+        self.cache.is_empty()
+    }
+
     fn store(&mut self, write: CachedWrite) {
         self.unreadable.remove(&write.offset);
         self.durable.insert(write.offset, write.block);
