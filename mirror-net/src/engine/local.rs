@@ -5,7 +5,7 @@
 
 use super::action::{Action, DiskIndex, Io, OpKey};
 use super::op::{FlushWaiter, Local, Op, OpKind};
-use super::{Engine, Nanos};
+use super::{CHECKPOINT_IDLE, Engine, Nanos};
 use crate::format::journal::{Change, IoFailed, IoId, Ticket};
 use crate::ids::SlotIndex;
 use crate::region::masks::{RegionMasks, covered, touched};
@@ -272,6 +272,21 @@ impl Engine {
             }
         }
         progress
+    }
+
+    /// Writes pages behind while nobody waits for the log.
+    pub(super) fn checkpoint_idle_disks(&mut self) {
+        for disk in &mut self.disks {
+            if !disk.journal.is_idle() || disk.journal.changed_pages() == 0 || disk.failed {
+                disk.idle_since = None;
+                continue;
+            }
+            let since = *disk.idle_since.get_or_insert(self.now);
+            if since + CHECKPOINT_IDLE <= self.now {
+                disk.idle_since = None;
+                disk.journal.start_checkpoint();
+            }
+        }
     }
 
     /// The journal is broken: what waits for it will wait for ever.

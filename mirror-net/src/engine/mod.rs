@@ -39,6 +39,9 @@ use view::{DeviceView, PeerIndex, Place};
 /// Nanoseconds of a clock that goes on during suspend (`CLOCK_BOOTTIME`).
 pub type Nanos = u64;
 
+/// A log that had nothing to do for so long is emptied into the pages: opening the disk is quicker then.
+const CHECKPOINT_IDLE: Nanos = 1_000_000_000;
+
 /// Between two ticks.
 pub const TICK: Nanos = 50_000_000;
 
@@ -72,6 +75,8 @@ struct Disk {
     /// Operations that wait for a ticket, in the tickets' order.
     intents: VecDeque<(Ticket, OpKey)>,
     failed: bool,
+    /// Since when its log has nothing to do.
+    idle_since: Option<Nanos>,
 }
 
 #[derive(Debug)]
@@ -143,6 +148,7 @@ impl Engine {
             flusher: flush::DiskFlusher::default(),
             intents: VecDeque::new(),
             failed: false,
+            idle_since: None,
         });
         Self {
             me: me.node,
@@ -202,6 +208,7 @@ impl Engine {
         }
         self.next_tick = now + TICK;
         self.tick_sessions();
+        self.checkpoint_idle_disks();
         self.route_held();
         self.resume_export_flushes();
         self.retry_parked();
