@@ -18,6 +18,10 @@ mod local;
 mod op;
 mod primary;
 pub mod session;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use adopt::AdoptError;
