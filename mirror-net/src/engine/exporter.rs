@@ -8,7 +8,7 @@ use super::action::{
     Action, Body, BufferId, BufferRange, FlushKey, Request, RequestError, RequestKind, RequestToken,
 };
 use super::op::{Op, OpKind, Origin};
-use super::session::Awaited;
+use super::session::{Awaited, SILENCE};
 use super::view::{PeerIndex, Place};
 use super::{Engine, Nanos};
 use crate::ids::LossGeneration;
@@ -45,6 +45,8 @@ pub(super) struct RequestPart {
     buffer: Option<BufferRange>,
     /// The exporter's number for it, the same however often it is sent.
     sequence: u64,
+    /// Counts how often it was sent: answers to earlier ones mean nothing any more.
+    attempt: u32,
     place: PartPlace,
 }
 
@@ -53,6 +55,16 @@ enum PartPlace {
     Held,
     Here,
     Forwarded(PeerIndex),
+}
+
+/// A write that was sent to a node which is not its primary any more.
+#[derive(Debug)]
+pub(super) struct Recalled {
+    part: PartKey,
+    attempt: u32,
+    peer: PeerIndex,
+    /// Until when its answer is waited for.
+    patience: Nanos,
 }
 
 /// A flush of a device on its way to every primary.
@@ -143,6 +155,7 @@ impl Engine {
                     kind,
                     buffer: request.buffer.map(|buffer| buffer.slice(done, length)),
                     sequence: self.exporter_sequence,
+                    attempt: 0,
                     place: PartPlace::Held,
                 });
                 self.requests[key].remaining += 1;
@@ -220,7 +233,12 @@ impl Engine {
             ..Header::new(kind)
         };
         let trailer = self.trailer(view.claim.generation.0, part.sequence);
-        self.send_awaited(peer, header, Some(trailer), body, Awaited::Part(key))
+        let attempt = part.attempt + 1;
+        let sent = self.send_awaited(peer, header, Some(trailer), body, Awaited::Part(key, attempt));
+        if sent {
+            self.parts[key].attempt = attempt;
+        }
+        sent
     }
 
     fn trailer(&self, claim: u64, sequence: u64) -> Trailer {
@@ -232,8 +250,22 @@ impl Engine {
         }
     }
 
-    /// A forwarded part came back unanswered, or has to look for its primary again.
-    pub(super) fn hold_part(&mut self, key: PartKey) {
+    /// The session ended on which a part was sent: it looks for its primary again, unless it went
+    /// elsewhere already.
+    pub(super) fn part_unanswered(&mut self, key: PartKey, attempt: u32, peer: PeerIndex) {
+        if self.is_current(key, attempt, peer) {
+            self.hold_part(key);
+        }
+    }
+
+    fn is_current(&self, key: PartKey, attempt: u32, peer: PeerIndex) -> bool {
+        self.parts
+            .get(key)
+            .is_some_and(|part| part.place == PartPlace::Forwarded(peer) && part.attempt == attempt)
+    }
+
+    /// A part has to look for its primary again.
+    fn hold_part(&mut self, key: PartKey) {
         if let Some(part) = self.parts.get_mut(key) {
             part.place = PartPlace::Held;
             self.held.push(key);
@@ -250,23 +282,42 @@ impl Engine {
     }
 
     /// After a new map: parts that went to a node that is no longer their primary are sent again.
+    ///
+    /// A write's data may still be on its way out of the request's buffer, which the frontend gets
+    /// back with the completion: a write goes elsewhere only when the old primary has answered (it
+    /// learns of the same map), or the session with it is over.
     pub(super) fn reroute_forwarded(&mut self) {
-        let moved: Vec<PartKey> = self
-            .parts
-            .iter()
-            .filter(|(_, part)| match part.place {
-                PartPlace::Forwarded(peer) => {
-                    let view = &self.devices[part.device].view;
-                    view.span(part.slice).primary != Place::Peer(peer) || view.claim.node != self.me
-                }
-                PartPlace::Held | PartPlace::Here => false,
-            })
-            .map(|(key, _)| key)
-            .collect();
+        let mut moved = Vec::new();
+        for (key, part) in &self.parts {
+            let PartPlace::Forwarded(peer) = part.place else { continue };
+            let view = &self.devices[part.device].view;
+            if view.span(part.slice).primary == Place::Peer(peer) && view.claim.node == self.me {
+                continue;
+            }
+            if !matches!(part.kind, OpKind::Write { .. }) {
+                moved.push(key);
+            } else if !self.recalled.iter().any(|recalled| (recalled.part, recalled.attempt) == (key, part.attempt))
+            {
+                let patience = self.now + SILENCE;
+                self.recalled.push(Recalled { part: key, attempt: part.attempt, peer, patience });
+            }
+        }
         for key in moved {
             self.hold_part(key);
         }
         self.route_held();
+    }
+
+    /// Time passed: a peer that does not answer for what moved away from it is given up.
+    pub(super) fn tick_recalled(&mut self) {
+        let mut recalled = std::mem::take(&mut self.recalled);
+        recalled.retain(|recalled| self.is_current(recalled.part, recalled.attempt, recalled.peer));
+        self.recalled = recalled;
+        while let Some(late) = self.recalled.iter().find(|recalled| recalled.patience <= self.now) {
+            let peer = late.peer;
+            self.recalled.retain(|recalled| recalled.peer != peer);
+            self.end_session(peer, "no answer to writes that it is no longer primary of".into(), true);
+        }
     }
 
     /// The answer to a forwarded part.
@@ -274,12 +325,14 @@ impl Engine {
         &mut self,
         peer: PeerIndex,
         key: PartKey,
+        attempt: u32,
         header: &Header,
         body: Option<BufferId>,
     ) {
-        let Some(part) = self.parts.get(key).filter(|part| part.place == PartPlace::Forwarded(peer)) else {
+        if !self.is_current(key, attempt, peer) {
             return;
-        };
+        }
+        let part = &self.parts[key];
         let mut status = Status::parse(header.flags);
         if let (OpKind::Read, Status::Done, Some(to)) = (part.kind, status, part.buffer) {
             match body.filter(|_| header.body_bytes == part.length) {

@@ -32,7 +32,7 @@ use crate::format::journal::{Journal, Ticket};
 use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
 use crate::map::DistributionMap;
 use action::{Action, DiskIndex, FlushKey, OpKey};
-use exporter::{ExportFlush, ExportFlushKey, PartKey, Pending, RequestKey, RequestPart};
+use exporter::{ExportFlush, ExportFlushKey, PartKey, Pending, Recalled, RequestKey, RequestPart};
 use op::Op;
 use session::Peer;
 use slotmap::SlotMap;
@@ -128,6 +128,8 @@ pub struct Engine {
     flushes: SlotMap<FlushKey, flush::Flush>,
     /// Parts that have nowhere to go now.
     held: Vec<PartKey>,
+    /// Writes whose old primary has to answer before they go to the new one.
+    recalled: Vec<Recalled>,
     /// Operations that hold their range and wait for a lease or a wait's end.
     parked: Vec<OpKey>,
     /// Operations that just got their range.
@@ -171,6 +173,7 @@ impl Engine {
             ops: SlotMap::with_key(),
             flushes: SlotMap::with_key(),
             held: Vec::new(),
+            recalled: Vec::new(),
             parked: Vec::new(),
             ready: VecDeque::new(),
             actions: VecDeque::new(),
@@ -206,6 +209,7 @@ impl Engine {
         }
         self.next_tick = now + TICK;
         self.tick_sessions();
+        self.tick_recalled();
         self.route_held();
         self.resume_export_flushes();
         self.retry_parked();

@@ -323,7 +323,7 @@ impl Engine {
                 _ => return Err(BadFrame::Content("an ack for nothing")),
             },
             Kind::Reply => match self.take_awaited(peer, header.sequence) {
-                Some(Awaited::Part(key)) => self.on_part_reply(peer, key, header, buffer),
+                Some(Awaited::Part(key, attempt)) => self.on_part_reply(peer, key, attempt, header, buffer),
                 Some(Awaited::ExportFlush(key)) => self.on_export_flush_reply(peer, key, header),
                 _ => return Err(BadFrame::Content("a reply to nothing")),
             },

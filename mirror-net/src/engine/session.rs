@@ -34,7 +34,8 @@ const PINGS_MAX: usize = 8;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Awaited {
     Leg(OpKey),
-    Part(PartKey),
+    /// With the attempt.
+    Part(PartKey, u32),
     FlushLeg(FlushKey),
     ExportFlush(ExportFlushKey),
 }
@@ -340,7 +341,7 @@ impl Engine {
         for awaited in session.window.awaited.into_iter().flatten() {
             match awaited {
                 Awaited::Leg(key) => self.leg_unsent(key, peer),
-                Awaited::Part(key) => self.hold_part(key),
+                Awaited::Part(key, attempt) => self.part_unanswered(key, attempt, peer),
                 Awaited::FlushLeg(key) => self.flush_leg_unsent(key, peer),
                 Awaited::ExportFlush(key) => self.export_flush_unsent(key, peer),
             }

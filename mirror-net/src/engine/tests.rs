@@ -19,3 +19,52 @@ fn a_write_completes_when_every_copy_has_it() {
     rig.ack(&legs[0]);
     assert_eq!(rig.result(token), Some(Ok(())));
 }
+
+#[test]
+fn a_part_that_went_elsewhere_is_not_sent_again_when_its_old_session_ends() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    let token = rig.request(super::action::RequestKind::WriteZeroes { fua: false }, 0, 4096);
+    assert_eq!(rig.take(Kind::ForwardZero).len(), 1);
+    let second = next(&first, promote_second);
+    rig.adopted(2, 2);
+    rig.adopt(&second);
+    let again = rig.take(Kind::ForwardZero);
+    assert_eq!((again.len(), again[0].to), (1, 2));
+    rig.lane_down(1);
+    rig.wait(100, &[2]);
+    assert!(rig.take(Kind::ForwardZero).is_empty(), "it is at its new primary already");
+    rig.answer(&again[0], Kind::Reply, Status::Done);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn a_writes_buffer_is_not_given_back_while_its_old_primary_has_not_answered() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    let token = rig.write(0, 4096);
+    let old = rig.take(Kind::ForwardWrite);
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(100, &[1, 2]);
+    assert!(rig.take(Kind::ForwardWrite).is_empty(), "the frame to node 1 may still be in the buffer");
+    rig.answer(&old[0], Kind::Reply, Status::Fenced);
+    rig.wait(100, &[1, 2]);
+    let new = rig.take(Kind::ForwardWrite);
+    assert_eq!(new[0].to, 2);
+    rig.answer(&new[0], Kind::Reply, Status::Done);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn an_old_primary_that_never_answers_is_given_up() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    rig.write(0, 4096);
+    rig.take(Kind::ForwardWrite);
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(1_200, &[1, 2]);
+    assert_eq!(rig.closed, [1]);
+    assert_eq!(rig.take(Kind::ForwardWrite)[0].to, 2);
+}
