@@ -8,7 +8,7 @@ use super::{Device, Engine, Nanos, Slice};
 use crate::format::alloc::Segment;
 use crate::format::journal::{Change, Ticket};
 use crate::format::table::{Assignment, CopyState, Role};
-use crate::ids::{DiskId, Incarnation, MapVersion, NodeId, SliceIndex, SlotIndex};
+use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, NodeId, SliceIndex, SlotIndex};
 use crate::map::{DistributionMap, ReplicaState};
 use crate::region::masks::RegionMasks;
 use crate::wire::header::Status;
@@ -212,6 +212,10 @@ impl Engine {
         for view in adoption.views {
             let Some(index) = self.by_device.get(&view.id).copied() else { continue };
             let before = std::mem::replace(&mut self.devices[index].view, view);
+            if before.claim.generation != self.devices[index].view.claim.generation {
+                // Sessions are compared among those of one claim: another exporter's may be older.
+                self.devices[index].exporter_session = ExporterSession(0);
+            }
             let view = &self.devices[index].view;
             let serves_more = view.spans.iter().filter(|span| span.serves()).any(|span| {
                 // A slice that was not ours to serve until now may be under somebody's read lease.

@@ -11,7 +11,7 @@ use super::op::{Op, OpKind, Origin};
 use super::session::{Awaited, SILENCE};
 use super::view::{PeerIndex, Place};
 use super::{Engine, Nanos};
-use crate::ids::LossGeneration;
+use crate::ids::{ClaimGeneration, LossGeneration};
 use crate::region::masks::covered;
 use crate::wire::header::{FLAG_FUA, Header, Kind, PIECE_BYTES_MAX, Status, Trailer};
 
@@ -43,6 +43,8 @@ pub(super) struct RequestPart {
     length: u32,
     kind: OpKind,
     buffer: Option<BufferRange>,
+    /// The claim under which the request came: under a later one it is never sent (PROTOCOL.md rule 15).
+    claim: ClaimGeneration,
     /// The exporter's number for it, the same however often it is sent.
     sequence: u64,
     /// Counts how often it was sent: answers to earlier ones mean nothing any more.
@@ -72,6 +74,7 @@ pub(super) struct Recalled {
 pub(super) struct ExportFlush {
     request: RequestKey,
     pub device: usize,
+    claim: ClaimGeneration,
     targets: Vec<Target>,
 }
 
@@ -136,6 +139,7 @@ impl Engine {
         };
         // Only bodies are bounded by the wire; the rest goes in whole slices.
         let longest = if request.buffer.is_some() { PIECE_BYTES_MAX } else { self.slice_bytes };
+        let claim = self.devices[device].view.claim.generation;
         let mut done = 0;
         // Counted first, so that a part that completes at once does not complete the request.
         self.requests[key].remaining += 1;
@@ -154,6 +158,7 @@ impl Engine {
                     length,
                     kind,
                     buffer: request.buffer.map(|buffer| buffer.slice(done, length)),
+                    claim,
                     sequence: self.exporter_sequence,
                     attempt: 0,
                     place: PartPlace::Held,
@@ -170,7 +175,7 @@ impl Engine {
     fn route(&mut self, key: PartKey) {
         let part = &self.parts[key];
         let view = &self.devices[part.device].view;
-        if view.claim.node != self.me {
+        if view.claim.generation != part.claim {
             self.part_done(key, Status::ClaimLost);
             return;
         }
@@ -291,7 +296,7 @@ impl Engine {
         for (key, part) in &self.parts {
             let PartPlace::Forwarded(peer) = part.place else { continue };
             let view = &self.devices[part.device].view;
-            if view.span(part.slice).primary == Place::Peer(peer) && view.claim.node == self.me {
+            if view.span(part.slice).primary == Place::Peer(peer) && view.claim.generation == part.claim {
                 continue;
             }
             if !matches!(part.kind, OpKind::Write { .. }) {
@@ -382,9 +387,10 @@ impl Engine {
 
     fn start_export_flush(&mut self, request: RequestKey, device: usize) {
         self.requests[request].remaining += 1;
+        let claim = self.devices[device].view.claim.generation;
         let targets = self.devices[device].view.primaries.iter();
         let targets = targets.map(|place| Target { place: *place, state: TargetState::Waiting }).collect();
-        let key = self.export_flushes.insert(ExportFlush { request, device, targets });
+        let key = self.export_flushes.insert(ExportFlush { request, device, claim, targets });
         self.ask_targets(key);
     }
 
@@ -447,7 +453,7 @@ impl Engine {
             .collect();
         for key in keys {
             let Some(flush) = self.export_flushes.remove(key) else { continue };
-            if self.devices[device].view.claim.node == self.me {
+            if self.devices[device].view.claim.generation == flush.claim {
                 self.start_export_flush(flush.request, device);
                 // The new flush counts anew.
                 self.request_part_done(flush.request, None);

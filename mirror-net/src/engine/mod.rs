@@ -82,7 +82,7 @@ struct Disk {
 struct Device {
     view: DeviceView,
     slices: Vec<Slice>,
-    /// The newest exporter session that sent a request here.
+    /// The newest exporter session that sent a request here under the present claim.
     exporter_session: ExporterSession,
 }
 

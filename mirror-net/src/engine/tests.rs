@@ -68,3 +68,60 @@ fn an_old_primary_that_never_answers_is_given_up() {
     assert_eq!(rig.closed, [1]);
     assert_eq!(rig.take(Kind::ForwardWrite)[0].to, 2);
 }
+
+#[test]
+fn what_was_held_under_an_older_claim_is_never_sent_under_a_newer_one() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    rig.lane_down(1);
+    let (write, flush) = (rig.write(0, 4096), rig.flush());
+    // The claim went to node 2 and came back; this node saw the end of it only.
+    let back = claimed(&claimed(&first, 2), 3);
+    rig.adopt(&back);
+    rig.open(1, back.version);
+    assert!(rig.take(Kind::ForwardWrite).is_empty());
+    assert_eq!(rig.result(write), Some(Err(RequestError::ClaimLost)));
+    assert_eq!(rig.result(flush), Some(Err(RequestError::ClaimLost)));
+}
+
+fn forwarded(kind: Kind, epoch: u64, offset: u32) -> Header {
+    Header {
+        slice_epoch: crate::ids::SliceEpoch(epoch),
+        device: super::testing::DEVICE.0,
+        offset,
+        length: 4096,
+        ..Header::new(kind)
+    }
+}
+
+fn trailer(claim: u64, exporter_session: u64, origin: u16) -> Option<Trailer> {
+    Some(Trailer { claim, exporter_session, exporter_sequence: 1, origin })
+}
+
+#[test]
+fn exporter_sessions_are_compared_within_one_claim_only() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardZero, 1, 0), trailer(1, 7, 3));
+    assert_eq!(rig.take(Kind::Zero).len(), 1);
+    let second = claimed(&first, 2);
+    rig.adopt(&second);
+    // Node 2 registered before node 3 did, and so has a smaller number.
+    rig.frame(2, forwarded(Kind::ForwardZero, 1, 8192), trailer(2, 5, 2));
+    assert_eq!(rig.take(Kind::Zero).len(), 1);
+    rig.frame(2, forwarded(Kind::ForwardZero, 1, 8192), trailer(2, 4, 2));
+    let replies = rig.take(Kind::Reply);
+    assert_eq!(replies[0].header.flags, Status::ClaimLost as u8);
+}
+
+#[test]
+fn adoption_of_a_claim_is_reported_when_older_writes_are_done() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardWrite, 1, 0), trailer(1, 1, 3));
+    let leg = rig.take(Kind::Write);
+    rig.adopt(&claimed(&first, 2));
+    assert_eq!(rig.reports, []);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.reports, [Report::Adopted { version: crate::ids::MapVersion(2) }]);
+}
