@@ -270,7 +270,7 @@ impl Engine {
                 }
                 continue;
             }
-            let begun = op.local != Local::Idle || op.legs.len() > 0;
+            let begun = op.begun();
             if op.claim != view.claim.generation.0 && !begun {
                 self.doom(key, Status::ClaimLost);
                 continue;

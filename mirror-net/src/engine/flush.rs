@@ -162,6 +162,21 @@ impl Engine {
         }
     }
 
+    /// Nobody waits any more for the flushes of that session.
+    pub(super) fn drop_flushes_of(&mut self, peer: PeerIndex, session: u64) {
+        let theirs = |flush: &Flush| match flush.origin {
+            FlushOrigin::Exporter(sender, _) | FlushOrigin::Primary(sender) => {
+                sender.peer == peer && sender.session == session
+            }
+            FlushOrigin::Export(_) => false,
+        };
+        let before = self.flushes.len();
+        self.flushes.retain(|_, flush| !theirs(flush));
+        for _ in self.flushes.len()..before {
+            self.served(peer);
+        }
+    }
+
     /// A secondary has flushed.
     pub(super) fn on_flush_ack(&mut self, peer: PeerIndex, key: FlushKey, header: &Header) {
         let Some(flush) = self.flushes.get_mut(key) else { return };

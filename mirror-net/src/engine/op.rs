@@ -158,6 +158,13 @@ pub(super) struct Op {
     pub doomed: Option<Status>,
 }
 
+impl Op {
+    /// Whether anything of it may have reached a disk or another copy.
+    pub fn begun(&self) -> bool {
+        self.local != Local::Idle || self.legs.len() > 0
+    }
+}
+
 /// Who waits for a disk's flush.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum FlushWaiter {

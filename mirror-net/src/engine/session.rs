@@ -6,7 +6,7 @@
 
 use super::action::{Action, Body, BufferId, FlushKey, OpKey, Report};
 use super::exporter::{ExportFlushKey, PartKey};
-use super::op::{LegState, Origin};
+use super::op::{LegState, OpKind, Origin, Part};
 use super::view::PeerIndex;
 use super::{Engine, Nanos};
 use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
@@ -357,17 +357,21 @@ impl Engine {
         }
     }
 
-    /// What has not begun is dropped; what has runs to its end without an answer.
+    /// What has not begun is dropped. A secondary's ends with its I/O. A primary's write that has begun
+    /// runs to its full end, without an answer: until every copy has it nobody may read it (rule 12), and
+    /// so it keeps its range.
     fn drop_operations_of(&mut self, peer: PeerIndex, session: u64) {
         let theirs: Vec<OpKey> = self
             .ops
             .iter()
             .filter(|(_, op)| matches!(op.origin, Origin::Peer(sender) if sender.peer == peer && sender.session == session))
+            .filter(|(_, op)| op.part == Part::Secondary || op.kind == OpKind::Read || !op.begun())
             .map(|(key, _)| key)
             .collect();
         for key in theirs {
             self.doom(key, crate::wire::header::Status::Fenced);
         }
+        self.drop_flushes_of(peer, session);
     }
 
     /// An operation or flush of a peer's came to its end.

@@ -125,3 +125,28 @@ fn adoption_of_a_claim_is_reported_when_older_writes_are_done() {
     rig.ack(&leg[0]);
     assert_eq!(rig.reports, [Report::Adopted { version: crate::ids::MapVersion(2) }]);
 }
+
+#[test]
+fn a_write_whose_exporter_is_gone_is_not_read_before_every_copy_has_it() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardWrite, 1, 0), trailer(1, 1, 3));
+    let leg = rig.take(Kind::Write);
+    rig.lane_down(3);
+    // Rule 10: no new session before what came over the old one has ended.
+    rig.open(3, first.version);
+    assert!(rig.take(Kind::Open).iter().all(|open| open.to != 3));
+    rig.ack(&leg[0]);
+    assert_eq!(rig.take(Kind::Open)[0].to, 3);
+}
+
+#[test]
+fn a_flush_of_an_ended_session_does_not_hold_up_the_next() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardFlush, 0, 0), trailer(1, 1, 3));
+    assert_eq!(rig.take(Kind::Flush).len(), 1);
+    rig.lane_down(3);
+    rig.open(3, first.version);
+    assert_eq!(rig.take(Kind::Open)[0].to, 3);
+}
