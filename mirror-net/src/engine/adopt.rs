@@ -282,7 +282,8 @@ impl Engine {
                 self.doom(key, Status::Fenced);
                 continue;
             }
-            let legs = if begun { Legs::new(&span.others, &op.legs) } else { Legs::NONE };
+            let legs =
+                if begun { Legs::new(&span.others, &span.members, &op.legs) } else { Legs::NONE };
             let epoch = span.epoch;
             let op = &mut self.ops[key];
             op.epoch = epoch;

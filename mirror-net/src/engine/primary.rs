@@ -97,8 +97,8 @@ impl Engine {
         }
         if part == Part::Primary {
             let op = &self.ops[key];
-            let others = &self.devices[op.device].view.span(op.slice).others;
-            let legs = Legs::new(others, &op.legs);
+            let span = self.devices[op.device].view.span(op.slice);
+            let legs = Legs::new(&span.others, &span.members, &op.legs);
             self.ops[key].legs = legs;
             // The partner's way is the longer one: it goes first.
             self.send_legs(key);
@@ -173,15 +173,11 @@ impl Engine {
 
     /// A secondary has it, or refused it.
     pub(super) fn on_leg_ack(&mut self, peer: PeerIndex, key: OpKey, header: &Header) {
-        let Some(op) = self.ops.get_mut(key) else { return };
-        let Some(index) = op.legs.position(peer) else { return };
-        match Status::parse(header.flags) {
-            Status::Done => {
-                op.legs.set(index, LegState::Acknowledged);
-                self.progress(key);
-            }
-            // It knows another map; the one that we adopt next, or its announcement, decides.
-            Status::Fenced => op.legs.set(index, LegState::Unsent),
+        let status = Status::parse(header.flags);
+        self.leg_ended(peer, key, status == Status::Done);
+        match status {
+            // Fenced: it knows another map; the one that we adopt next, or its announcement, decides.
+            Status::Done | Status::Fenced => {}
             Status::DiskFailed => self.lose(peer, "its disk failed a write".into()),
             status @ (Status::Invalid | Status::ClaimLost) => {
                 self.end_session(peer, format!("a write was refused as {status:?}"), true);
@@ -189,13 +185,36 @@ impl Engine {
         }
     }
 
+    /// A leg's message was answered, or will never be.
+    pub(super) fn leg_ended(&mut self, peer: PeerIndex, key: OpKey, done: bool) {
+        let Some(op) = self.ops.get_mut(key) else { return };
+        let Some(index) = op.legs.position(peer) else { return };
+        let counted = self.devices[op.device].view.span(op.slice).others.contains(&peer);
+        let state = match op.legs.get(index).state {
+            LegState::Sent if done => LegState::Acknowledged,
+            LegState::Sent => LegState::Unsent,
+            LegState::Leaving if counted => LegState::Unsent,
+            LegState::Leaving => LegState::Gone,
+            other => other,
+        };
+        let came_back = op.legs.get(index).state == LegState::Leaving && state == LegState::Unsent;
+        op.legs.set(index, state);
+        if came_back && op.doomed.is_none() {
+            self.send_legs(key);
+        }
+        self.progress(key);
+    }
+
     /// Ends the operation if nothing is left to wait for.
     pub(super) fn progress(&mut self, key: OpKey) {
         let Some(op) = self.ops.get(key) else { return };
         if let Some(status) = op.doomed {
-            if op.local.is_quiet() {
+            if op.is_quiet() {
                 self.finish(key, status);
             }
+            return;
+        }
+        if op.legs.in_flight() {
             return;
         }
         match (op.kind, op.local) {
@@ -220,11 +239,11 @@ impl Engine {
         }
     }
 
-    /// The operation may not go on: answered with `status` once its disk is quiet.
+    /// The operation may not go on: answered with `status` once its disk and its messages are.
     pub(super) fn doom(&mut self, key: OpKey, status: Status) {
         let Some(op) = self.ops.get_mut(key) else { return };
         op.doomed.get_or_insert(status);
-        if op.local.is_quiet() {
+        if op.is_quiet() {
             self.finish(key, status);
         }
     }

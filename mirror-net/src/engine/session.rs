@@ -340,21 +340,13 @@ impl Engine {
         }
         for awaited in session.window.awaited.into_iter().flatten() {
             match awaited {
-                Awaited::Leg(key) => self.leg_unsent(key, peer),
+                Awaited::Leg(key) => self.leg_ended(peer, key, false),
                 Awaited::Part(key, attempt) => self.part_unanswered(key, attempt, peer),
                 Awaited::FlushLeg(key) => self.flush_leg_unsent(key, peer),
                 Awaited::ExportFlush(key) => self.export_flush_unsent(key, peer),
             }
         }
         self.drop_operations_of(peer, session.id);
-    }
-
-    fn leg_unsent(&mut self, key: OpKey, peer: PeerIndex) {
-        if let Some(op) = self.ops.get_mut(key) {
-            if let Some(index) = op.legs.position(peer) {
-                op.legs.set(index, LegState::Unsent);
-            }
-        }
     }
 
     /// What has not begun is dropped. A secondary's ends with its I/O. A primary's write that has begun

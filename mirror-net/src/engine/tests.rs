@@ -150,3 +150,54 @@ fn a_flush_of_an_ended_session_does_not_hold_up_the_next() {
     rig.open(3, first.version);
     assert_eq!(rig.take(Kind::Open)[0].to, 3);
 }
+
+fn second_stale(span: &mut crate::map::Span) {
+    span.replicas[1].state = ReplicaState::Stale;
+}
+
+#[test]
+fn a_leg_under_way_is_not_sent_twice_when_the_epoch_changes() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::new(1, &first);
+    let token = rig.write(0, 4096);
+    let legs = rig.take(Kind::Write);
+    assert_eq!(legs.len(), 2);
+    rig.adopt(&next(&first, second_stale));
+    rig.adopted(3, 2);
+    assert!(rig.take(Kind::Write).is_empty());
+    rig.ack(&legs[1]);
+    assert_eq!(rig.result(token), None, "the frame to node 2 may still be in the buffer");
+    rig.answer(&legs[0], Kind::Ack, Status::Fenced);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn a_refused_leg_is_sent_again_under_the_new_epoch() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::new(1, &first);
+    let token = rig.write(0, 4096);
+    let legs = rig.take(Kind::Write);
+    rig.answer(&legs[1], Kind::Ack, Status::Fenced);
+    rig.answer(&legs[0], Kind::Ack, Status::Fenced);
+    rig.adopt(&next(&first, second_stale));
+    rig.adopted(3, 2);
+    let again = rig.take(Kind::Write);
+    assert_eq!(again.iter().map(|leg| (leg.to, leg.header.slice_epoch.0)).collect::<Vec<_>>(), [(3, 2)]);
+    rig.ack(&again[0]);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn a_deposed_write_ends_when_its_messages_have() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.write(0, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(100, &[2]);
+    assert!(rig.take(Kind::ForwardWrite).is_empty());
+    rig.answer(&leg[0], Kind::Ack, Status::Fenced);
+    rig.wait(100, &[2]);
+    assert_eq!(rig.take(Kind::ForwardWrite).len(), 1);
+}

@@ -60,6 +60,8 @@ pub struct SpanView {
     pub mine: Option<Mine>,
     /// The other copies that get every write: members and joining ones.
     pub others: Vec<PeerIndex>,
+    /// Those of them that are members.
+    pub members: Vec<PeerIndex>,
     /// Copies in the list, stale ones included.
     pub copies: usize,
 }
@@ -144,6 +146,7 @@ impl Viewer<'_> {
             intact: false,
             mine: None,
             others: Vec::new(),
+            members: Vec::new(),
             copies: span.replicas.len(),
         };
         for (position, replica) in span.replicas.iter().enumerate() {
@@ -158,7 +161,12 @@ impl Viewer<'_> {
                     view.mine = disk.map(|disk| Mine { disk, state: replica.state });
                     view.intact = disk.is_some_and(|disk| self.disks[disk].1 == replica.incarnation);
                 }
-                Place::Peer(peer) if replica.state != ReplicaState::Stale => view.others.push(peer),
+                Place::Peer(peer) if replica.state != ReplicaState::Stale => {
+                    view.others.push(peer);
+                    if replica.state == ReplicaState::InSync {
+                        view.members.push(peer);
+                    }
+                }
                 Place::Peer(_) => {}
             }
         }
