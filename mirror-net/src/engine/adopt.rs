@@ -241,6 +241,7 @@ impl Engine {
             if !self.counts_on(peer) {
                 self.peers[peer].lost = None;
             }
+            self.check_incarnation(peer);
             self.open_if_quiet(peer);
             self.send_adopted(peer);
         }

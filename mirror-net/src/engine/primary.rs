@@ -356,6 +356,7 @@ impl Engine {
             }
         }
         self.release(buffer);
+        self.resume_starved(peer);
         Ok(())
     }
 

@@ -201,3 +201,56 @@ fn a_deposed_write_ends_when_its_messages_have() {
     rig.wait(100, &[2]);
     assert_eq!(rig.take(Kind::ForwardWrite).len(), 1);
 }
+
+#[test]
+fn a_member_that_is_another_process_now_is_noticed_under_a_new_map_too() {
+    let first = map(3, 2, 1);
+    // Node 2 is the primary; node 1 meets its new process before it takes over with node 2 as a member.
+    let mut before = first.clone();
+    before.devices[0].spans[0].replicas.swap(0, 1);
+    let mut rig = Rig::new(1, &before);
+    rig.lane_down(2);
+    rig.open_as(2, before.version, 22, 2);
+    assert!(rig.reports.is_empty());
+    rig.adopt(&next(&before, |span| span.replicas.swap(0, 1)));
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+}
+
+#[test]
+fn a_member_without_a_session_is_reported_by_a_primary_that_took_over() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::new(2, &first);
+    rig.lane_down(3);
+    rig.lane_down(1);
+    let second = next(&first, |span| {
+        span.replicas.rotate_left(1);
+        span.replicas[2].state = ReplicaState::Stale;
+    });
+    rig.adopt(&second);
+    rig.reports.clear();
+    rig.wait(6_000, &[]);
+    assert!(matches!(&rig.reports[0], Report::AskStale { peer, .. } if peer.0 == 3), "{:?}", rig.reports);
+}
+
+#[test]
+fn more_requests_than_the_window_holds_all_complete() {
+    let mut rig = Rig::new(1, &map(2, 2, 1));
+    let offset = |index: u32| u64::from(index % 64) * 4096 + u64::from(index / 64 % 8) * 512;
+    // Of every 512 places one write is at the secondary; zeroing what was never written has no range
+    // in common either.
+    for index in 0..512 {
+        rig.request(super::action::RequestKind::WriteZeroes { fua: false }, offset(index), 512);
+    }
+    assert_eq!(rig.take(Kind::Zero).len(), 512);
+    for _ in 0..super::session::WINDOW {
+        rig.flush();
+    }
+    let write = rig.flush();
+    let mut guard = 0;
+    while rig.result(write).is_none() {
+        let flushes = rig.take(Kind::Flush);
+        assert!(!flushes.is_empty() && guard < 10_000, "nothing is sent any more");
+        guard += 1;
+        flushes.iter().for_each(|flush| rig.ack(flush));
+    }
+}
