@@ -68,7 +68,12 @@ impl Engine {
                     self.start(key);
                 }
             }
-            if !self.drain_journals() && self.ready.is_empty() {
+            let drained = self.drain_journals();
+            if self.adopting.is_some() && self.disks.iter().any(|disk| disk.failed) {
+                // A failed disk's tickets never become durable, and it holds up no adoption.
+                self.adoption_durable();
+            }
+            if !drained && self.ready.is_empty() {
                 break;
             }
         }
@@ -120,7 +125,11 @@ impl Engine {
             return;
         }
         if op.local == Local::Idle {
-            self.read_local(key);
+            if self.may_move_op(op) {
+                self.ops[key].local = Local::Failed;
+            } else {
+                self.read_local(key);
+            }
         }
         self.progress(key);
     }
@@ -218,6 +227,8 @@ impl Engine {
             return;
         }
         match (op.kind, op.local) {
+            // Nobody knows what a failed disk still has: with another copy the role moves there.
+            (OpKind::Read, Local::Done | Local::Failed) if self.may_move_op(op) => {}
             (OpKind::Read, Local::Done) => {
                 // A read takes time: it counts only if it was still ours to do at its end (rule 12).
                 if self.may_read(op) {
@@ -229,14 +240,17 @@ impl Engine {
             (_, Local::Done) if op.legs.all_acknowledged() => self.finish(key, Status::Done),
             (OpKind::Read, Local::Failed) => self.finish(key, Status::DiskFailed),
             (_, Local::Failed) => {
-                // With another copy the manager moves the primary role there, and the part follows.
-                let alone = self.devices[op.device].view.span(op.slice).others.is_empty();
-                if op.part == Part::Secondary || alone {
+                if op.part == Part::Secondary || !self.may_move_op(op) {
                     self.finish(key, Status::DiskFailed);
                 }
             }
             _ => {}
         }
+    }
+
+    /// With another copy the manager moves the primary role away from a failed disk, and the part follows.
+    fn may_move_op(&self, op: &Op) -> bool {
+        self.disks[op.disk].failed && !self.devices[op.device].view.span(op.slice).others.is_empty()
     }
 
     /// The operation may not go on: answered with `status` once its disk and its messages are.

@@ -254,3 +254,42 @@ fn more_requests_than_the_window_holds_all_complete() {
         flushes.iter().for_each(|flush| rig.ack(flush));
     }
 }
+
+#[test]
+fn a_failed_flush_is_not_made_good_by_the_next() {
+    let first = map(2, 2, 1);
+    let alone = next(&first, second_stale);
+    let mut rig = Rig::new(1, &alone);
+    rig.fail_flush = true;
+    let failed = rig.flush();
+    rig.fail_flush = false;
+    let again = rig.flush();
+    assert_eq!(rig.result(failed), Some(Err(RequestError::Io)));
+    assert_eq!(rig.result(again), Some(Err(RequestError::Io)), "nobody knows what the disk holds");
+}
+
+#[test]
+fn a_primary_whose_disk_fails_a_flush_waits_for_the_other_copy_to_take_over() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.fail_flush = true;
+    let flush = rig.flush();
+    let leg = rig.take(Kind::Flush);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.result(flush), None);
+    let read = rig.request(super::action::RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "the disk may have lost what was acknowledged");
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(100, &[2]);
+    assert_eq!((rig.take(Kind::ForwardFlush).len(), rig.take(Kind::ForwardRead).len()), (1, 1));
+}
+
+#[test]
+fn a_map_is_adopted_though_a_disk_fails_meanwhile() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.fail_metadata = true;
+    rig.adopt(&next(&first, promote_second));
+    assert_eq!(rig.engine.adopted_version().0, 2);
+}

@@ -30,6 +30,8 @@ pub struct DeviceView {
     pub secondaries: Vec<PeerIndex>,
     /// This node's disks that hold copies of it.
     pub disks: Vec<DiskIndex>,
+    /// Those from which it serves as primary.
+    pub serving_disks: Vec<DiskIndex>,
 }
 
 /// This node or another.
@@ -123,6 +125,7 @@ impl Viewer<'_> {
             primaries: Vec::new(),
             secondaries: Vec::new(),
             disks: Vec::new(),
+            serving_disks: Vec::new(),
         };
         for span in &view.spans {
             push_new(&mut view.primaries, span.primary);
@@ -131,6 +134,9 @@ impl Viewer<'_> {
             }
             if let Some(mine) = span.mine {
                 push_new(&mut view.disks, mine.disk);
+                if span.serves() {
+                    push_new(&mut view.serving_disks, mine.disk);
+                }
             }
         }
         view
