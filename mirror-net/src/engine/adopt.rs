@@ -2,6 +2,7 @@
 
 use super::action::{Action, OpKey, Report};
 use super::op::{Legs, Local, Part};
+use super::loss::Unflushed;
 use super::session::Peer;
 use super::view::{DeviceView, Place, Viewer};
 use super::{Device, Engine, Nanos, Slice};
@@ -215,7 +216,9 @@ impl Engine {
             if before.claim.generation != self.devices[index].view.claim.generation {
                 // Sessions are compared among those of one claim: another exporter's may be older.
                 self.devices[index].exporter_session = ExporterSession(0);
+                self.devices[index].unflushed = Unflushed::default();
             }
+            self.note_losses(index);
             let view = &self.devices[index].view;
             let serves_more = view.spans.iter().filter(|span| span.serves()).any(|span| {
                 // A slice that was not ours to serve until now may be under somebody's read lease.

@@ -10,7 +10,7 @@ use super::action::{
 use super::op::{Op, OpKind, Origin};
 use super::session::{Awaited, SILENCE};
 use super::view::{PeerIndex, Place};
-use super::{Engine, Nanos};
+use super::{Device, Engine, Nanos};
 use crate::ids::{ClaimGeneration, LossGeneration};
 use crate::region::masks::covered;
 use crate::wire::header::{FLAG_FUA, Header, Kind, PIECE_BYTES_MAX, Status, Trailer};
@@ -75,6 +75,10 @@ pub(super) struct ExportFlush {
     request: RequestKey,
     pub device: usize,
     claim: ClaimGeneration,
+    /// It covers what was acknowledged up to here.
+    since: u64,
+    /// Some of what it covers may be lost: it fails.
+    lossy: bool,
     targets: Vec<Target>,
 }
 
@@ -120,7 +124,8 @@ impl Engine {
         let pending = Pending { token: request.token, device, remaining: 0, error: None };
         let key = self.requests.insert(pending);
         if request.kind == RequestKind::Flush {
-            self.start_export_flush(key, device);
+            let lossy = std::mem::take(&mut self.devices[device].unflushed.owed);
+            self.start_export_flush(key, device, lossy);
         } else {
             self.cut(key, device, request);
         }
@@ -176,7 +181,8 @@ impl Engine {
         let part = &self.parts[key];
         let view = &self.devices[part.device].view;
         if view.claim.generation != part.claim {
-            self.part_done(key, Status::ClaimLost);
+            let loss = self.loss_of(self.parts[key].device, self.parts[key].slice);
+            self.part_done(key, Status::ClaimLost, loss);
             return;
         }
         let span = view.span(part.slice);
@@ -348,11 +354,15 @@ impl Engine {
                 None => status = Status::Invalid,
             }
         }
-        self.part_done(key, status);
+        if part.kind != OpKind::Read && header.loss < self.loss_of(part.device, part.slice) {
+            // It was acknowledged, and then perhaps lost, before we heard of it: it is sent again.
+            status = Status::Fenced;
+        }
+        self.part_done(key, status, header.loss);
     }
 
     /// A part has its answer, from here or from another node.
-    pub(super) fn part_done(&mut self, key: PartKey, status: Status) {
+    pub(super) fn part_done(&mut self, key: PartKey, status: Status, loss: LossGeneration) {
         let error = match status {
             Status::Done => None,
             Status::Fenced => {
@@ -364,6 +374,9 @@ impl Engine {
             Status::ClaimLost => Some(RequestError::ClaimLost),
         };
         let Some(part) = self.parts.remove(key) else { return };
+        if error.is_none() && matches!(part.kind, OpKind::Write { fua: false } | OpKind::Zero { fua: false }) {
+            self.devices[part.device].unflushed.note(part.slice, loss);
+        }
         self.request_part_done(part.request, error);
     }
 
@@ -385,12 +398,13 @@ impl Engine {
 
     // ---- flush ----
 
-    fn start_export_flush(&mut self, request: RequestKey, device: usize) {
+    fn start_export_flush(&mut self, request: RequestKey, device: usize, lossy: bool) {
         self.requests[request].remaining += 1;
         let claim = self.devices[device].view.claim.generation;
+        let since = self.devices[device].unflushed.now();
         let targets = self.devices[device].view.primaries.iter();
         let targets = targets.map(|place| Target { place: *place, state: TargetState::Waiting }).collect();
-        let key = self.export_flushes.insert(ExportFlush { request, device, claim, targets });
+        let key = self.export_flushes.insert(ExportFlush { request, device, claim, since, lossy, targets });
         self.ask_targets(key);
     }
 
@@ -454,7 +468,7 @@ impl Engine {
         for key in keys {
             let Some(flush) = self.export_flushes.remove(key) else { continue };
             if self.devices[device].view.claim.generation == flush.claim {
-                self.start_export_flush(flush.request, device);
+                self.start_export_flush(flush.request, device, flush.lossy);
                 // The new flush counts anew.
                 self.request_part_done(flush.request, None);
             } else {
@@ -490,11 +504,30 @@ impl Engine {
         target.state = TargetState::Done;
         let finished =
             error.is_some() || flush.targets.iter().all(|target| target.state == TargetState::Done);
-        if finished {
-            let request = flush.request;
-            self.export_flushes.remove(key);
-            self.request_part_done(request, error);
+        if !finished {
+            return;
         }
+        let Some(flush) = self.export_flushes.remove(key) else { return };
+        if error.is_none() {
+            self.devices[flush.device].unflushed.flushed(flush.since);
+        }
+        let lost = flush.lossy.then_some(RequestError::Io);
+        self.request_part_done(flush.request, error.or(lost));
+    }
+
+    /// A new map: if acknowledged writes may be lost, every flush that runs fails, or else the next.
+    /// Those that run begin anew with the map, and so cover everything acknowledged until now.
+    pub(super) fn note_losses(&mut self, device: usize) {
+        let Device { view, unflushed, .. } = &mut self.devices[device];
+        if !unflushed.forget_lost(|slice| view.span(slice).loss) {
+            return;
+        }
+        let mut owed = true;
+        for flush in self.export_flushes.values_mut().filter(|flush| flush.device == device) {
+            flush.lossy = true;
+            owed = false;
+        }
+        self.devices[device].unflushed.owed |= owed;
     }
 
     /// Requests of a device that have not completed.

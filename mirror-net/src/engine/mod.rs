@@ -15,6 +15,7 @@ mod adopt;
 mod exporter;
 mod flush;
 mod local;
+mod loss;
 mod op;
 mod primary;
 pub mod session;
@@ -84,11 +85,18 @@ struct Device {
     slices: Vec<Slice>,
     /// The newest exporter session that sent a request here under the present claim.
     exporter_session: ExporterSession,
+    /// What was acknowledged to this node's frontends under the present claim.
+    unflushed: loss::Unflushed,
 }
 
 impl Device {
     fn new(view: DeviceView) -> Self {
-        Self { view, slices: Vec::new(), exporter_session: ExporterSession(0) }
+        Self {
+            view,
+            slices: Vec::new(),
+            exporter_session: ExporterSession(0),
+            unflushed: loss::Unflushed::default(),
+        }
     }
 }
 

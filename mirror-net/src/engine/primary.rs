@@ -271,7 +271,10 @@ impl Engine {
             self.ready.push_back(next);
         }
         match op.origin {
-            Origin::Part(part) => self.part_done(part, status),
+            Origin::Part(part) => {
+                let loss = self.loss_of(op.device, op.slice);
+                self.part_done(part, status, loss);
+            }
             Origin::Peer(sender) => {
                 self.answer_peer(&op, sender, status);
                 self.served(sender.peer);

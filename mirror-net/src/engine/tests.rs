@@ -293,3 +293,45 @@ fn a_map_is_adopted_though_a_disk_fails_meanwhile() {
     rig.adopt(&next(&first, promote_second));
     assert_eq!(rig.engine.adopted_version().0, 2);
 }
+
+#[test]
+fn an_exporter_that_survives_hears_of_lost_writes_from_one_flush() {
+    let first = map(3, 2, 3);
+    let lossy = |span: &mut crate::map::Span| {
+        second_stale(span);
+        span.loss.0 += 1;
+    };
+    let mut rig = Rig::new(3, &first);
+    let flush = |rig: &mut Rig| {
+        let token = rig.flush();
+        let sent = rig.take(Kind::ForwardFlush);
+        rig.answer(&sent[0], Kind::Reply, Status::Done);
+        rig.result(token)
+    };
+    rig.write(0, 4096);
+    let sent = rig.take(Kind::ForwardWrite);
+    rig.answer(&sent[0], Kind::Reply, Status::Done);
+    rig.adopted(1, 2);
+    let second = next(&first, lossy);
+    rig.adopt(&second);
+    assert_eq!(flush(&mut rig), Some(Err(RequestError::Io)));
+    assert_eq!(flush(&mut rig), Some(Ok(())));
+    // What a flush covered is not lost.
+    rig.adopted(1, 3);
+    rig.adopt(&next(&second, lossy));
+    assert_eq!(flush(&mut rig), Some(Ok(())));
+}
+
+#[test]
+fn an_acknowledgement_that_arrives_after_the_loss_is_none() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    let token = rig.write(0, 4096);
+    let sent = rig.take(Kind::ForwardWrite);
+    rig.adopted(1, 2);
+    rig.adopt(&next(&first, |span| span.loss.0 += 1));
+    rig.answer(&sent[0], Kind::Reply, Status::Done);
+    assert_eq!(rig.result(token), None);
+    rig.wait(100, &[1, 2]);
+    assert_eq!(rig.take(Kind::ForwardWrite)[0].header.loss.0, 1);
+}
