@@ -2,13 +2,14 @@
 
 use super::action::{Action, OpKey, Report};
 use super::op::{Legs, Local, Part};
+use super::loss::Unflushed;
 use super::session::Peer;
 use super::view::{DeviceView, Place, Viewer};
 use super::{Device, Engine, Nanos, Slice};
 use crate::format::alloc::Segment;
 use crate::format::journal::{Change, Ticket};
 use crate::format::table::{Assignment, CopyState, Role};
-use crate::ids::{DiskId, Incarnation, MapVersion, NodeId, SliceIndex, SlotIndex};
+use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, NodeId, SliceIndex, SlotIndex};
 use crate::map::{DistributionMap, ReplicaState};
 use crate::region::masks::RegionMasks;
 use crate::wire::header::Status;
@@ -212,6 +213,12 @@ impl Engine {
         for view in adoption.views {
             let Some(index) = self.by_device.get(&view.id).copied() else { continue };
             let before = std::mem::replace(&mut self.devices[index].view, view);
+            if before.claim.generation != self.devices[index].view.claim.generation {
+                // Sessions are compared among those of one claim: another exporter's may be older.
+                self.devices[index].exporter_session = ExporterSession(0);
+                self.devices[index].unflushed = Unflushed::default();
+            }
+            self.note_losses(index);
             let view = &self.devices[index].view;
             let serves_more = view.spans.iter().filter(|span| span.serves()).any(|span| {
                 // A slice that was not ours to serve until now may be under somebody's read lease.
@@ -237,6 +244,7 @@ impl Engine {
             if !self.counts_on(peer) {
                 self.peers[peer].lost = None;
             }
+            self.check_incarnation(peer);
             self.open_if_quiet(peer);
             self.send_adopted(peer);
         }
@@ -266,7 +274,7 @@ impl Engine {
                 }
                 continue;
             }
-            let begun = op.local != Local::Idle || op.legs.len() > 0;
+            let begun = op.begun();
             if op.claim != view.claim.generation.0 && !begun {
                 self.doom(key, Status::ClaimLost);
                 continue;
@@ -278,7 +286,8 @@ impl Engine {
                 self.doom(key, Status::Fenced);
                 continue;
             }
-            let legs = if begun { Legs::new(&span.others, &op.legs) } else { Legs::NONE };
+            let legs =
+                if begun { Legs::new(&span.others, &span.members, &op.legs) } else { Legs::NONE };
             let epoch = span.epoch;
             let op = &mut self.ops[key];
             op.epoch = epoch;

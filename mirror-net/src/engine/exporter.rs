@@ -8,10 +8,10 @@ use super::action::{
     Action, Body, BufferId, BufferRange, FlushKey, Request, RequestError, RequestKind, RequestToken,
 };
 use super::op::{Op, OpKind, Origin};
-use super::session::Awaited;
+use super::session::{Awaited, SILENCE};
 use super::view::{PeerIndex, Place};
-use super::{Engine, Nanos};
-use crate::ids::LossGeneration;
+use super::{Device, Engine, Nanos};
+use crate::ids::{ClaimGeneration, LossGeneration};
 use crate::region::masks::covered;
 use crate::wire::header::{FLAG_FUA, Header, Kind, PIECE_BYTES_MAX, Status, Trailer};
 
@@ -43,8 +43,12 @@ pub(super) struct RequestPart {
     length: u32,
     kind: OpKind,
     buffer: Option<BufferRange>,
+    /// The claim under which the request came: under a later one it is never sent (PROTOCOL.md rule 15).
+    claim: ClaimGeneration,
     /// The exporter's number for it, the same however often it is sent.
     sequence: u64,
+    /// Counts how often it was sent: answers to earlier ones mean nothing any more.
+    attempt: u32,
     place: PartPlace,
 }
 
@@ -55,11 +59,26 @@ enum PartPlace {
     Forwarded(PeerIndex),
 }
 
+/// A write that was sent to a node which is not its primary any more.
+#[derive(Debug)]
+pub(super) struct Recalled {
+    part: PartKey,
+    attempt: u32,
+    peer: PeerIndex,
+    /// Until when its answer is waited for.
+    patience: Nanos,
+}
+
 /// A flush of a device on its way to every primary.
 #[derive(Debug)]
 pub(super) struct ExportFlush {
     request: RequestKey,
     pub device: usize,
+    claim: ClaimGeneration,
+    /// It covers what was acknowledged up to here.
+    since: u64,
+    /// Some of what it covers may be lost: it fails.
+    lossy: bool,
     targets: Vec<Target>,
 }
 
@@ -105,7 +124,8 @@ impl Engine {
         let pending = Pending { token: request.token, device, remaining: 0, error: None };
         let key = self.requests.insert(pending);
         if request.kind == RequestKind::Flush {
-            self.start_export_flush(key, device);
+            let lossy = std::mem::take(&mut self.devices[device].unflushed.owed);
+            self.start_export_flush(key, device, lossy);
         } else {
             self.cut(key, device, request);
         }
@@ -124,6 +144,7 @@ impl Engine {
         };
         // Only bodies are bounded by the wire; the rest goes in whole slices.
         let longest = if request.buffer.is_some() { PIECE_BYTES_MAX } else { self.slice_bytes };
+        let claim = self.devices[device].view.claim.generation;
         let mut done = 0;
         // Counted first, so that a part that completes at once does not complete the request.
         self.requests[key].remaining += 1;
@@ -142,7 +163,9 @@ impl Engine {
                     length,
                     kind,
                     buffer: request.buffer.map(|buffer| buffer.slice(done, length)),
+                    claim,
                     sequence: self.exporter_sequence,
+                    attempt: 0,
                     place: PartPlace::Held,
                 });
                 self.requests[key].remaining += 1;
@@ -157,8 +180,9 @@ impl Engine {
     fn route(&mut self, key: PartKey) {
         let part = &self.parts[key];
         let view = &self.devices[part.device].view;
-        if view.claim.node != self.me {
-            self.part_done(key, Status::ClaimLost);
+        if view.claim.generation != part.claim {
+            let loss = self.loss_of(self.parts[key].device, self.parts[key].slice);
+            self.part_done(key, Status::ClaimLost, loss);
             return;
         }
         let span = view.span(part.slice);
@@ -220,7 +244,12 @@ impl Engine {
             ..Header::new(kind)
         };
         let trailer = self.trailer(view.claim.generation.0, part.sequence);
-        self.send_awaited(peer, header, Some(trailer), body, Awaited::Part(key))
+        let attempt = part.attempt + 1;
+        let sent = self.send_awaited(peer, header, Some(trailer), body, Awaited::Part(key, attempt));
+        if sent {
+            self.parts[key].attempt = attempt;
+        }
+        sent
     }
 
     fn trailer(&self, claim: u64, sequence: u64) -> Trailer {
@@ -232,8 +261,22 @@ impl Engine {
         }
     }
 
-    /// A forwarded part came back unanswered, or has to look for its primary again.
-    pub(super) fn hold_part(&mut self, key: PartKey) {
+    /// The session ended on which a part was sent: it looks for its primary again, unless it went
+    /// elsewhere already.
+    pub(super) fn part_unanswered(&mut self, key: PartKey, attempt: u32, peer: PeerIndex) {
+        if self.is_current(key, attempt, peer) {
+            self.hold_part(key);
+        }
+    }
+
+    fn is_current(&self, key: PartKey, attempt: u32, peer: PeerIndex) -> bool {
+        self.parts
+            .get(key)
+            .is_some_and(|part| part.place == PartPlace::Forwarded(peer) && part.attempt == attempt)
+    }
+
+    /// A part has to look for its primary again.
+    fn hold_part(&mut self, key: PartKey) {
         if let Some(part) = self.parts.get_mut(key) {
             part.place = PartPlace::Held;
             self.held.push(key);
@@ -250,23 +293,42 @@ impl Engine {
     }
 
     /// After a new map: parts that went to a node that is no longer their primary are sent again.
+    ///
+    /// A write's data may still be on its way out of the request's buffer, which the frontend gets
+    /// back with the completion: a write goes elsewhere only when the old primary has answered (it
+    /// learns of the same map), or the session with it is over.
     pub(super) fn reroute_forwarded(&mut self) {
-        let moved: Vec<PartKey> = self
-            .parts
-            .iter()
-            .filter(|(_, part)| match part.place {
-                PartPlace::Forwarded(peer) => {
-                    let view = &self.devices[part.device].view;
-                    view.span(part.slice).primary != Place::Peer(peer) || view.claim.node != self.me
-                }
-                PartPlace::Held | PartPlace::Here => false,
-            })
-            .map(|(key, _)| key)
-            .collect();
+        let mut moved = Vec::new();
+        for (key, part) in &self.parts {
+            let PartPlace::Forwarded(peer) = part.place else { continue };
+            let view = &self.devices[part.device].view;
+            if view.span(part.slice).primary == Place::Peer(peer) && view.claim.generation == part.claim {
+                continue;
+            }
+            if !matches!(part.kind, OpKind::Write { .. }) {
+                moved.push(key);
+            } else if !self.recalled.iter().any(|recalled| (recalled.part, recalled.attempt) == (key, part.attempt))
+            {
+                let patience = self.now + SILENCE;
+                self.recalled.push(Recalled { part: key, attempt: part.attempt, peer, patience });
+            }
+        }
         for key in moved {
             self.hold_part(key);
         }
         self.route_held();
+    }
+
+    /// Time passed: a peer that does not answer for what moved away from it is given up.
+    pub(super) fn tick_recalled(&mut self) {
+        let mut recalled = std::mem::take(&mut self.recalled);
+        recalled.retain(|recalled| self.is_current(recalled.part, recalled.attempt, recalled.peer));
+        self.recalled = recalled;
+        while let Some(late) = self.recalled.iter().find(|recalled| recalled.patience <= self.now) {
+            let peer = late.peer;
+            self.recalled.retain(|recalled| recalled.peer != peer);
+            self.end_session(peer, "no answer to writes that it is no longer primary of".into(), true);
+        }
     }
 
     /// The answer to a forwarded part.
@@ -274,12 +336,14 @@ impl Engine {
         &mut self,
         peer: PeerIndex,
         key: PartKey,
+        attempt: u32,
         header: &Header,
         body: Option<BufferId>,
     ) {
-        let Some(part) = self.parts.get(key).filter(|part| part.place == PartPlace::Forwarded(peer)) else {
+        if !self.is_current(key, attempt, peer) {
             return;
-        };
+        }
+        let part = &self.parts[key];
         let mut status = Status::parse(header.flags);
         if let (OpKind::Read, Status::Done, Some(to)) = (part.kind, status, part.buffer) {
             match body.filter(|_| header.body_bytes == part.length) {
@@ -290,11 +354,15 @@ impl Engine {
                 None => status = Status::Invalid,
             }
         }
-        self.part_done(key, status);
+        if part.kind != OpKind::Read && header.loss < self.loss_of(part.device, part.slice) {
+            // It was acknowledged, and then perhaps lost, before we heard of it: it is sent again.
+            status = Status::Fenced;
+        }
+        self.part_done(key, status, header.loss);
     }
 
     /// A part has its answer, from here or from another node.
-    pub(super) fn part_done(&mut self, key: PartKey, status: Status) {
+    pub(super) fn part_done(&mut self, key: PartKey, status: Status, loss: LossGeneration) {
         let error = match status {
             Status::Done => None,
             Status::Fenced => {
@@ -306,6 +374,9 @@ impl Engine {
             Status::ClaimLost => Some(RequestError::ClaimLost),
         };
         let Some(part) = self.parts.remove(key) else { return };
+        if error.is_none() && matches!(part.kind, OpKind::Write { fua: false } | OpKind::Zero { fua: false }) {
+            self.devices[part.device].unflushed.note(part.slice, loss);
+        }
         self.request_part_done(part.request, error);
     }
 
@@ -327,11 +398,13 @@ impl Engine {
 
     // ---- flush ----
 
-    fn start_export_flush(&mut self, request: RequestKey, device: usize) {
+    fn start_export_flush(&mut self, request: RequestKey, device: usize, lossy: bool) {
         self.requests[request].remaining += 1;
+        let claim = self.devices[device].view.claim.generation;
+        let since = self.devices[device].unflushed.now();
         let targets = self.devices[device].view.primaries.iter();
         let targets = targets.map(|place| Target { place: *place, state: TargetState::Waiting }).collect();
-        let key = self.export_flushes.insert(ExportFlush { request, device, targets });
+        let key = self.export_flushes.insert(ExportFlush { request, device, claim, since, lossy, targets });
         self.ask_targets(key);
     }
 
@@ -394,8 +467,8 @@ impl Engine {
             .collect();
         for key in keys {
             let Some(flush) = self.export_flushes.remove(key) else { continue };
-            if self.devices[device].view.claim.node == self.me {
-                self.start_export_flush(flush.request, device);
+            if self.devices[device].view.claim.generation == flush.claim {
+                self.start_export_flush(flush.request, device, flush.lossy);
                 // The new flush counts anew.
                 self.request_part_done(flush.request, None);
             } else {
@@ -431,11 +504,30 @@ impl Engine {
         target.state = TargetState::Done;
         let finished =
             error.is_some() || flush.targets.iter().all(|target| target.state == TargetState::Done);
-        if finished {
-            let request = flush.request;
-            self.export_flushes.remove(key);
-            self.request_part_done(request, error);
+        if !finished {
+            return;
         }
+        let Some(flush) = self.export_flushes.remove(key) else { return };
+        if error.is_none() {
+            self.devices[flush.device].unflushed.flushed(flush.since);
+        }
+        let lost = flush.lossy.then_some(RequestError::Io);
+        self.request_part_done(flush.request, error.or(lost));
+    }
+
+    /// A new map: if acknowledged writes may be lost, every flush that runs fails, or else the next.
+    /// Those that run begin anew with the map, and so cover everything acknowledged until now.
+    pub(super) fn note_losses(&mut self, device: usize) {
+        let Device { view, unflushed, .. } = &mut self.devices[device];
+        if !unflushed.forget_lost(|slice| view.span(slice).loss) {
+            return;
+        }
+        let mut owed = true;
+        for flush in self.export_flushes.values_mut().filter(|flush| flush.device == device) {
+            flush.lossy = true;
+            owed = false;
+        }
+        self.devices[device].unflushed.owed |= owed;
     }
 
     /// Requests of a device that have not completed.

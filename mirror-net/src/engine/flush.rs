@@ -40,6 +40,11 @@ pub(super) struct Flush {
 impl Engine {
     /// Flushes that disk; a waiter that joins now is covered by a flush that begins later.
     pub(super) fn flush_disk(&mut self, disk: DiskIndex, waiter: FlushWaiter) {
+        if self.disks[disk].failed {
+            // A second flush may well succeed: it says nothing about what the first one lost.
+            self.flush_waiter_done(waiter, false);
+            return;
+        }
         let flusher = &mut self.disks[disk].flusher;
         if flusher.running.is_empty() {
             flusher.running.push(waiter);
@@ -54,21 +59,30 @@ impl Engine {
             // After a failed flush nobody knows what the disk holds.
             self.fail_disk(disk, &format!("flush: {reason}"));
         }
+        let failed = self.disks[disk].failed;
         let flusher = &mut self.disks[disk].flusher;
-        let done = std::mem::take(&mut flusher.running);
-        flusher.running = std::mem::take(&mut flusher.next);
-        if !flusher.running.is_empty() {
-            self.actions.push_back(Action::Flush { io: Io::Flush(disk), disk });
+        let mut done = std::mem::take(&mut flusher.running);
+        if failed {
+            done.append(&mut flusher.next);
+        } else {
+            flusher.running = std::mem::take(&mut flusher.next);
+            if !flusher.running.is_empty() {
+                self.actions.push_back(Action::Flush { io: Io::Flush(disk), disk });
+            }
         }
         for waiter in done {
-            match waiter {
-                FlushWaiter::Op(key) => self.zeroes_flushed(key, result.is_ok()),
-                FlushWaiter::Flush(key) => {
-                    if let Some(flush) = self.flushes.get_mut(key) {
-                        flush.disks_pending -= 1;
-                        flush.failed |= result.is_err();
-                        self.flush_progress(key);
-                    }
+            self.flush_waiter_done(waiter, !failed);
+        }
+    }
+
+    fn flush_waiter_done(&mut self, waiter: FlushWaiter, flushed: bool) {
+        match waiter {
+            FlushWaiter::Op(key) => self.zeroes_flushed(key, flushed),
+            FlushWaiter::Flush(key) => {
+                if let Some(flush) = self.flushes.get_mut(key) {
+                    flush.disks_pending -= 1;
+                    flush.failed |= !flushed;
+                    self.flush_progress(key);
                 }
             }
         }
@@ -119,14 +133,22 @@ impl Engine {
             FlushOrigin::Primary(_) => Vec::new(),
             _ => view.secondaries.iter().map(|peer| (*peer, LegState::Unsent)).collect(),
         };
-        let disks = view.disks.clone();
-        let flush = Flush { origin, device, disks_pending: disks.len(), legs, failed: false };
+        // A secondary does not choose: under another map it may have stored for another primary.
+        let disks = match origin {
+            FlushOrigin::Primary(_) => view.disks.clone(),
+            _ => view.serving_disks.clone(),
+        };
+        // One more is pending until all have been asked, so that it cannot end before.
+        let flush = Flush { origin, device, disks_pending: disks.len() + 1, legs, failed: false };
         let key = self.flushes.insert(flush);
         self.send_flush_legs(key);
         for disk in disks {
             self.flush_disk(disk, FlushWaiter::Flush(key));
         }
-        self.flush_progress(key);
+        if let Some(flush) = self.flushes.get_mut(key) {
+            flush.disks_pending -= 1;
+            self.flush_progress(key);
+        }
         key
     }
 
@@ -162,6 +184,21 @@ impl Engine {
         }
     }
 
+    /// Nobody waits any more for the flushes of that session.
+    pub(super) fn drop_flushes_of(&mut self, peer: PeerIndex, session: u64) {
+        let theirs = |flush: &Flush| match flush.origin {
+            FlushOrigin::Exporter(sender, _) | FlushOrigin::Primary(sender) => {
+                sender.peer == peer && sender.session == session
+            }
+            FlushOrigin::Export(_) => false,
+        };
+        let before = self.flushes.len();
+        self.flushes.retain(|_, flush| !theirs(flush));
+        for _ in self.flushes.len()..before {
+            self.served(peer);
+        }
+    }
+
     /// A secondary has flushed.
     pub(super) fn on_flush_ack(&mut self, peer: PeerIndex, key: FlushKey, header: &Header) {
         let Some(flush) = self.flushes.get_mut(key) else { return };
@@ -181,9 +218,22 @@ impl Engine {
         if flush.disks_pending > 0 || !acknowledged {
             return;
         }
+        let primary = !matches!(flush.origin, FlushOrigin::Primary(_));
+        if flush.failed && primary && self.may_move(flush.device) {
+            // As with a write: the manager moves the primary role, and the flush begins anew.
+            return;
+        }
         let Some(flush) = self.flushes.remove(key) else { return };
         let status = if flush.failed { Status::DiskFailed } else { Status::Done };
         self.end_flush(&flush, status);
+    }
+
+    /// Whether another copy can take over what this node serves from a failed disk.
+    fn may_move(&self, device: usize) -> bool {
+        self.devices[device].view.spans.iter().any(|span| {
+            let failed = span.mine.is_some_and(|mine| self.disks[mine.disk].failed);
+            span.serves() && failed && !span.others.is_empty()
+        })
     }
 
     fn end_flush(&mut self, flush: &Flush, status: Status) {

@@ -245,7 +245,7 @@ impl Engine {
     pub(super) fn zeroes_flushed(&mut self, key: OpKey, flushed: bool) {
         let Some(op) = self.ops.get(key) else { return };
         let Local::ZeroFlush { regions } = op.local else { return };
-        if !flushed || op.doomed.is_some() {
+        if !flushed || op.doomed.is_some() || self.disks[op.disk].failed {
             self.ops[key].local = Local::Failed;
             self.progress(key);
             return;

@@ -15,9 +15,14 @@ mod adopt;
 mod exporter;
 mod flush;
 mod local;
+mod loss;
 mod op;
 mod primary;
 pub mod session;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use adopt::AdoptError;
@@ -28,7 +33,7 @@ use crate::format::journal::{Journal, Ticket};
 use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
 use crate::map::DistributionMap;
 use action::{Action, DiskIndex, FlushKey, OpKey};
-use exporter::{ExportFlush, ExportFlushKey, PartKey, Pending, RequestKey, RequestPart};
+use exporter::{ExportFlush, ExportFlushKey, PartKey, Pending, Recalled, RequestKey, RequestPart};
 use op::Op;
 use session::Peer;
 use slotmap::SlotMap;
@@ -83,13 +88,20 @@ struct Disk {
 struct Device {
     view: DeviceView,
     slices: Vec<Slice>,
-    /// The newest exporter session that sent a request here.
+    /// The newest exporter session that sent a request here under the present claim.
     exporter_session: ExporterSession,
+    /// What was acknowledged to this node's frontends under the present claim.
+    unflushed: loss::Unflushed,
 }
 
 impl Device {
     fn new(view: DeviceView) -> Self {
-        Self { view, slices: Vec::new(), exporter_session: ExporterSession(0) }
+        Self {
+            view,
+            slices: Vec::new(),
+            exporter_session: ExporterSession(0),
+            unflushed: loss::Unflushed::default(),
+        }
     }
 }
 
@@ -129,6 +141,8 @@ pub struct Engine {
     flushes: SlotMap<FlushKey, flush::Flush>,
     /// Parts that have nowhere to go now.
     held: Vec<PartKey>,
+    /// Writes whose old primary has to answer before they go to the new one.
+    recalled: Vec<Recalled>,
     /// Operations that hold their range and wait for a lease or a wait's end.
     parked: Vec<OpKey>,
     /// Operations that just got their range.
@@ -173,6 +187,7 @@ impl Engine {
             ops: SlotMap::with_key(),
             flushes: SlotMap::with_key(),
             held: Vec::new(),
+            recalled: Vec::new(),
             parked: Vec::new(),
             ready: VecDeque::new(),
             actions: VecDeque::new(),
@@ -209,6 +224,7 @@ impl Engine {
         self.next_tick = now + TICK;
         self.tick_sessions();
         self.checkpoint_idle_disks();
+        self.tick_recalled();
         self.route_held();
         self.resume_export_flushes();
         self.retry_parked();

@@ -77,30 +77,54 @@ pub(super) enum LegState {
     Unsent,
     Sent,
     Acknowledged,
+    /// Sent, but the map does not count on that copy any more, or counts on it anew: only the end of
+    /// the message matters, since it may still be on its way out of the operation's buffer.
+    Leaving,
+    /// Not counted on, and nothing is under way.
+    Gone,
 }
+
+/// Other copies, and those that left while a message to them was under way.
+const PLACES: usize = 2 * LEGS_MAX;
 
 /// The other copies of a write; no allocation on the way of a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Legs {
-    legs: [Leg; LEGS_MAX],
+    legs: [Leg; PLACES],
     count: usize,
 }
 
 impl Legs {
-    pub const NONE: Self = Self { legs: [Leg { peer: 0, state: LegState::Unsent }; LEGS_MAX], count: 0 };
+    pub const NONE: Self = Self { legs: [Leg { peer: 0, state: LegState::Unsent }; PLACES], count: 0 };
 
-    /// Legs to these peers; what `before` knows to be acknowledged stays so.
-    pub fn new(peers: &[PeerIndex], before: &Self) -> Self {
+    /// Legs to these peers. Those that are and were members keep what they have, whatever epoch it
+    /// came under: nobody else wrote in between, and a message sent twice could overtake a later one.
+    pub fn new(peers: &[PeerIndex], members: &[PeerIndex], before: &Self) -> Self {
         let mut legs = Self::NONE;
         for peer in peers {
-            let state = match before.iter().find(|leg| leg.peer == *peer) {
-                Some(leg) if leg.state == LegState::Acknowledged => LegState::Acknowledged,
+            let state = match before.iter().find(|leg| leg.peer == *peer).map(|leg| leg.state) {
+                Some(state @ (LegState::Acknowledged | LegState::Sent)) if members.contains(peer) => state,
+                Some(LegState::Sent | LegState::Leaving) => LegState::Leaving,
                 _ => LegState::Unsent,
             };
-            legs.legs[legs.count] = Leg { peer: *peer, state };
-            legs.count += 1;
+            legs.push(*peer, state);
+        }
+        for leg in before.iter().filter(|leg| leg.is_in_flight() && !peers.contains(&leg.peer)) {
+            if legs.count < PLACES {
+                legs.push(leg.peer, LegState::Leaving);
+            }
         }
         legs
+    }
+
+    fn push(&mut self, peer: PeerIndex, state: LegState) {
+        self.legs[self.count] = Leg { peer, state };
+        self.count += 1;
+    }
+
+    /// Whether a message may still be on its way.
+    pub fn in_flight(&self) -> bool {
+        self.iter().any(Leg::is_in_flight)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Leg> {
@@ -124,7 +148,13 @@ impl Legs {
     }
 
     pub fn all_acknowledged(&self) -> bool {
-        self.iter().all(|leg| leg.state == LegState::Acknowledged)
+        self.iter().all(|leg| matches!(leg.state, LegState::Acknowledged | LegState::Gone))
+    }
+}
+
+impl Leg {
+    fn is_in_flight(&self) -> bool {
+        matches!(self.state, LegState::Sent | LegState::Leaving)
     }
 }
 
@@ -156,6 +186,18 @@ pub(super) struct Op {
     pub failed: bool,
     /// Runs no further; this is its answer once the disk is quiet (PROTOCOL.md rule 10).
     pub doomed: Option<Status>,
+}
+
+impl Op {
+    /// Neither the disk nor a message uses its range or buffer any more.
+    pub fn is_quiet(&self) -> bool {
+        self.local.is_quiet() && !self.legs.in_flight()
+    }
+
+    /// Whether anything of it may have reached a disk or another copy.
+    pub fn begun(&self) -> bool {
+        self.local != Local::Idle || self.legs.len() > 0
+    }
 }
 
 /// Who waits for a disk's flush.

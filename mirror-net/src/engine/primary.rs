@@ -68,7 +68,12 @@ impl Engine {
                     self.start(key);
                 }
             }
-            if !self.drain_journals() && self.ready.is_empty() {
+            let drained = self.drain_journals();
+            if self.adopting.is_some() && self.disks.iter().any(|disk| disk.failed) {
+                // A failed disk's tickets never become durable, and it holds up no adoption.
+                self.adoption_durable();
+            }
+            if !drained && self.ready.is_empty() {
                 break;
             }
         }
@@ -97,8 +102,8 @@ impl Engine {
         }
         if part == Part::Primary {
             let op = &self.ops[key];
-            let others = &self.devices[op.device].view.span(op.slice).others;
-            let legs = Legs::new(others, &op.legs);
+            let span = self.devices[op.device].view.span(op.slice);
+            let legs = Legs::new(&span.others, &span.members, &op.legs);
             self.ops[key].legs = legs;
             // The partner's way is the longer one: it goes first.
             self.send_legs(key);
@@ -120,7 +125,11 @@ impl Engine {
             return;
         }
         if op.local == Local::Idle {
-            self.read_local(key);
+            if self.may_move_op(op) {
+                self.ops[key].local = Local::Failed;
+            } else {
+                self.read_local(key);
+            }
         }
         self.progress(key);
     }
@@ -173,15 +182,11 @@ impl Engine {
 
     /// A secondary has it, or refused it.
     pub(super) fn on_leg_ack(&mut self, peer: PeerIndex, key: OpKey, header: &Header) {
-        let Some(op) = self.ops.get_mut(key) else { return };
-        let Some(index) = op.legs.position(peer) else { return };
-        match Status::parse(header.flags) {
-            Status::Done => {
-                op.legs.set(index, LegState::Acknowledged);
-                self.progress(key);
-            }
-            // It knows another map; the one that we adopt next, or its announcement, decides.
-            Status::Fenced => op.legs.set(index, LegState::Unsent),
+        let status = Status::parse(header.flags);
+        self.leg_ended(peer, key, status == Status::Done);
+        match status {
+            // Fenced: it knows another map; the one that we adopt next, or its announcement, decides.
+            Status::Done | Status::Fenced => {}
             Status::DiskFailed => self.lose(peer, "its disk failed a write".into()),
             status @ (Status::Invalid | Status::ClaimLost) => {
                 self.end_session(peer, format!("a write was refused as {status:?}"), true);
@@ -189,16 +194,41 @@ impl Engine {
         }
     }
 
+    /// A leg's message was answered, or will never be.
+    pub(super) fn leg_ended(&mut self, peer: PeerIndex, key: OpKey, done: bool) {
+        let Some(op) = self.ops.get_mut(key) else { return };
+        let Some(index) = op.legs.position(peer) else { return };
+        let counted = self.devices[op.device].view.span(op.slice).others.contains(&peer);
+        let state = match op.legs.get(index).state {
+            LegState::Sent if done => LegState::Acknowledged,
+            LegState::Sent => LegState::Unsent,
+            LegState::Leaving if counted => LegState::Unsent,
+            LegState::Leaving => LegState::Gone,
+            other => other,
+        };
+        let came_back = op.legs.get(index).state == LegState::Leaving && state == LegState::Unsent;
+        op.legs.set(index, state);
+        if came_back && op.doomed.is_none() {
+            self.send_legs(key);
+        }
+        self.progress(key);
+    }
+
     /// Ends the operation if nothing is left to wait for.
     pub(super) fn progress(&mut self, key: OpKey) {
         let Some(op) = self.ops.get(key) else { return };
         if let Some(status) = op.doomed {
-            if op.local.is_quiet() {
+            if op.is_quiet() {
                 self.finish(key, status);
             }
             return;
         }
+        if op.legs.in_flight() {
+            return;
+        }
         match (op.kind, op.local) {
+            // Nobody knows what a failed disk still has: with another copy the role moves there.
+            (OpKind::Read, Local::Done | Local::Failed) if self.may_move_op(op) => {}
             (OpKind::Read, Local::Done) => {
                 // A read takes time: it counts only if it was still ours to do at its end (rule 12).
                 if self.may_read(op) {
@@ -210,9 +240,7 @@ impl Engine {
             (_, Local::Done) if op.legs.all_acknowledged() => self.finish(key, Status::Done),
             (OpKind::Read, Local::Failed) => self.finish(key, Status::DiskFailed),
             (_, Local::Failed) => {
-                // With another copy the manager moves the primary role there, and the part follows.
-                let alone = self.devices[op.device].view.span(op.slice).others.is_empty();
-                if op.part == Part::Secondary || alone {
+                if op.part == Part::Secondary || !self.may_move_op(op) {
                     self.finish(key, Status::DiskFailed);
                 }
             }
@@ -220,11 +248,16 @@ impl Engine {
         }
     }
 
-    /// The operation may not go on: answered with `status` once its disk is quiet.
+    /// With another copy the manager moves the primary role away from a failed disk, and the part follows.
+    fn may_move_op(&self, op: &Op) -> bool {
+        self.disks[op.disk].failed && !self.devices[op.device].view.span(op.slice).others.is_empty()
+    }
+
+    /// The operation may not go on: answered with `status` once its disk and its messages are.
     pub(super) fn doom(&mut self, key: OpKey, status: Status) {
         let Some(op) = self.ops.get_mut(key) else { return };
         op.doomed.get_or_insert(status);
-        if op.local.is_quiet() {
+        if op.is_quiet() {
             self.finish(key, status);
         }
     }
@@ -238,7 +271,10 @@ impl Engine {
             self.ready.push_back(next);
         }
         match op.origin {
-            Origin::Part(part) => self.part_done(part, status),
+            Origin::Part(part) => {
+                let loss = self.loss_of(op.device, op.slice);
+                self.part_done(part, status, loss);
+            }
             Origin::Peer(sender) => {
                 self.answer_peer(&op, sender, status);
                 self.served(sender.peer);
@@ -323,7 +359,7 @@ impl Engine {
                 _ => return Err(BadFrame::Content("an ack for nothing")),
             },
             Kind::Reply => match self.take_awaited(peer, header.sequence) {
-                Some(Awaited::Part(key)) => self.on_part_reply(peer, key, header, buffer),
+                Some(Awaited::Part(key, attempt)) => self.on_part_reply(peer, key, attempt, header, buffer),
                 Some(Awaited::ExportFlush(key)) => self.on_export_flush_reply(peer, key, header),
                 _ => return Err(BadFrame::Content("a reply to nothing")),
             },
@@ -337,6 +373,7 @@ impl Engine {
             }
         }
         self.release(buffer);
+        self.resume_starved(peer);
         Ok(())
     }
 

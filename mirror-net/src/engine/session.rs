@@ -6,7 +6,7 @@
 
 use super::action::{Action, Body, BufferId, FlushKey, OpKey, Report};
 use super::exporter::{ExportFlushKey, PartKey};
-use super::op::{LegState, Origin};
+use super::op::{LegState, OpKind, Origin, Part};
 use super::view::PeerIndex;
 use super::{Engine, Nanos};
 use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
@@ -21,7 +21,7 @@ pub const LEASE_MARGIN: Nanos = 100_000_000;
 pub const PING_EVERY: Nanos = 250_000_000;
 /// A session on which nothing came for so long is over.
 pub const SILENCE: Nanos = 1_000_000_000;
-/// A member that never opened a session for so long is reported as out of reach.
+/// A member that has no session for so long, since we count on it, is reported as out of reach.
 pub const UNREACHED: Nanos = 5_000_000_000;
 /// Between two identical requests to the manager.
 pub const ASK_AGAIN: Nanos = 1_000_000_000;
@@ -34,7 +34,8 @@ const PINGS_MAX: usize = 8;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Awaited {
     Leg(OpKey),
-    Part(PartKey),
+    /// With the attempt.
+    Part(PartKey, u32),
     FlushLeg(FlushKey),
     ExportFlush(ExportFlushKey),
 }
@@ -44,12 +45,32 @@ pub(super) enum Awaited {
 struct Window {
     base: u64,
     awaited: VecDeque<Option<Awaited>>,
+    /// Places that are taken.
+    count: usize,
 }
 
 impl Window {
+    /// One slow answer does not hold up the others, within reason.
+    fn has_room(&self) -> bool {
+        self.count < WINDOW && self.awaited.len() < 16 * WINDOW
+    }
+
+    fn put(&mut self, sequence: u64, awaited: Awaited) {
+        if self.awaited.is_empty() {
+            self.base = sequence;
+        }
+        // Messages without an answer have numbers too; the window keeps an empty place for them.
+        while self.base + (self.awaited.len() as u64) < sequence {
+            self.awaited.push_back(None);
+        }
+        self.awaited.push_back(Some(awaited));
+        self.count += 1;
+    }
+
     fn take(&mut self, sequence: u64) -> Option<Awaited> {
         let index = usize::try_from(sequence.checked_sub(self.base)?).ok()?;
         let awaited = self.awaited.get_mut(index)?.take();
+        self.count -= usize::from(awaited.is_some());
         while let Some(None) = self.awaited.front() {
             self.awaited.pop_front();
             self.base += 1;
@@ -66,12 +87,16 @@ struct Session {
     got_open: bool,
     next_sequence: u64,
     window: Window,
+    /// Something could not be sent for want of room in the window.
+    starved: bool,
     heard: Nanos,
     next_ping: Nanos,
     /// Sequence and time of pings without an answer.
     pings: VecDeque<(u64, Nanos)>,
     /// The newest map version that the peer has durably adopted.
     adopted: MapVersion,
+    /// The attachments of its disks.
+    attached: Vec<(DiskId, AttachId)>,
 }
 
 /// Another node.
@@ -84,7 +109,8 @@ pub(super) struct Peer {
     pub lost: Option<String>,
     /// It opened a session since this process started.
     ever_open: bool,
-    since: Nanos,
+    /// Since when there is no session although we count on its copies.
+    missed_since: Option<Nanos>,
     ask_after: Nanos,
     /// Until when we may read under its lease.
     lease_until: Nanos,
@@ -102,7 +128,7 @@ impl Peer {
             session: None,
             lost: None,
             ever_open: false,
-            since: now,
+            missed_since: None,
             ask_after: 0,
             lease_until: 0,
             // After a start a node assumes that it had just granted a lease to everybody (rule 13).
@@ -134,10 +160,6 @@ impl Peer {
         self.granted_until + LEASE_MARGIN
     }
 
-    pub fn has_room(&self) -> bool {
-        self.session.as_ref().is_some_and(|session| session.window.awaited.len() < WINDOW)
-    }
-
     /// Why it is not open, for people.
     pub fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
@@ -162,11 +184,13 @@ impl Engine {
             sent_open: false,
             got_open: false,
             next_sequence: 1,
-            window: Window { base: 1, awaited: VecDeque::new() },
+            window: Window::default(),
+            starved: false,
             heard: now,
             next_ping: now,
             pings: VecDeque::new(),
             adopted: MapVersion(0),
+            attached: Vec::new(),
         });
         self.open_if_quiet(peer);
         self.settle();
@@ -222,22 +246,25 @@ impl Engine {
         }
         session.got_open = true;
         session.adopted = MapVersion(adopted);
-        if let Some(cause) = self.other_incarnation(peer, ProcessId(process), &attached) {
-            self.lose(peer, cause);
-        }
+        session.attached = attached;
+        self.check_incarnation(peer);
         self.opened(peer);
         Ok(())
     }
 
-    /// A member whose incarnation is not the map's is no member (rule 3).
-    fn other_incarnation(
-        &self,
-        peer: PeerIndex,
-        process: ProcessId,
-        attached: &[(DiskId, AttachId)],
-    ) -> Option<String> {
+    /// A member whose incarnation is not the map's is no member (rule 3). Asked when either of the
+    /// two is new: the peer's session, or our map.
+    pub(super) fn check_incarnation(&mut self, peer: PeerIndex) {
+        if let Some(cause) = self.other_incarnation(peer) {
+            self.lose(peer, cause);
+        }
+    }
+
+    fn other_incarnation(&self, peer: PeerIndex) -> Option<String> {
         let map = self.map.as_ref()?;
         let node = self.peers[peer].node;
+        let session = self.peers[peer].session.as_ref().filter(|session| session.got_open)?;
+        let (process, attached) = (session.process, &session.attached);
         for span in self.spans_mirrored_by(peer) {
             let Some(replica) = span.replicas.iter().find(|replica| map.node_of(replica.disk) == Some(node))
             else {
@@ -339,8 +366,8 @@ impl Engine {
         }
         for awaited in session.window.awaited.into_iter().flatten() {
             match awaited {
-                Awaited::Leg(key) => self.leg_unsent(key, peer),
-                Awaited::Part(key) => self.hold_part(key),
+                Awaited::Leg(key) => self.leg_ended(peer, key, false),
+                Awaited::Part(key, attempt) => self.part_unanswered(key, attempt, peer),
                 Awaited::FlushLeg(key) => self.flush_leg_unsent(key, peer),
                 Awaited::ExportFlush(key) => self.export_flush_unsent(key, peer),
             }
@@ -348,25 +375,21 @@ impl Engine {
         self.drop_operations_of(peer, session.id);
     }
 
-    fn leg_unsent(&mut self, key: OpKey, peer: PeerIndex) {
-        if let Some(op) = self.ops.get_mut(key) {
-            if let Some(index) = op.legs.position(peer) {
-                op.legs.set(index, LegState::Unsent);
-            }
-        }
-    }
-
-    /// What has not begun is dropped; what has runs to its end without an answer.
+    /// What has not begun is dropped. A secondary's ends with its I/O. A primary's write that has begun
+    /// runs to its full end, without an answer: until every copy has it nobody may read it (rule 12), and
+    /// so it keeps its range.
     fn drop_operations_of(&mut self, peer: PeerIndex, session: u64) {
         let theirs: Vec<OpKey> = self
             .ops
             .iter()
             .filter(|(_, op)| matches!(op.origin, Origin::Peer(sender) if sender.peer == peer && sender.session == session))
+            .filter(|(_, op)| op.part == Part::Secondary || op.kind == OpKind::Read || !op.begun())
             .map(|(key, _)| key)
             .collect();
         for key in theirs {
             self.doom(key, crate::wire::header::Status::Fenced);
         }
+        self.drop_flushes_of(peer, session);
     }
 
     /// An operation or flush of a peer's came to its end.
@@ -387,16 +410,15 @@ impl Engine {
         awaited: Awaited,
     ) -> bool {
         let entry = &mut self.peers[peer];
-        if !entry.is_open() || !entry.has_room() {
+        if !entry.is_open() {
             return false;
         }
         let Some(session) = entry.session.as_mut() else { return false };
-        let sequence = session.next_sequence;
-        // Messages without an answer have numbers too; the window keeps an empty place for them.
-        while session.window.base + (session.window.awaited.len() as u64) < sequence {
-            session.window.awaited.push_back(None);
+        if !session.window.has_room() {
+            session.starved = true;
+            return false;
         }
-        session.window.awaited.push_back(Some(awaited));
+        session.window.put(session.next_sequence, awaited);
         self.push_frame(peer, header, trailer, body);
         true
     }
@@ -441,6 +463,16 @@ impl Engine {
     /// Takes the answer's waiter out of the window.
     pub(super) fn take_awaited(&mut self, peer: PeerIndex, sequence: u64) -> Option<Awaited> {
         self.peers[peer].session.as_mut()?.window.take(sequence)
+    }
+
+    /// Answers made room: what could not be sent goes on. Not for every single one, since it looks at
+    /// everything that waits.
+    pub(super) fn resume_starved(&mut self, peer: PeerIndex) {
+        let Some(session) = self.peers[peer].session.as_mut() else { return };
+        if session.starved && session.window.count * 2 <= WINDOW && session.window.has_room() {
+            session.starved = false;
+            self.resume_after(peer);
+        }
     }
 
     /// Checks that a frame belongs to the present session and notes that the peer lives.
@@ -526,11 +558,21 @@ impl Engine {
                 self.end_session(peer, format!("nothing heard for {} ms", SILENCE / 1_000_000), true);
             }
             self.ping_if_due(peer);
-            let entry = &self.peers[peer];
-            if !entry.ever_open && entry.since + UNREACHED <= self.now && entry.lost.is_none() {
-                self.lose(peer, "no session could be opened".into());
-            }
+            self.miss(peer);
             self.ask_if_due(peer);
+        }
+    }
+
+    /// A copy may come to be counted on by this node while there is no session with its node: after
+    /// our start, or when another primary's role came to us.
+    fn miss(&mut self, peer: PeerIndex) {
+        if self.peers[peer].is_open() || self.peers[peer].lost.is_some() || !self.counts_on(peer) {
+            self.peers[peer].missed_since = None;
+            return;
+        }
+        let since = *self.peers[peer].missed_since.get_or_insert(self.now);
+        if since + UNREACHED <= self.now {
+            self.lose(peer, "no session could be opened".into());
         }
     }
 

@@ -30,6 +30,8 @@ pub struct DeviceView {
     pub secondaries: Vec<PeerIndex>,
     /// This node's disks that hold copies of it.
     pub disks: Vec<DiskIndex>,
+    /// Those from which it serves as primary.
+    pub serving_disks: Vec<DiskIndex>,
 }
 
 /// This node or another.
@@ -60,6 +62,8 @@ pub struct SpanView {
     pub mine: Option<Mine>,
     /// The other copies that get every write: members and joining ones.
     pub others: Vec<PeerIndex>,
+    /// Those of them that are members.
+    pub members: Vec<PeerIndex>,
     /// Copies in the list, stale ones included.
     pub copies: usize,
 }
@@ -121,6 +125,7 @@ impl Viewer<'_> {
             primaries: Vec::new(),
             secondaries: Vec::new(),
             disks: Vec::new(),
+            serving_disks: Vec::new(),
         };
         for span in &view.spans {
             push_new(&mut view.primaries, span.primary);
@@ -129,6 +134,9 @@ impl Viewer<'_> {
             }
             if let Some(mine) = span.mine {
                 push_new(&mut view.disks, mine.disk);
+                if span.serves() {
+                    push_new(&mut view.serving_disks, mine.disk);
+                }
             }
         }
         view
@@ -144,6 +152,7 @@ impl Viewer<'_> {
             intact: false,
             mine: None,
             others: Vec::new(),
+            members: Vec::new(),
             copies: span.replicas.len(),
         };
         for (position, replica) in span.replicas.iter().enumerate() {
@@ -158,7 +167,12 @@ impl Viewer<'_> {
                     view.mine = disk.map(|disk| Mine { disk, state: replica.state });
                     view.intact = disk.is_some_and(|disk| self.disks[disk].1 == replica.incarnation);
                 }
-                Place::Peer(peer) if replica.state != ReplicaState::Stale => view.others.push(peer),
+                Place::Peer(peer) if replica.state != ReplicaState::Stale => {
+                    view.others.push(peer);
+                    if replica.state == ReplicaState::InSync {
+                        view.members.push(peer);
+                    }
+                }
                 Place::Peer(_) => {}
             }
         }
