@@ -32,7 +32,7 @@ const BUSY_RETRY: Duration = Duration::from_millis(20);
 /// Bytes of a processor mask: 8192 processors, as many as Linux can be built for.
 const AFFINITY_BYTES: usize = 1024;
 
-/// The commands, by the names of the kernel's documentation.
+/// The commands, by the kernel's names; what each does stands at the method of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum ControlOp {
