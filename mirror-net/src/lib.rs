@@ -4,6 +4,12 @@
 //! are arguments, so that the daemon, the simulator and the tests drive the same code.
 #![forbid(unsafe_code)]
 
+pub mod config;
+pub mod control;
+pub mod engine;
 pub mod format;
 pub mod ids;
+pub mod manager;
+pub mod map;
 pub mod region;
+pub mod wire;

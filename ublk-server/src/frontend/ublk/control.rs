@@ -287,7 +287,7 @@ impl Control {
         let in_range = (1..=QUEUES_MAX).contains(&new.queues)
             && (1..=QUEUE_DEPTH_MAX).contains(&new.depth)
             && (page_bytes..=IO_BUFFER_BYTES_MAX).contains(&new.buffer_bytes)
-            && new.buffer_bytes % page_bytes == 0;
+            && new.buffer_bytes.is_multiple_of(page_bytes);
         if !in_range {
             let NewDevice { queues, depth, buffer_bytes, .. } = *new;
             return Err(ControlError::OutOfRange { queues, depth, buffer_bytes });

@@ -19,6 +19,7 @@ use rand::rngs::OsRng;
 use serde::{Deserialize, Serialize};
 
 pub mod control;
+pub mod export;
 pub mod params;
 pub mod queue;
 pub mod recovery;

@@ -268,17 +268,14 @@ fn survey_one(control: &mut Control, record: DeviceRecord) -> Result<Survivor, C
 
 /// The kernel's device with the record's cookie: under the recorded number, or under any.
 fn find(control: &mut Control, record: &DeviceRecord) -> Result<Option<DeviceInfo>, ControlError> {
-    if let Some(info) = record.id.map(|id| ask(control, id)).transpose()?.flatten() {
-        if info.cookie == Some(record.cookie) {
-            return Ok(Some(info));
-        }
+    let ours = |info: &DeviceInfo| info.cookie == Some(record.cookie);
+    if let Some(info) = record.id.map(|id| ask(control, id)).transpose()?.flatten().filter(ours) {
+        return Ok(Some(info));
     }
     // The server died between adding the device and recording its number, or somebody else has that number now.
     for id in existing_devices() {
-        if let Some(info) = ask(control, id)? {
-            if info.cookie == Some(record.cookie) {
-                return Ok(Some(info));
-            }
+        if let Some(info) = ask(control, id)?.filter(ours) {
+            return Ok(Some(info));
         }
     }
     Ok(None)

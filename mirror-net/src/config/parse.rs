@@ -1,0 +1,377 @@
+//! From text to a checked cluster file.
+
+use super::{
+    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, SLICE_BYTES_DEFAULT,
+    Segments, format_bytes, parse_bytes,
+};
+use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use toml::Spanned;
+
+type Text = Spanned<String>;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFile {
+    cluster: Spanned<RawCluster>,
+    #[serde(default)]
+    node: Vec<Spanned<RawNode>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawCluster {
+    name: Text,
+    slice_size: Option<Text>,
+    key_file: Text,
+    manager: Text,
+    segments: Option<Spanned<RawSegments>>,
+    frontend: Option<Text>,
+    nbd: Option<Text>,
+    nbd_allow_remote: Option<bool>,
+    // Known words of things to come: refused with a better sentence than "unknown field".
+    commit: Option<Text>,
+    copies: Option<Spanned<i64>>,
+    on_no_quorum: Option<Text>,
+    layout: Option<Text>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawNode {
+    name: Text,
+    address: Text,
+    power: Option<Text>,
+    switch: Option<Text>,
+    #[serde(default)]
+    spare: bool,
+    frontend: Option<Text>,
+    nbd: Option<Text>,
+    #[serde(default)]
+    disk: Vec<Spanned<RawDisk>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDisk {
+    name: Option<Text>,
+    path: Text,
+    size: Option<Text>,
+    segments: Option<Spanned<RawSegments>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSegments {
+    primary: Spanned<i64>,
+    secondary: Spanned<i64>,
+    unmirrored: Spanned<i64>,
+}
+
+/// The text being read, for messages.
+struct Reader<'a> {
+    text: &'a str,
+    path: &'a str,
+    /// The name of the node being read, so that every error about it says it.
+    node: String,
+}
+
+pub(super) fn parse(text: &str, path: &str) -> Result<ClusterFile, ConfigError> {
+    let raw: RawFile = toml::from_str(text).map_err(|error| ConfigError::from_toml(text, path, &error))?;
+    Reader { text, path, node: String::new() }.file(raw)
+}
+
+impl Reader<'_> {
+    fn error<T>(&self, at: &Spanned<T>, field: &str, what: impl Display) -> ConfigError {
+        let what = match self.node.as_str() {
+            "" => what.to_string(),
+            node => format!("node {node}: {what}"),
+        };
+        ConfigError::at(self.text, self.path, at.span(), field, what)
+    }
+
+    fn line<T>(&self, at: &Spanned<T>) -> usize {
+        ConfigError::at(self.text, self.path, at.span(), "", String::new()).line
+    }
+
+    fn file(&mut self, raw: RawFile) -> Result<ClusterFile, ConfigError> {
+        let cluster = raw.cluster.get_ref();
+        self.refuse_what_is_not_built(cluster)?;
+        let segments = match &cluster.segments {
+            Some(segments) => self.segments(segments, "cluster.segments")?,
+            None => Segments::default(),
+        };
+        let manager = self.address(&cluster.manager, "cluster.manager")?;
+        let key_file = self.path_of(&cluster.key_file, "cluster.key_file")?;
+        let mut file = ClusterFile {
+            name: self.name(&cluster.name, "cluster.name")?,
+            slice_bytes: self.slice_bytes(cluster)?,
+            key_file,
+            manager,
+            nodes: Vec::new(),
+        };
+        let frontend = self.frontend(cluster.frontend.as_ref(), "cluster.frontend")?.unwrap_or_default();
+        let remote = cluster.nbd_allow_remote.unwrap_or(false);
+        let nbd = self.nbd(cluster.nbd.as_ref(), "cluster.nbd", remote)?.unwrap_or_default();
+        if raw.node.is_empty() {
+            return Err(self.error(&raw.cluster, "node", "there is no [[node]] in the file"));
+        }
+        let mut names: HashMap<String, usize> = HashMap::new();
+        let mut addresses = HashMap::from([(file.manager.clone(), ("the manager".to_owned(), 0))]);
+        addresses.insert(file.manager.clone(), ("the manager".to_owned(), self.line(&cluster.manager)));
+        for raw in &raw.node {
+            self.node.clear();
+            let node = raw.get_ref();
+            let name = self.name(&node.name, "node.name")?;
+            if let Some(line) = names.insert(name.clone(), self.line(&node.name)) {
+                return Err(self.error(
+                    &node.name,
+                    "node.name",
+                    format!("{name:?} is already the name of the node in line {line}"),
+                ));
+            }
+            self.node = name.clone();
+            let address = self.address(&node.address, "node.address")?;
+            if let Some((other, line)) =
+                addresses.insert(address.clone(), (format!("node {name}"), self.line(&node.address)))
+            {
+                return Err(self.error(
+                    &node.address,
+                    "node.address",
+                    format!("{address} is already the address of {other} (line {line})"),
+                ));
+            }
+            file.nodes.push(NodeFile {
+                name,
+                address,
+                power: self.label(node.power.as_ref(), "node.power")?,
+                switch: self.label(node.switch.as_ref(), "node.switch")?,
+                spare: node.spare,
+                frontend: self.frontend(node.frontend.as_ref(), "node.frontend")?.unwrap_or(frontend),
+                nbd: self.nbd(node.nbd.as_ref(), "node.nbd", remote)?.unwrap_or(nbd),
+                disks: self.disks(raw, segments)?,
+            });
+        }
+        Ok(file)
+    }
+
+    fn refuse_what_is_not_built(&self, cluster: &RawCluster) -> Result<(), ConfigError> {
+        let only = |value: &Option<Text>, field: &str, built: &str| match value {
+            Some(value) if value.get_ref() != built => Err(self.error(
+                value,
+                field,
+                format!("{:?} is not built yet: leave the field out, or write {built:?}", value.get_ref()),
+            )),
+            _ => Ok(()),
+        };
+        only(&cluster.commit, "cluster.commit", "immediate")?;
+        only(&cluster.on_no_quorum, "cluster.on_no_quorum", "wait")?;
+        only(&cluster.layout, "cluster.layout", "pair")?;
+        match &cluster.copies {
+            Some(copies) if *copies.get_ref() != 2 => Err(self.error(
+                copies,
+                "cluster.copies",
+                format!("{} copies are not built yet: leave the field out, or write 2", copies.get_ref()),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn slice_bytes(&self, cluster: &RawCluster) -> Result<u32, ConfigError> {
+        let Some(size) = &cluster.slice_size else { return Ok(SLICE_BYTES_DEFAULT) };
+        let bytes = self.bytes(size, "cluster.slice_size")?;
+        u32::try_from(bytes)
+            .ok()
+            .filter(|bytes| bytes.is_power_of_two() && (SLICE_BYTES_MIN..=SLICE_BYTES_MAX).contains(bytes))
+            .ok_or_else(|| {
+                self.error(
+                    size,
+                    "cluster.slice_size",
+                    format!(
+                        "{:?} is not a power of two between {} and {}",
+                        size.get_ref(),
+                        format_bytes(SLICE_BYTES_MIN.into()),
+                        format_bytes(SLICE_BYTES_MAX.into())
+                    ),
+                )
+            })
+    }
+
+    fn bytes(&self, size: &Text, field: &str) -> Result<u64, ConfigError> {
+        parse_bytes(size.get_ref()).ok_or_else(|| {
+            self.error(size, field, format!("{:?} is not a size such as \"64MiB\" or \"1G\"", size.get_ref()))
+        })
+    }
+
+    fn name(&self, name: &Text, field: &str) -> Result<String, ConfigError> {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let text = name.get_ref();
+        if text.is_empty() || text.len() > NAME_BYTES_MAX || !text.chars().all(plain) || text.starts_with('-')
+        {
+            return Err(self.error(
+                name,
+                field,
+                format!(
+                    "{text:?} is not a name: 1 to {NAME_BYTES_MAX} of a-z, 0-9 and -, not beginning with -"
+                ),
+            ));
+        }
+        Ok(text.clone())
+    }
+
+    /// A power feed or a switch: any text but an empty one, which would join all that left it so.
+    fn label(&self, label: Option<&Text>, field: &str) -> Result<Option<String>, ConfigError> {
+        match label {
+            Some(label) if label.get_ref().trim().is_empty() => {
+                Err(self.error(label, field, "is empty: name it, or leave the field out"))
+            }
+            label => Ok(label.map(|label| label.get_ref().clone())),
+        }
+    }
+
+    fn path_of(&self, path: &Text, field: &str) -> Result<PathBuf, ConfigError> {
+        if !path.get_ref().starts_with('/') {
+            return Err(self.error(path, field, format!("{:?} is not an absolute path", path.get_ref())));
+        }
+        Ok(PathBuf::from(path.get_ref()))
+    }
+
+    /// `host:port`, where the host is an address or a DNS name.
+    fn address(&self, address: &Text, field: &str) -> Result<String, ConfigError> {
+        let text = address.get_ref();
+        let wrong = |why: &str| {
+            self.error(
+                address,
+                field,
+                format!("{text:?} {why}; write host:port, such as \"10.0.0.1:7301\" or \"[fd00::1]:7301\""),
+            )
+        };
+        let (host, port) = text.rsplit_once(':').ok_or_else(|| wrong("has no port"))?;
+        let port: u16 = port.parse().map_err(|_| wrong("has a port that is not a number up to 65535"))?;
+        if port == 0 {
+            return Err(wrong("has port 0"));
+        }
+        if let Ok(socket) = text.parse::<SocketAddr>() {
+            if socket.ip().is_unspecified() {
+                return Err(wrong("names no machine: others connect to this address"));
+            }
+            return Ok(text.clone());
+        }
+        let label = |part: &str| {
+            !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+        };
+        // All digits and dots is an address with a mistake in it, not a DNS name.
+        let numeric = host.chars().all(|c| c.is_ascii_digit() || c == '.');
+        if host.is_empty() || numeric || !host.split('.').all(label) {
+            return Err(wrong("has a host that is neither an address nor a name"));
+        }
+        Ok(text.clone())
+    }
+
+    fn frontend(&self, text: Option<&Text>, field: &str) -> Result<Option<Frontend>, ConfigError> {
+        let Some(text) = text else { return Ok(None) };
+        Frontend::parse(text.get_ref()).map(Some).ok_or_else(|| {
+            self.error(text, field, format!("{:?} is none of \"auto\", \"ublk\", \"nbd\"", text.get_ref()))
+        })
+    }
+
+    fn nbd(&self, text: Option<&Text>, field: &str, remote: bool) -> Result<Option<NbdListen>, ConfigError> {
+        let Some(text) = text else { return Ok(None) };
+        if text.get_ref() == "unix" {
+            return Ok(Some(NbdListen::Unix));
+        }
+        let address: SocketAddr = text.get_ref().parse().map_err(|_| {
+            self.error(
+                text,
+                field,
+                format!(
+                    "{:?} is neither \"unix\" nor an address such as \"127.0.0.1:10809\"",
+                    text.get_ref()
+                ),
+            )
+        })?;
+        let loopback = match address.ip() {
+            IpAddr::V4(ip) => ip.is_loopback(),
+            IpAddr::V6(ip) => ip.is_loopback(),
+        };
+        if !loopback && !remote {
+            return Err(self.error(
+                text,
+                field,
+                format!(
+                    "NBD has no authentication: anybody who reaches {address} could read and write the devices; \
+                     if that network is closed, add nbd_allow_remote = true to [cluster]"
+                ),
+            ));
+        }
+        Ok(Some(NbdListen::Tcp(address)))
+    }
+
+    fn segments(&self, raw: &Spanned<RawSegments>, field: &str) -> Result<Segments, ConfigError> {
+        let RawSegments { primary, secondary, unmirrored } = raw.get_ref();
+        let mut percent = [0u8; 3];
+        for (value, slot) in [primary, secondary, unmirrored].into_iter().zip(&mut percent) {
+            *slot = u8::try_from(*value.get_ref()).ok().filter(|value| *value <= 100).ok_or_else(|| {
+                self.error(value, field, format!("{} is not a percentage from 0 to 100", value.get_ref()))
+            })?;
+        }
+        let sum: u32 = percent.iter().map(|value| u32::from(*value)).sum();
+        if sum != 100 {
+            return Err(self.error(
+                raw,
+                field,
+                format!("the three percentages add up to {sum}, they must add up to 100"),
+            ));
+        }
+        let [primary, secondary, unmirrored] = percent;
+        Ok(Segments { primary, secondary, unmirrored })
+    }
+
+    fn disks(&self, node: &Spanned<RawNode>, default: Segments) -> Result<Vec<DiskFile>, ConfigError> {
+        let mut disks: Vec<DiskFile> = Vec::new();
+        for (index, raw) in node.get_ref().disk.iter().enumerate() {
+            let disk = raw.get_ref();
+            let name = match &disk.name {
+                Some(name) => self.name(name, "node.disk.name")?,
+                None => format!("d{}", index + 1),
+            };
+            let path = self.path_of(&disk.path, "node.disk.path")?;
+            let named = disk.name.as_ref().unwrap_or(&disk.path);
+            if disks.iter().any(|other| other.name == name) {
+                return Err(self.error(
+                    named,
+                    "node.disk.name",
+                    format!("two disks are called {name:?}; give each a name"),
+                ));
+            }
+            if let Some(other) = disks.iter().find(|other| other.path == path) {
+                return Err(self.error(
+                    &disk.path,
+                    "node.disk.path",
+                    format!("{} is already the path of disk {}", path.display(), other.name),
+                ));
+            }
+            let bytes = disk.size.as_ref().map(|size| self.bytes(size, "node.disk.size")).transpose()?;
+            if let Some(size) = disk.size.as_ref().filter(|_| path.starts_with("/dev")) {
+                return Err(self.error(
+                    size,
+                    "node.disk.size",
+                    format!("{} is a device and has a size of its own; `size` is for files", path.display()),
+                ));
+            }
+            let segments = match &disk.segments {
+                Some(segments) => self.segments(segments, "node.disk.segments")?,
+                None => default,
+            };
+            disks.push(DiskFile { name, path, bytes, segments });
+        }
+        if disks.is_empty() {
+            return Err(self.error(&node.get_ref().name, "node.disk", "there is no [[node.disk]]"));
+        }
+        Ok(disks)
+    }
+}

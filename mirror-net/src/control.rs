@@ -1,0 +1,321 @@
+//! Control traffic: what nodes' agents, the manager and `mirrorctl` say to each other.
+//!
+//! JSON in length-prefixed frames ([`crate::wire::transport`]), after a handshake for
+//! [`Purpose::Control`](crate::wire::handshake::Purpose::Control). A node's agent and `mirrorctl`
+//! connect to the manager; the first message names which of the two it is by its type.
+
+use crate::ids::{
+    AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId,
+};
+use crate::map::{DistributionMap, SegmentSlots};
+use serde::{Deserialize, Serialize};
+
+/// What a node's agent says to the manager.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum NodeMessage {
+    /// The first message: who is there, and with which disks.
+    Register(Registration),
+    /// This map version is durably adopted, and older claims' writes are finished or aborted.
+    Adopted {
+        /// The version.
+        version: MapVersion,
+    },
+    /// As primary: the peer's copies miss writes, or cannot be reached; record them stale.
+    AskStale {
+        /// The node whose copies are meant.
+        peer: NodeId,
+        /// The map version on which the asker acts.
+        version: MapVersion,
+        /// What was observed, for people.
+        cause: String,
+    },
+    /// A disk of this node does not take writes any more.
+    DiskFailed {
+        /// The disk.
+        disk: DiskId,
+        /// What the kernel said.
+        reason: String,
+    },
+    /// Sent every [`REPORT_MS`]: also the heartbeat.
+    Report(NodeReport),
+    /// The answer to [`ManagerMessage::Format`].
+    Formatted {
+        /// The first error; nothing was formatted if the check of any disk failed.
+        error: Option<String>,
+        /// The disks' attachments, in the order of the request.
+        attach: Vec<AttachId>,
+    },
+}
+
+/// Milliseconds between two reports of a node.
+pub const REPORT_MS: u64 = 500;
+/// A node that has said nothing for so many milliseconds is taken for unreachable.
+pub const SILENCE_MS: u64 = 2_000;
+
+/// How a node introduces itself.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Registration {
+    /// Its name in the cluster file.
+    pub node: String,
+    /// Its process.
+    pub process: ProcessId,
+    /// The version of the newest map that it adopted.
+    pub adopted: MapVersion,
+    /// Where it listens for other nodes.
+    pub address: String,
+    /// Its disks, in the order of its cluster file.
+    pub disks: Vec<DiskInventory>,
+}
+
+/// A disk as the node sees it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct DiskInventory {
+    /// Its name in the cluster file.
+    pub name: String,
+    /// Its path on the node.
+    pub path: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The smallest direct write, in bytes.
+    pub block_bytes: u32,
+    /// Its attachment.
+    pub attach: AttachId,
+    /// What is on it.
+    pub content: DiskContent,
+}
+
+/// What a node found on a disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum DiskContent {
+    /// Nothing: it may be formatted.
+    Blank,
+    /// Something that is not ours, named for people.
+    Foreign {
+        /// Such as `ext4 file system labelled "home"`.
+        what: String,
+    },
+    /// A superblock of ours.
+    Ours {
+        /// The cluster it belongs to.
+        cluster: ClusterId,
+        /// Its id there.
+        disk: DiskId,
+    },
+    /// It cannot be used, and why.
+    Unusable {
+        /// For people.
+        why: String,
+    },
+}
+
+/// What the manager says to a node's agent.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ManagerMessage {
+    /// The answer to a registration.
+    Registered {
+        /// Larger than in any registration before; fences requests of earlier processes.
+        exporter_session: ExporterSession,
+    },
+    /// Check all named disks, then format them; answered with [`NodeMessage::Formatted`].
+    Format(FormatOrder),
+    /// The newest map.
+    Map {
+        /// All of it.
+        map: Box<DistributionMap>,
+    },
+    /// Every primary of the device has adopted this claim: its exporter may start.
+    Export {
+        /// The device.
+        device: DeviceId,
+        /// The generation of the claim that this holds for.
+        generation: ClaimGeneration,
+    },
+    /// The registration is refused; the connection closes.
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+/// The disks of one node to be formatted.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct FormatOrder {
+    /// The new cluster.
+    pub cluster: ClusterId,
+    /// The node's id in it.
+    pub node: NodeId,
+    /// Bytes in a slice.
+    pub slice_bytes: u32,
+    /// The disks.
+    pub disks: Vec<FormatDisk>,
+    /// Format over foreign data.
+    pub force: bool,
+    /// Only check whether it would work.
+    pub check_only: bool,
+}
+
+/// One disk to be formatted.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct FormatDisk {
+    /// Its name in the cluster file.
+    pub name: String,
+    /// Its id in the map.
+    pub disk: DiskId,
+    /// Its slots, by segment.
+    pub slots: SegmentSlots,
+}
+
+/// A node's state, for `mirrorctl status`.
+#[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// The map version it has adopted.
+    pub adopted: MapVersion,
+    /// Its sessions with other nodes.
+    pub sessions: Vec<SessionReport>,
+    /// The devices it exports.
+    pub exports: Vec<ExportReport>,
+    /// What its requests wait for, one line each; empty when nothing waits.
+    pub waiting: Vec<String>,
+}
+
+/// A session with another node.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SessionReport {
+    /// The other node.
+    pub peer: NodeId,
+    /// Whether messages flow.
+    pub open: bool,
+    /// The last reason why it was not open.
+    pub last_error: Option<String>,
+}
+
+/// A device being exported.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ExportReport {
+    /// The device.
+    pub device: DeviceId,
+    /// `/dev/ublkbN`, for the ublk frontend.
+    pub path: Option<String>,
+    /// `nbd+unix://…` or `nbd://…`, for the NBD frontend.
+    pub uri: Option<String>,
+    /// Why it is not exported although it should be.
+    pub error: Option<String>,
+    /// Requests completed since the daemon's start.
+    pub requests: u64,
+    /// Requests that have not been completed.
+    pub pending: u64,
+}
+
+/// What `mirrorctl` asks the manager.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum OperatorRequest {
+    /// Make a cluster of the registered nodes.
+    CreateCluster {
+        /// The text of the cluster file.
+        file: String,
+        /// Format over foreign data.
+        force: bool,
+    },
+    /// The map.
+    Map,
+    /// Everything that `mirrorctl status` shows.
+    Status,
+    /// Move every role and claim of a node to its partners.
+    Failover {
+        /// The node's name.
+        node: String,
+    },
+}
+
+/// What the manager answers.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum OperatorReply {
+    /// The cluster has been created.
+    Created {
+        /// Its map.
+        map: Box<DistributionMap>,
+    },
+    /// The map.
+    Map {
+        /// All of it; `None` before a cluster has been created.
+        map: Option<Box<DistributionMap>>,
+    },
+    /// The cluster's state.
+    Status(Box<ClusterStatus>),
+    /// The failover is in the map, and which nodes have adopted it.
+    FailedOver {
+        /// The map version that made it.
+        version: MapVersion,
+        /// One line for each thing that moved.
+        moved: Vec<String>,
+        /// What could not move, and why; empty when all went over.
+        stayed: Vec<String>,
+    },
+    /// It was refused; nothing changed.
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+/// All that the manager knows.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    /// The map; `None` before a cluster has been created.
+    pub map: Option<DistributionMap>,
+    /// Every node that is in the map or has registered.
+    pub nodes: Vec<NodeStatus>,
+    /// What is not as it should be, the worst first.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
+}
+
+/// How bad a finding is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// It passes by itself.
+    Note,
+    /// Everything can be read and written, with less protection than wanted.
+    Degraded,
+    /// Some data cannot be read or written now.
+    Unavailable,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// The device that it is about, if it is about one.
+    pub device: Option<String>,
+    /// The node that it is about or that it waits for, if it is one.
+    pub node: Option<String>,
+    /// What is the matter, for people.
+    pub what: String,
+    /// What to do or to type; empty if nothing helps but time.
+    pub todo: String,
+}
+
+/// A node as the manager sees it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its name.
+    pub name: String,
+    /// Whether it is connected and heard of within [`SILENCE_MS`].
+    pub up: bool,
+    /// Its process, if it has registered since the manager started.
+    pub process: Option<ProcessId>,
+    /// The newest map version that it has durably adopted, if it has registered.
+    #[serde(default)]
+    pub adopted: MapVersion,
+    /// Its disks, if it has registered.
+    pub disks: Vec<DiskInventory>,
+    /// Its last report.
+    pub report: Option<NodeReport>,
+}

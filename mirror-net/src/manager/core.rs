@@ -1,0 +1,447 @@
+//! The manager as a state machine.
+
+use super::create::{Creation, Progress, UsableSlots};
+use super::registry::Registry;
+use super::repair::repair;
+use super::stale::ask_stale;
+use super::{Change, ConnectionId, Input, Output, Proposal, Ticket, export, failover, findings};
+use crate::control::{
+    ClusterStatus, DiskContent, ManagerMessage, NodeMessage, NodeStatus, OperatorReply, Registration,
+};
+use crate::ids::{ClusterId, ExporterSession, MapVersion};
+use crate::map::DistributionMap;
+use std::collections::VecDeque;
+
+/// The system manager: see the module's description.
+#[derive(Debug)]
+pub struct Manager {
+    map: Option<DistributionMap>,
+    registry: Registry,
+    usable: UsableSlots,
+    /// Questions of primaries that have not been decided: who asks, about whom.
+    asks: VecDeque<(ConnectionId, crate::ids::NodeId, String)>,
+    failovers: VecDeque<(Ticket, String)>,
+    creation: Option<Creation>,
+    /// What is being stored, and who waits for it.
+    storing: Option<(Proposal, Then)>,
+    outputs: VecDeque<Output>,
+}
+
+/// What follows once a proposal is stored.
+#[derive(Debug)]
+enum Then {
+    Nothing,
+    FailedOver { ticket: Ticket, moved: Vec<String>, stayed: Vec<String> },
+    Created,
+}
+
+impl Manager {
+    /// Starts with what the store holds; `usable` tells how many slices fit on a disk.
+    pub fn new(map: Option<DistributionMap>, usable: UsableSlots) -> Self {
+        Self {
+            map,
+            registry: Registry::default(),
+            usable,
+            asks: VecDeque::new(),
+            failovers: VecDeque::new(),
+            creation: None,
+            storing: None,
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// The map as it is stored.
+    pub fn map(&self) -> Option<&DistributionMap> {
+        self.map.as_ref()
+    }
+
+    /// The nodes that have registered.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// What is to be done next; to be asked until it says `None` after every [`Self::handle`].
+    pub fn poll(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// Everything that `mirrorctl status` shows.
+    pub fn status(&self, now_ms: u64) -> ClusterStatus {
+        let in_map = self.map.iter().flat_map(|map| &map.nodes).map(|node| node.name.as_str());
+        let mut names: Vec<&str> = in_map.collect();
+        for (name, _) in self.registry.iter() {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        let nodes = names
+            .into_iter()
+            .map(|name| {
+                let entry = self.registry.get(name);
+                NodeStatus {
+                    name: name.to_owned(),
+                    up: entry.is_some_and(|entry| entry.is_up(now_ms)),
+                    process: entry.map(|entry| entry.process),
+                    adopted: entry.map_or(MapVersion(0), |entry| entry.adopted),
+                    disks: entry.map_or_else(Vec::new, |entry| entry.disks.clone()),
+                    report: entry.and_then(|entry| entry.report.clone()),
+                }
+            })
+            .collect();
+        let findings = findings::findings(self.map.as_ref(), &self.registry, now_ms);
+        ClusterStatus { map: self.map.clone(), nodes, findings }
+    }
+
+    /// Takes one event, and decides all that follows from it.
+    pub fn handle(&mut self, now_ms: u64, input: Input) {
+        match input {
+            Input::Register { connection, cluster, registration } => {
+                self.register(now_ms, connection, cluster, registration);
+            }
+            Input::Session { connection, session } => self.session(connection, session),
+            Input::Message { connection, message } => self.message(now_ms, connection, message),
+            Input::Disconnected { connection } => self.disconnected(connection),
+            Input::Create { ticket, file, cluster, force } => {
+                let refused = if let Some(map) = &self.map {
+                    Some(format!(
+                        "there is a cluster already, {}; to begin anew, stop the manager and move its state \
+                         directory away",
+                        map.cluster_name
+                    ))
+                } else if self.creation.is_some() || self.storing.is_some() {
+                    Some("a cluster is being created at this moment; wait for it".to_owned())
+                } else {
+                    let outputs = &mut self.outputs;
+                    let request = (ticket, &*file, cluster, force);
+                    let started =
+                        Creation::start(now_ms, request, &self.registry, self.usable, &mut |output| {
+                            outputs.push_back(output);
+                        });
+                    match started {
+                        Ok(creation) => {
+                            self.creation = Some(creation);
+                            None
+                        }
+                        Err(reason) => Some(reason),
+                    }
+                };
+                if let Some(reason) = refused {
+                    self.reply(ticket, OperatorReply::Refused { reason });
+                }
+            }
+            Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
+            Input::Stored { version } => self.stored(version),
+            Input::Conflict { newest } => self.conflict(newest.map(|map| *map)),
+            Input::Tick => {}
+        }
+        self.advance_creation(now_ms);
+        self.decide(now_ms);
+        self.grant_exports(now_ms);
+    }
+
+    fn log(&mut self, line: String) {
+        self.outputs.push_back(Output::Log(line));
+    }
+
+    fn reply(&mut self, ticket: Ticket, reply: OperatorReply) {
+        self.outputs.push_back(Output::Reply { ticket, reply });
+    }
+
+    fn register(
+        &mut self,
+        now_ms: u64,
+        connection: ConnectionId,
+        cluster: Option<ClusterId>,
+        mut registration: Registration,
+    ) {
+        if let Err(reason) = self.registry.admit(self.map.as_ref(), cluster, &registration, now_ms) {
+            self.log(format!("refused: {reason}"));
+            self.outputs.push_back(Output::Send { connection, message: ManagerMessage::Refused { reason } });
+            self.outputs.push_back(Output::Close { connection });
+            return;
+        }
+        // What a node adopted as a member of no cluster, or of one that is no more, is not ours.
+        if cluster.is_none() || cluster != self.map.as_ref().map(|map| map.cluster) {
+            registration.adopted = MapVersion(0);
+        }
+        let line = format!("node {} registered with {}", registration.node, registration.process);
+        if let Some(old) = self.registry.enter(now_ms, connection, registration) {
+            if let Some(creation) = &mut self.creation {
+                creation.disconnected(old);
+            }
+            self.outputs.push_back(Output::Close { connection: old });
+        }
+        self.log(line);
+        self.outputs.push_back(Output::GiveSession { connection });
+    }
+
+    fn session(&mut self, connection: ConnectionId, session: ExporterSession) {
+        let Some((_, entry)) = self.registry.by_connection_mut(connection) else { return };
+        entry.session = Some(session);
+        let message = ManagerMessage::Registered { exporter_session: session };
+        self.outputs.push_back(Output::Send { connection, message });
+        self.send_map(connection);
+    }
+
+    fn send_map(&mut self, connection: ConnectionId) {
+        if let Some(map) = &self.map {
+            let message = ManagerMessage::Map { map: Box::new(map.clone()) };
+            self.outputs.push_back(Output::Send { connection, message });
+        }
+    }
+
+    fn message(&mut self, now_ms: u64, connection: ConnectionId, message: NodeMessage) {
+        // A connection that was replaced speaks for a process that is gone.
+        let Some((name, entry)) = self.registry.by_connection_mut(connection) else { return };
+        let name = name.to_owned();
+        entry.heard_ms = now_ms;
+        let newest = self.map.as_ref().map_or(MapVersion(0), |map| map.version);
+        match message {
+            NodeMessage::Register(registration) => {
+                self.log(format!("node {} registered twice on one connection: ignored", registration.node));
+            }
+            NodeMessage::Adopted { version } if version <= newest => {
+                entry.adopted = entry.adopted.max(version);
+            }
+            NodeMessage::Adopted { version } => {
+                self.log(format!("node {name} says it adopted {version}, which does not exist: ignored"));
+            }
+            NodeMessage::Report(report) => {
+                if report.adopted <= newest {
+                    entry.adopted = entry.adopted.max(report.adopted);
+                }
+                entry.report = Some(report);
+            }
+            NodeMessage::AskStale { peer, cause, .. } => {
+                // Asked again before it was decided, it is the same question.
+                self.asks.retain(|(asker, other, _)| (*asker, *other) != (connection, peer));
+                self.asks.push_back((connection, peer, cause));
+            }
+            NodeMessage::DiskFailed { disk, reason } => {
+                let node = self.map.as_ref().and_then(|map| map.node_of(disk).and_then(|id| map.node(id)));
+                if node.is_some_and(|node| node.name == name) {
+                    self.registry.disk_failed(disk, reason);
+                } else {
+                    self.log(format!("node {name} says that {disk} failed, which is not its own: ignored"));
+                }
+            }
+            NodeMessage::Formatted { error, attach } => {
+                if let Some(creation) = &mut self.creation {
+                    creation.formatted(connection, error, &attach);
+                }
+            }
+        }
+    }
+
+    fn disconnected(&mut self, connection: ConnectionId) {
+        if let Some(creation) = &mut self.creation {
+            creation.disconnected(connection);
+        }
+        let Some((name, entry)) = self.registry.by_connection_mut(connection) else { return };
+        entry.connected = false;
+        let line = format!("node {name} disconnected");
+        self.log(line);
+    }
+
+    fn advance_creation(&mut self, now_ms: u64) {
+        if self.storing.is_some() {
+            return;
+        }
+        let Some(creation) = &mut self.creation else { return };
+        let outputs = &mut self.outputs;
+        match creation.progress(now_ms, &mut |output| outputs.push_back(output)) {
+            Progress::Waiting => {}
+            Progress::Done(proposal) => self.store(proposal, Then::Created),
+            Progress::Failed { reason, close } => {
+                let ticket = creation.ticket;
+                self.creation = None;
+                self.reply(ticket, OperatorReply::Refused { reason });
+                for connection in close {
+                    self.outputs.push_back(Output::Close { connection });
+                }
+            }
+        }
+    }
+
+    fn store(&mut self, proposal: Proposal, then: Then) {
+        self.outputs.push_back(Output::Store(proposal.clone()));
+        self.storing = Some((proposal, then));
+    }
+
+    /// Makes the next change, if there is one and none is being stored.
+    fn decide(&mut self, now_ms: u64) {
+        while self.storing.is_none() {
+            let Some(map) = &self.map else {
+                self.asks.clear();
+                for (ticket, _) in std::mem::take(&mut self.failovers) {
+                    let reason = "no cluster has been created yet".to_owned();
+                    self.reply(ticket, OperatorReply::Refused { reason });
+                }
+                return;
+            };
+            let change = repair(map, &self.registry, now_ms);
+            if !change.is_empty() {
+                self.propose(change, Then::Nothing);
+            } else if let Some((connection, peer, cause)) = self.asks.pop_front() {
+                self.decide_stale(now_ms, connection, peer, &cause);
+            } else if let Some((ticket, node)) = self.failovers.pop_front() {
+                match failover::plan(map, &self.registry, now_ms, &node) {
+                    Ok(failover::Failover { batch, moved, stayed }) => {
+                        let why = std::iter::once(format!("failover of {node} by the operator"))
+                            .chain(moved.iter().cloned())
+                            .collect();
+                        self.propose(Change { batch, why }, Then::FailedOver { ticket, moved, stayed });
+                    }
+                    Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
+                }
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn decide_stale(&mut self, now_ms: u64, connection: ConnectionId, peer: crate::ids::NodeId, cause: &str) {
+        let Some(map) = &self.map else { return };
+        let Some((name, _)) = self.registry.by_connection(connection) else { return };
+        let Some(asker) = map.node_named(name).map(|node| node.id) else { return };
+        let mut change = ask_stale(map, &self.registry, now_ms, asker, peer);
+        if change.is_empty() {
+            // It acts on an old map, or is not what the map says: the newest tells it so.
+            let line =
+                format!("node {name} has nothing to be recorded stale at {}: {cause}", map.node_name(peer));
+            self.log(line);
+            self.send_map(connection);
+            return;
+        }
+        change.why.insert(0, format!("asked by {name}: {cause}"));
+        self.propose(change, Then::Nothing);
+    }
+
+    fn propose(&mut self, change: Change, then: Then) {
+        let Some(map) = &self.map else { return };
+        match map.apply(&change.batch) {
+            Ok(Some(next)) => {
+                let proposal = Proposal {
+                    base: Some(map.version),
+                    batch: change.batch,
+                    next: Box::new(next),
+                    why: change.why,
+                };
+                self.store(proposal, then);
+            }
+            // Neither can happen: every rule proposes only what is not so yet, and what is allowed.
+            // If one does, nothing changes, and the log says what to look at.
+            outcome => {
+                let reason = match outcome {
+                    Err(error) => error.to_string(),
+                    _ => "it changes nothing".to_owned(),
+                };
+                debug_assert!(false, "{reason}: {:?}", change.batch);
+                self.log(format!(
+                    "BUG: a change was computed that cannot be made: {reason}: {:?}",
+                    change.batch
+                ));
+                if let Then::FailedOver { ticket, .. } = then {
+                    self.reply(ticket, OperatorReply::Refused { reason });
+                }
+                self.storing = None;
+                self.asks.clear();
+            }
+        }
+    }
+
+    fn stored(&mut self, version: MapVersion) {
+        let Some((proposal, then)) = self.storing.take() else { return };
+        assert_eq!(proposal.next.version, version, "the store confirmed another version than was proposed");
+        self.map = Some(*proposal.next);
+        if matches!(then, Then::Created) {
+            self.enter_formatted_disks();
+        }
+        self.send_map_to_all();
+        match then {
+            Then::Nothing => {}
+            Then::FailedOver { ticket, moved, stayed } => {
+                self.reply(ticket, OperatorReply::FailedOver { version, moved, stayed });
+            }
+            Then::Created => {
+                if let (Some(creation), Some(map)) = (self.creation.take(), self.map.clone()) {
+                    self.reply(creation.ticket, OperatorReply::Created { map: Box::new(map) });
+                }
+            }
+        }
+    }
+
+    /// The nodes registered with blank disks; what they formatted is known from their answers.
+    fn enter_formatted_disks(&mut self) {
+        let (Some(creation), Some(map)) = (&self.creation, &self.map) else { return };
+        let formatted = creation.formatted_disks();
+        for (name, entry) in self.registry.iter_mut() {
+            entry.adopted = MapVersion(0);
+            // One that restarted since has registered with what is on its disks now.
+            if creation.process_of(name) != Some(entry.process) {
+                continue;
+            }
+            for (disk_name, disk, attach) in formatted.get(name).into_iter().flatten() {
+                if let Some(inventory) = entry.disks.iter_mut().find(|inventory| inventory.name == *disk_name)
+                {
+                    inventory.content = DiskContent::Ours { cluster: map.cluster, disk: *disk };
+                    inventory.attach = *attach;
+                }
+            }
+        }
+    }
+
+    fn send_map_to_all(&mut self) {
+        let connections: Vec<ConnectionId> = self
+            .registry
+            .iter()
+            .filter(|(_, node)| node.connected && node.session.is_some())
+            .map(|(_, node)| node.connection)
+            .collect();
+        for connection in connections {
+            self.send_map(connection);
+        }
+    }
+
+    fn conflict(&mut self, newest: Option<DistributionMap>) {
+        let then = self.storing.take().map(|(_, then)| then);
+        self.map = newest;
+        self.log("the store holds a map that another manager wrote; going on with it".to_owned());
+        self.send_map_to_all();
+        let reason =
+            "another manager changed the map at the same moment; nothing changed, repeat it".to_owned();
+        match then {
+            Some(Then::FailedOver { ticket, .. }) => self.reply(ticket, OperatorReply::Refused { reason }),
+            Some(Then::Created) => {
+                if let Some(creation) = self.creation.take() {
+                    self.reply(creation.ticket, OperatorReply::Refused { reason });
+                }
+            }
+            Some(Then::Nothing) | None => {}
+        }
+    }
+
+    /// Tells exporters which devices they may export, once for each connection and claim.
+    fn grant_exports(&mut self, now_ms: u64) {
+        let Some(map) = &self.map else { return };
+        let mut grants = Vec::new();
+        for device in &map.devices {
+            let Some(exporter) = map.node(device.claim.node) else { continue };
+            let Some(entry) = self.registry.get(&exporter.name) else { continue };
+            if entry.session.is_some()
+                && entry.is_up(now_ms)
+                && entry.exported.get(&device.id) != Some(&device.claim.generation)
+                && export::hindrances(map, device, &self.registry, now_ms).is_empty()
+            {
+                grants.push((exporter.name.clone(), entry.connection, device.id, device.claim.generation));
+            }
+        }
+        for (name, connection, device, generation) in grants {
+            if let Some((_, entry)) = self.registry.iter_mut().find(|(other, _)| *other == name) {
+                entry.exported.insert(device, generation);
+            }
+            let message = ManagerMessage::Export { device, generation };
+            self.outputs.push_back(Output::Send { connection, message });
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! When a device's exporter may start (rules 14 and 15).
+
+use super::registry::{Registry, Standing};
+use crate::map::{Device, DistributionMap};
+
+/// Why a device may not be exported yet; one line for each thing that is missing, none if it may.
+///
+/// The present primary of every slice must be what the map says and have adopted the claim: only
+/// then is every older exporter's write finished or refused.
+pub fn hindrances(map: &DistributionMap, device: &Device, registry: &Registry, now_ms: u64) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for span in &device.spans {
+        let replica = span.primary();
+        let Some(node) = map.node_of(replica.disk).and_then(|id| map.node(id)) else { continue };
+        let line = match registry.standing(map, replica, now_ms) {
+            Standing::Intact => {
+                let adopted = registry.get(&node.name).map_or_else(Default::default, |node| node.adopted);
+                if adopted >= device.claim.since {
+                    continue;
+                }
+                format!("{} has not adopted map {} yet", node.name, device.claim.since)
+            }
+            Standing::Unknown => format!("its primary {} has not registered", node.name),
+            Standing::Away => format!("its primary {} is not connected", node.name),
+            Standing::Changed { .. } => format!("its primary {} was restarted", node.name),
+            Standing::Gone => format!("its primary {} has lost its disk", map.disk_name(replica.disk)),
+        };
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    lines
+}

@@ -1,0 +1,279 @@
+//! What is not as it should be, and what to type about it.
+
+use super::registry::{Registered, Registry, Standing};
+use super::repair::{SpanPlan, plan_span};
+use super::{Lines, export, failover};
+use crate::control::{DiskContent, Finding, Severity};
+use crate::map::{Device, DistributionMap, Node, ReplicaState, Span};
+
+/// Everything worth telling an operator, the worst first.
+pub fn findings(map: Option<&DistributionMap>, registry: &Registry, now_ms: u64) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let Some(map) = map else {
+        found.push(Finding {
+            severity: Severity::Unavailable,
+            device: None,
+            node: None,
+            what: "no cluster has been created yet".into(),
+            todo: "start ublk-server on every node, then type: mirrorctl cluster create --file FILE".into(),
+        });
+        return found;
+    };
+    for device in &map.devices {
+        let view = View { map, registry, now_ms };
+        view.copies(device, &mut found);
+        view.exporter(device, &mut found);
+    }
+    for node in &map.nodes {
+        View { map, registry, now_ms }.node(node, &mut found);
+    }
+    found.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+    found
+}
+
+struct View<'a> {
+    map: &'a DistributionMap,
+    registry: &'a Registry,
+    now_ms: u64,
+}
+
+impl View<'_> {
+    fn copies(&self, device: &Device, found: &mut Vec<Finding>) {
+        let (mut unserved, mut degraded) = (Lines::default(), Lines::default());
+        for span in &device.spans {
+            if plan_span(self.map, span, self.registry, self.now_ms) == SpanPlan::Served {
+                let missing: Vec<String> = span
+                    .replicas
+                    .iter()
+                    .filter(|replica| replica.state != ReplicaState::InSync)
+                    .map(|replica| {
+                        let state = match replica.state {
+                            ReplicaState::Syncing => "syncing",
+                            _ => "stale",
+                        };
+                        format!("{} is {state}", self.map.disk_name(replica.disk))
+                    })
+                    .collect();
+                let members = span.members().count();
+                if members < usize::from(device.copies) {
+                    let why =
+                        if missing.is_empty() { String::new() } else { format!(": {}", missing.join(", ")) };
+                    degraded.add(span, format!("{members} of {} copies in sync{why}", device.copies));
+                }
+            } else {
+                unserved.add(span, format!("cannot be read or written: {}", self.members(span)));
+            }
+        }
+        let name = Some(device.name.clone());
+        for what in unserved.finish(&device.name, device.slices) {
+            let (node, todo) = self.unserved_todo(device);
+            found.push(Finding { severity: Severity::Unavailable, device: name.clone(), node, what, todo });
+        }
+        for what in degraded.finish(&device.name, device.slices) {
+            found.push(Finding {
+                severity: Severity::Degraded,
+                device: name.clone(),
+                node: None,
+                what,
+                todo: "keep the copy that is in sync running: filling a stale copy again is not built yet"
+                    .into(),
+            });
+        }
+    }
+
+    /// How each member stands, for people.
+    fn members(&self, span: &Span) -> String {
+        let lines: Vec<String> = span
+            .members()
+            .map(|replica| {
+                let disk = self.map.disk_name(replica.disk);
+                match self.registry.standing(self.map, replica, self.now_ms) {
+                    Standing::Unknown => format!("{disk} has not registered since the manager started"),
+                    Standing::Away => format!("{disk} is not connected"),
+                    Standing::Intact => format!("{disk} is well"),
+                    Standing::Changed { up: false, .. } => {
+                        format!("{disk} was restarted and is not connected")
+                    }
+                    Standing::Changed { power_lost: true, .. } => {
+                        format!("{disk} was attached anew and may lack what was not flushed")
+                    }
+                    Standing::Changed { .. } => format!("{disk} was restarted"),
+                    Standing::Gone => format!("{disk} is gone"),
+                }
+            })
+            .collect();
+        lines.join(", ")
+    }
+
+    /// For the first span that is not served: whom to wait for, and what to type.
+    fn unserved_todo(&self, device: &Device) -> (Option<String>, String) {
+        let unserved = device
+            .spans
+            .iter()
+            .find(|span| plan_span(self.map, span, self.registry, self.now_ms) != SpanPlan::Served);
+        let Some(span) = unserved else { return (None, String::new()) };
+        if plan_span(self.map, span, self.registry, self.now_ms) != SpanPlan::Wait {
+            return (None, String::new());
+        }
+        let primary = span.primary().disk;
+        let node = self.map.node_of(primary).map_or_else(String::new, |id| self.map.node_name(id));
+        let movable = span
+            .members()
+            .skip(1)
+            .any(|replica| self.registry.standing(self.map, replica, self.now_ms) == Standing::Intact);
+        let todo = match self.registry.standing(self.map, span.primary(), self.now_ms) {
+            _ if movable => format!("mirrorctl node failover {node}   (or start ublk-server on {node})"),
+            Standing::Gone => format!("bring the disk {} back, or its partner", self.map.disk_name(primary)),
+            _ => match span.members().find(|replica| !self.is_up(replica.disk)) {
+                Some(replica) => {
+                    let away =
+                        self.map.node_of(replica.disk).map_or_else(String::new, |id| self.map.node_name(id));
+                    return (Some(away.clone()), format!("start ublk-server on {away}"));
+                }
+                None => "bring back the disk that is gone".into(),
+            },
+        };
+        (Some(node), todo)
+    }
+
+    fn is_up(&self, disk: crate::ids::DiskId) -> bool {
+        let node = self.map.node_of(disk).and_then(|id| self.map.node(id));
+        node.is_some_and(|node| self.registry.is_up(&node.name, self.now_ms))
+    }
+
+    fn exporter(&self, device: &Device, found: &mut Vec<Finding>) {
+        let exporter = self.map.node_name(device.claim.node);
+        let mut push = |severity, what: String, todo: String| {
+            let what = format!("{}: {what}", device.name);
+            let (device, node) = (Some(device.name.clone()), Some(exporter.clone()));
+            found.push(Finding { severity, device, node, what, todo });
+        };
+        let entry = self.registry.get(&exporter).filter(|entry| entry.is_up(self.now_ms));
+        let Some(entry) = entry else {
+            let movable = failover::plan(self.map, self.registry, self.now_ms, &exporter).is_ok_and(|plan| {
+                plan.batch.iter().any(|verb| {
+                    matches!(verb, crate::map::verbs::Verb::MoveClaim { device: moved, .. } if *moved == device.id)
+                })
+            });
+            let todo = if movable {
+                format!("mirrorctl node failover {exporter}   (or start ublk-server on {exporter})")
+            } else {
+                format!("start ublk-server on {exporter}")
+            };
+            push(Severity::Unavailable, format!("its exporter {exporter} is not connected"), todo);
+            return;
+        };
+        let report = entry
+            .report
+            .as_ref()
+            .and_then(|report| report.exports.iter().find(|export| export.device == device.id));
+        match report {
+            Some(export) => {
+                if let Some(error) = &export.error {
+                    let todo = format!("see the log of ublk-server on {exporter}");
+                    push(Severity::Unavailable, format!("{exporter} cannot export it: {error}"), todo);
+                }
+            }
+            None => {
+                let hindrances = export::hindrances(self.map, device, self.registry, self.now_ms);
+                let what = if hindrances.is_empty() {
+                    format!("{exporter} has not started to export it yet")
+                } else {
+                    format!("not exported yet: {}", hindrances.join(", "))
+                };
+                push(Severity::Unavailable, what, String::new());
+            }
+        }
+    }
+
+    fn node(&self, node: &Node, found: &mut Vec<Finding>) {
+        let mut push = |severity, what: String, todo: String| {
+            found.push(Finding { severity, device: None, node: Some(node.name.clone()), what, todo });
+        };
+        let name = &node.name;
+        let entry = self.registry.get(name);
+        match entry {
+            Some(entry) if entry.is_up(self.now_ms) => self.node_up(node, entry, &mut push),
+            Some(entry) if entry.connected => push(
+                Severity::Degraded,
+                format!("node {name} is connected but silent"),
+                format!("look at ublk-server on {name}"),
+            ),
+            Some(_) => push(
+                Severity::Degraded,
+                format!("node {name} is not connected"),
+                format!("start ublk-server on {name}"),
+            ),
+            None => push(
+                Severity::Degraded,
+                format!("node {name} has not registered since the manager started"),
+                format!("start ublk-server on {name}"),
+            ),
+        }
+        for disk in self.map.disks.iter().filter(|disk| disk.node == node.id) {
+            if let Some(failed) = &disk.failed {
+                push(
+                    Severity::Degraded,
+                    format!("disk {name}/{} failed: {}", disk.name, failed.reason),
+                    "replacing a disk is not built yet".into(),
+                );
+            }
+        }
+    }
+
+    fn node_up(&self, node: &Node, entry: &Registered, push: &mut impl FnMut(Severity, String, String)) {
+        let name = &node.name;
+        if entry.adopted < self.map.version {
+            let what =
+                format!("node {name} has not adopted map {} yet, it has {}", self.map.version, entry.adopted);
+            push(Severity::Note, what, String::new());
+        }
+        let missing = self.map.disks.iter().filter(|disk| {
+            disk.node == node.id
+                && disk.failed.is_none()
+                && entry.incarnation(self.map.cluster, disk.id).is_none()
+        });
+        for disk in missing {
+            let found = entry.disks.iter().find(|inventory| inventory.name == disk.name);
+            let (what, todo) = match found.map(|inventory| (inventory, &inventory.content)) {
+                None => (
+                    "is not in the cluster file that the node reads".to_owned(),
+                    "copy the same cluster file to every machine".to_owned(),
+                ),
+                Some((at, DiskContent::Blank)) => {
+                    (format!("is blank ({})", at.path), "check the path in the cluster file".into())
+                }
+                Some((at, DiskContent::Foreign { what })) => (
+                    format!("holds something else ({}): {what}", at.path),
+                    "check the path in the cluster file".into(),
+                ),
+                Some((at, DiskContent::Unusable { why })) => (
+                    format!("cannot be used ({}): {why}", at.path),
+                    format!("repair it and restart ublk-server on {name}"),
+                ),
+                Some((at, DiskContent::Ours { cluster, disk })) => {
+                    let whose = if *cluster == self.map.cluster {
+                        format!("carries the id of {}", self.map.disk_name(*disk))
+                    } else {
+                        format!("belongs to cluster {cluster}")
+                    };
+                    (format!("{whose} ({})", at.path), "check the paths in the cluster file".into())
+                }
+            };
+            push(Severity::Degraded, format!("disk {name}/{} {what}", disk.name), todo);
+        }
+        let Some(report) = &entry.report else { return };
+        for session in report.sessions.iter().filter(|session| !session.open) {
+            let peer = self.map.node_name(session.peer);
+            // Of a node that is down this is said already.
+            if self.registry.is_up(&peer, self.now_ms) {
+                let why = session.last_error.as_deref().map_or_else(String::new, |why| format!(": {why}"));
+                let todo = format!("check the network between {name} and {peer}");
+                push(Severity::Degraded, format!("node {name} has no session with {peer}{why}"), todo);
+            }
+        }
+        for line in &report.waiting {
+            push(Severity::Degraded, format!("node {name} waits: {line}"), String::new());
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The system manager's decisions, without I/O.
+//!
+//! [`Manager`] owns the distribution map and what it has heard from the nodes. It is called with
+//! [`Manager::handle`] and asked with [`Manager::poll`]. It never acts on a map that is not stored:
+//! a change is a [`Proposal`], and only [`Input::Stored`] makes it the map that is sent to anybody.
+//!
+//! Decisions are a function of the map and the registrations of this moment, not of the event that
+//! came last. A manager that was restarted therefore decides the same as soon as the nodes have
+//! registered with it again; until then it knows nothing about them, and waits.
+//!
+//! The rules are those of the replication protocol: an incarnation that differs from the map's is
+//! not what the map says ([`repair`], rules 3 to 5); only the present primary has its partner
+//! recorded stale ([`stale`], rule 1); a device is exported when every primary knows its claim
+//! ([`export`], rule 15).
+
+mod core;
+mod create;
+pub mod export;
+pub mod failover;
+pub mod findings;
+pub mod registry;
+pub mod repair;
+pub mod stale;
+#[cfg(test)]
+mod tests;
+
+pub use self::core::Manager;
+pub use self::create::UsableSlots;
+
+use crate::config::ClusterFile;
+use crate::control::{ManagerMessage, NodeMessage, OperatorReply, Registration};
+use crate::ids::{ClusterId, DeviceId, ExporterSession, MapVersion};
+use crate::map::verbs::{Run, Verb};
+use crate::map::{DistributionMap, Span};
+
+/// Names one connection of a node's agent; never used again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ConnectionId(pub u64);
+
+/// Names one request of an operator, so that its answer finds the way back.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Ticket(pub u64);
+
+/// What happens to a manager.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A node introduces itself.
+    Register {
+        /// Its connection.
+        connection: ConnectionId,
+        /// The cluster that it says it belongs to, from the handshake.
+        cluster: Option<ClusterId>,
+        /// What it says.
+        registration: Registration,
+    },
+    /// The answer to [`Output::GiveSession`]: this number is stored and will not be given again.
+    Session {
+        /// The connection it is for.
+        connection: ConnectionId,
+        /// Larger than every one before.
+        session: ExporterSession,
+    },
+    /// Any message of a node but its registration.
+    Message {
+        /// Its connection.
+        connection: ConnectionId,
+        /// What it says.
+        message: NodeMessage,
+    },
+    /// A node's connection is gone.
+    Disconnected {
+        /// The connection.
+        connection: ConnectionId,
+    },
+    /// An operator wants a cluster made.
+    Create {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// The cluster file.
+        file: Box<ClusterFile>,
+        /// Drawn at random for this request.
+        cluster: ClusterId,
+        /// Format over foreign data.
+        force: bool,
+    },
+    /// An operator wants everything moved away from a node.
+    Failover {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// The node's name.
+        node: String,
+    },
+    /// The proposal is stored.
+    Stored {
+        /// Its version.
+        version: MapVersion,
+    },
+    /// The proposal was not stored: the store holds another map, which is now ours.
+    Conflict {
+        /// What the store holds.
+        newest: Option<Box<DistributionMap>>,
+    },
+    /// Time passed: to be fed several times a second.
+    Tick,
+}
+
+/// What a manager wants done, in this order.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Output {
+    /// Store this if the store still holds its base; answered with [`Input::Stored`] or
+    /// [`Input::Conflict`]. There is never more than one outstanding.
+    Store(Proposal),
+    /// Make an exporter session larger than any before durable, then feed [`Input::Session`].
+    GiveSession {
+        /// For this connection.
+        connection: ConnectionId,
+    },
+    /// Send to a node.
+    Send {
+        /// Its connection.
+        connection: ConnectionId,
+        /// What.
+        message: ManagerMessage,
+    },
+    /// Close the connection once what was sent before is out.
+    Close {
+        /// Which.
+        connection: ConnectionId,
+    },
+    /// Answer an operator.
+    Reply {
+        /// Whose request.
+        ticket: Ticket,
+        /// The answer.
+        reply: OperatorReply,
+    },
+    /// Something that belongs into the log.
+    Log(String),
+}
+
+/// A change of the map, to be stored by compare-and-swap on the version.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Proposal {
+    /// The version it replaces; `None` for a cluster's first map.
+    pub base: Option<MapVersion>,
+    /// The steps; empty for a cluster's first map.
+    pub batch: Vec<Verb>,
+    /// The map after them.
+    pub next: Box<DistributionMap>,
+    /// One line for each thing that changes and why, for the log and the history.
+    pub why: Vec<String>,
+}
+
+/// A batch of verbs with the reasons for them.
+#[derive(Clone, Default, PartialEq, Debug)]
+pub struct Change {
+    /// The steps.
+    pub batch: Vec<Verb>,
+    /// One line each.
+    pub why: Vec<String>,
+}
+
+impl Change {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.batch.is_empty()
+    }
+}
+
+/// The run of slices that a span covers.
+fn run_of(device: DeviceId, span: &Span) -> Run {
+    Run { device, first: span.first, count: span.count }
+}
+
+/// Runs of slices of one device for people: `slices 0-7, 12`; nothing for the whole of it.
+fn slices_text(runs: &[(u32, u32)], slices: u32) -> String {
+    let mut joined: Vec<(u32, u32)> = Vec::new();
+    for (first, end) in runs {
+        match joined.last_mut() {
+            Some(last) if last.1 == *first => last.1 = *end,
+            _ => joined.push((*first, *end)),
+        }
+    }
+    if joined == [(0, slices)] {
+        return String::new();
+    }
+    let parts: Vec<String> = joined
+        .into_iter()
+        .map(|(first, end)| if end == first + 1 { first.to_string() } else { format!("{first}-{}", end - 1) })
+        .collect();
+    format!(" slices {}", parts.join(", "))
+}
+
+/// Collects what happens to the spans of a device, and says it once for equal ones.
+#[derive(Default)]
+struct Lines {
+    /// By text, in the order of its first occurrence.
+    entries: Vec<(String, Vec<(u32, u32)>)>,
+}
+
+impl Lines {
+    fn add(&mut self, span: &Span, text: String) {
+        let range = (span.first.0, span.end());
+        match self.entries.iter_mut().find(|(other, _)| *other == text) {
+            Some((_, runs)) => runs.push(range),
+            None => self.entries.push((text, vec![range])),
+        }
+    }
+
+    /// `NAME slices 0-7: TEXT`.
+    fn finish(self, name: &str, slices: u32) -> impl Iterator<Item = String> {
+        let name = name.to_owned();
+        self.entries
+            .into_iter()
+            .map(move |(text, runs)| format!("{name}{}: {text}", slices_text(&runs, slices)))
+    }
+}

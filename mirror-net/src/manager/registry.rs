@@ -1,0 +1,242 @@
+//! What the nodes have said to this manager since it started.
+
+use super::ConnectionId;
+use crate::control::{DiskContent, DiskInventory, NodeReport, Registration, SILENCE_MS};
+use crate::ids::{
+    ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, ProcessId,
+};
+use crate::map::{DistributionMap, Replica};
+use std::collections::BTreeMap;
+
+/// A node that has registered; kept when its connection goes, since what it said of its
+/// incarnation stays true.
+#[derive(Clone, Debug)]
+pub struct Registered {
+    /// Its newest connection.
+    pub connection: ConnectionId,
+    /// Whether that is open.
+    pub connected: bool,
+    /// When it last said anything.
+    pub heard_ms: u64,
+    /// Its process.
+    pub process: ProcessId,
+    /// The newest map version that it has durably adopted.
+    pub adopted: MapVersion,
+    /// Where it listens for other nodes.
+    pub address: String,
+    /// Its disks.
+    pub disks: Vec<DiskInventory>,
+    /// Given once stored; before that the node is sent nothing.
+    pub session: Option<ExporterSession>,
+    /// Its last report.
+    pub report: Option<NodeReport>,
+    /// The claims that it has been told to export under.
+    pub exported: BTreeMap<DeviceId, ClaimGeneration>,
+}
+
+impl Registered {
+    /// Whether it is connected and has been heard of lately.
+    pub fn is_up(&self, now_ms: u64) -> bool {
+        self.connected && now_ms.saturating_sub(self.heard_ms) <= SILENCE_MS
+    }
+
+    /// The incarnation of one of its disks; `None` if it does not have that disk.
+    pub fn incarnation(&self, cluster: ClusterId, disk: DiskId) -> Option<Incarnation> {
+        let ours = DiskContent::Ours { cluster, disk };
+        let mut found = self.disks.iter().filter(|inventory| inventory.content == ours);
+        let first = found.next()?;
+        // Two disks that carry the same id are copies of each other: nobody knows which one is it.
+        found.next().is_none().then_some(Incarnation { attach: first.attach, process: self.process })
+    }
+}
+
+/// How a copy stands compared to what the map says of it (rule 3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// Its node has not registered since the manager started: nothing is known.
+    Unknown,
+    /// It was what the map says when last heard of; its node is silent or not connected.
+    Away,
+    /// It is what the map says, and its node is up.
+    Intact,
+    /// It has another incarnation.
+    Changed {
+        /// Whether its node is up.
+        up: bool,
+        /// The incarnation it has now.
+        now: Incarnation,
+        /// Its attachment differs: what was only in caches is gone.
+        power_lost: bool,
+    },
+    /// Its disk has failed, or its node is there without it.
+    Gone,
+}
+
+/// All nodes that have registered, by name.
+#[derive(Clone, Default, Debug)]
+pub struct Registry {
+    nodes: BTreeMap<String, Registered>,
+    /// Failures reported and perhaps not yet in the map.
+    failed: BTreeMap<DiskId, String>,
+}
+
+impl Registry {
+    /// The node with that name.
+    pub fn get(&self, name: &str) -> Option<&Registered> {
+        self.nodes.get(name)
+    }
+
+    /// Every node that has registered.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Registered)> {
+        self.nodes.iter().map(|(name, node)| (name.as_str(), node))
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (&str, &mut Registered)> {
+        self.nodes.iter_mut().map(|(name, node)| (name.as_str(), node))
+    }
+
+    /// The node whose newest connection that is.
+    pub fn by_connection(&self, connection: ConnectionId) -> Option<(&str, &Registered)> {
+        self.iter().find(|(_, node)| node.connection == connection && node.connected)
+    }
+
+    pub(super) fn by_connection_mut(&mut self, connection: ConnectionId) -> Option<(&str, &mut Registered)> {
+        self.iter_mut().find(|(_, node)| node.connection == connection && node.connected)
+    }
+
+    /// Whether the node is connected and has been heard of lately.
+    pub fn is_up(&self, name: &str, now_ms: u64) -> bool {
+        self.get(name).is_some_and(|node| node.is_up(now_ms))
+    }
+
+    /// Disks that nodes have reported as failed, with the reason.
+    pub fn failed(&self) -> &BTreeMap<DiskId, String> {
+        &self.failed
+    }
+
+    pub(super) fn disk_failed(&mut self, disk: DiskId, reason: String) {
+        self.failed.entry(disk).or_insert(reason);
+    }
+
+    /// Enters a registration, in place of an older one of the same node, whose connection is returned.
+    pub(super) fn enter(
+        &mut self,
+        now_ms: u64,
+        connection: ConnectionId,
+        registration: Registration,
+    ) -> Option<ConnectionId> {
+        let Registration { node, process, adopted, address, disks } = registration;
+        let entry = Registered {
+            connection,
+            connected: true,
+            heard_ms: now_ms,
+            process,
+            adopted,
+            address,
+            disks,
+            session: None,
+            report: None,
+            exported: BTreeMap::new(),
+        };
+        let old = self.nodes.insert(node, entry)?;
+        (old.connected && old.connection != connection).then_some(old.connection)
+    }
+
+    /// How a copy stands at this moment.
+    pub fn standing(&self, map: &DistributionMap, replica: &Replica, now_ms: u64) -> Standing {
+        let Some(disk) = map.disk(replica.disk) else { return Standing::Gone };
+        if disk.failed.is_some() || self.failed.contains_key(&disk.id) {
+            return Standing::Gone;
+        }
+        let Some(node) = map.node(disk.node).and_then(|node| self.get(&node.name)) else {
+            return Standing::Unknown;
+        };
+        let Some(now) = node.incarnation(map.cluster, disk.id) else { return Standing::Gone };
+        let up = node.is_up(now_ms);
+        if now != replica.incarnation {
+            let power_lost = now.attach != replica.incarnation.attach;
+            return Standing::Changed { up, now, power_lost };
+        }
+        if up { Standing::Intact } else { Standing::Away }
+    }
+
+    /// Judges a registration before it is entered; the error is a sentence for the node's log.
+    pub fn admit(
+        &self,
+        map: Option<&DistributionMap>,
+        cluster: Option<ClusterId>,
+        registration: &Registration,
+        now_ms: u64,
+    ) -> Result<(), String> {
+        let name = &registration.node;
+        let Some(map) = map else { return Ok(()) };
+        let Some(node) = map.node_named(name) else {
+            let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
+            return Err(format!(
+                "there is no node {name:?} in cluster {}, its nodes are {}: check --node and the cluster file",
+                map.cluster_name,
+                names.join(", ")
+            ));
+        };
+        if let Some(other) = cluster.filter(|cluster| *cluster != map.cluster) {
+            return Err(format!(
+                "node {name} belongs to cluster {other}, this manager's cluster {} is {}: check `manager` in its \
+                 cluster file, or give the node an empty state directory if the other cluster is history",
+                map.cluster_name, map.cluster
+            ));
+        }
+        if cluster.is_some() && registration.adopted > map.version {
+            return Err(format!(
+                "node {name} has adopted map {}, the manager's newest is {}: the manager's state directory is older \
+                 than the cluster; bring its newest one back",
+                registration.adopted, map.version
+            ));
+        }
+        let own = |disk: &DiskInventory| match disk.content {
+            DiskContent::Ours { cluster, disk } => {
+                cluster == map.cluster && map.node_of(disk) == Some(node.id)
+            }
+            _ => false,
+        };
+        if registration.disks.iter().any(own) {
+            return Ok(());
+        }
+        for disk in &registration.disks {
+            match disk.content {
+                DiskContent::Ours { cluster, .. } if cluster != map.cluster => {
+                    return Err(format!(
+                        "node {name}: disk {} ({}) belongs to cluster {cluster}, not to {} ({}), and no other disk \
+                         of the node belongs here: check the paths in the cluster file",
+                        disk.name, disk.path, map.cluster_name, map.cluster
+                    ));
+                }
+                DiskContent::Ours { disk: id, .. } => {
+                    return Err(format!(
+                        "node {name}: disk {} ({}) is {}, and no disk of {name} is there: check --node and the \
+                         paths in the cluster file",
+                        disk.name,
+                        disk.path,
+                        map.disk_name(id)
+                    ));
+                }
+                _ => {}
+            }
+        }
+        // A second daemon started by mistake finds the disks in use; it must not push out the first.
+        match self.get(name) {
+            Some(old) if old.is_up(now_ms) && old.process != registration.process && old.has_disks(map) => {
+                Err(format!(
+                    "node {name} is already connected, with its disks, and the newcomer has none of them: a second \
+                     ublk-server for it seems to have been started; stop one of the two"
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Registered {
+    fn has_disks(&self, map: &DistributionMap) -> bool {
+        map.disks.iter().any(|disk| self.incarnation(map.cluster, disk.id).is_some())
+    }
+}

@@ -1,0 +1,8 @@
+//! The manager under test: a bench that stores at once, rules one by one, and a random world.
+
+mod bench;
+mod creation;
+mod rules;
+mod status;
+
+use bench::{Bench, map_of};

@@ -1,0 +1,97 @@
+use super::bench::incarnation;
+use super::{Bench, map_of};
+use crate::control::{ExportReport, Finding, NodeMessage, NodeReport, SessionReport, Severity};
+use crate::ids::NodeId;
+
+fn findings(bench: &Bench) -> Vec<Finding> {
+    bench.manager.status(bench.now_ms).findings
+}
+
+/// The nodes report their exports as the map has them.
+fn report(bench: &mut Bench, index: u64, open: bool) {
+    let map = bench.map();
+    let node = NodeId(index as u16);
+    let exports = map
+        .devices
+        .iter()
+        .filter(|device| device.claim.node == node)
+        .map(|device| ExportReport {
+            device: device.id,
+            path: None,
+            uri: None,
+            error: None,
+            requests: 0,
+            pending: 0,
+        })
+        .collect();
+    let peer = NodeId(3 - index as u16);
+    let last_error = (!open).then(|| "connection refused".to_owned());
+    let sessions = vec![SessionReport { peer, open, last_error }];
+    let report = NodeReport { adopted: map.version, sessions, exports, waiting: Vec::new() };
+    bench.say(index, NodeMessage::Report(report));
+}
+
+#[test]
+fn a_cluster_that_is_well_has_no_findings() {
+    let mut bench = Bench::up(&map_of(2));
+    report(&mut bench, 1, true);
+    report(&mut bench, 2, true);
+    assert_eq!(findings(&bench), []);
+}
+
+#[test]
+fn a_lost_node_is_unavailable_until_failed_over_and_degraded_after() {
+    let mut bench = Bench::up(&map_of(2));
+    report(&mut bench, 1, true);
+    report(&mut bench, 2, true);
+    bench.disconnect(1);
+    let found = findings(&bench);
+    assert_eq!(found[0].severity, Severity::Unavailable);
+    assert_eq!(found[0].what, "n1-d1: cannot be read or written: n1/d1 is not connected, n2/d1 is well");
+    assert_eq!(found[0].todo, "mirrorctl node failover n1   (or start ublk-server on n1)");
+    bench.failover("n1");
+    bench.adopt(2);
+    report(&mut bench, 2, false);
+    let found = findings(&bench);
+    let mirrored: Vec<&Finding> =
+        found.iter().filter(|finding| finding.device.as_deref() == Some("n1-d1")).collect();
+    assert_eq!(mirrored.len(), 1, "{found:?}");
+    assert_eq!(mirrored[0].severity, Severity::Degraded);
+    assert_eq!(mirrored[0].what, "n1-d1: 1 of 2 copies in sync: n1/d1 is stale");
+    assert!(
+        !found.iter().any(|finding| finding.what.contains("session")),
+        "n1 is down, that says it: {found:?}"
+    );
+}
+
+#[test]
+fn after_a_restart_of_the_manager_unknown_is_not_down() {
+    let bench = Bench::new(Some(map_of(2)));
+    let found = findings(&bench);
+    assert!(found[0].what.contains("has not registered since the manager started"), "{found:?}");
+    assert_eq!(found[0].todo, "start ublk-server on n1");
+}
+
+#[test]
+fn sessions_and_waiting_requests_are_told() {
+    let mut bench = Bench::up(&map_of(2));
+    report(&mut bench, 1, false);
+    report(&mut bench, 2, true);
+    let found = findings(&bench);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].what, "node n1 has no session with n2: connection refused");
+    let waiting = vec!["n1-d1: 3 writes wait for n2".to_owned()];
+    bench.say(1, NodeMessage::Report(NodeReport { waiting, ..NodeReport::default() }));
+    assert!(
+        findings(&bench).iter().any(|finding| finding.what == "node n1 waits: n1-d1: 3 writes wait for n2")
+    );
+}
+
+#[test]
+fn nothing_is_known_before_a_cluster_was_created() {
+    let mut bench = Bench::new(None);
+    bench.register(1, incarnation(1));
+    let status = bench.manager.status(bench.now_ms);
+    assert_eq!(status.findings.len(), 1);
+    assert_eq!(status.nodes[0].name, "n1");
+}

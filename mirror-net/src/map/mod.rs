@@ -1,0 +1,13 @@
+//! The distribution map: where every slice of every device lives.
+//!
+//! Plain data. [`DistributionMap`] is changed by [`verbs`] only, checked by [`validate`] on every
+//! load, first made by [`layout`].
+
+pub mod layout;
+mod model;
+pub mod validate;
+pub mod verbs;
+
+pub use model::{
+    Claim, Device, Disk, DistributionMap, Failed, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,
+};

@@ -1,0 +1,253 @@
+//! The map as data, and the questions it answers.
+
+use crate::ids::{
+    ClaimGeneration, ClusterId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId,
+    SliceEpoch, SliceIndex,
+};
+use serde::{Deserialize, Serialize};
+
+/// The version of the map's JSON form; a reader refuses any other.
+pub const MAP_FORMAT: u32 = 1;
+
+/// Where every slice of every device lives, and who may export each device.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DistributionMap {
+    /// [`MAP_FORMAT`].
+    pub format: u32,
+    /// The cluster that this map belongs to.
+    pub cluster: ClusterId,
+    /// Its name, for people.
+    pub cluster_name: String,
+    /// Counts the changes; 1 when the cluster is created.
+    pub version: MapVersion,
+    /// Bytes in a slice; a power of two.
+    pub slice_bytes: u32,
+    /// Every node, in order of id.
+    pub nodes: Vec<Node>,
+    /// Every disk, in order of id.
+    pub disks: Vec<Disk>,
+    /// Every device, in order of id.
+    pub devices: Vec<Device>,
+}
+
+/// A machine running `ublk-server`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name in the cluster file.
+    pub name: String,
+    /// `host:port` where it listens for other nodes.
+    pub address: String,
+    /// The power feed it hangs on, if named: one half of its failure set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power: Option<String>,
+    /// The switch it hangs on, if named: the other half of its failure set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub switch: Option<String>,
+}
+
+/// How many slots of a disk belong to each segment.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SegmentSlots {
+    /// The node's own mirrored data.
+    pub primary: u32,
+    /// Mirrors of other nodes' primary segments.
+    pub secondary: u32,
+    /// Data that nobody mirrors.
+    pub unmirrored: u32,
+}
+
+impl SegmentSlots {
+    /// All slots together.
+    pub fn total(&self) -> u64 {
+        u64::from(self.primary) + u64::from(self.secondary) + u64::from(self.unmirrored)
+    }
+}
+
+/// A block device or a file given to a node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Its id.
+    pub id: DiskId,
+    /// The node that has it.
+    pub node: NodeId,
+    /// Its name in the cluster file; unique within the node.
+    pub name: String,
+    /// Its slots, by segment.
+    pub slots: SegmentSlots,
+    /// The smallest write it takes, in bytes: 512 or 4096.
+    pub block_bytes: u32,
+    /// Set when the disk stopped working; nothing is placed on it any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<Failed>,
+}
+
+/// Why a disk is out of use.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Failed {
+    /// What the node reported.
+    pub reason: String,
+}
+
+/// A logical address space that is exported.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// Its id.
+    pub id: DeviceId,
+    /// Its name; unique in the cluster.
+    pub name: String,
+    /// Its length in slices.
+    pub slices: u32,
+    /// Logical block size in bytes: the largest of the disks it may lie on.
+    pub block_bytes: u32,
+    /// Copies of every slice that the layout wants: 1 for an unmirrored device.
+    pub copies: u8,
+    /// Who may export it now.
+    pub claim: Claim,
+    /// Runs of slices with the same replica list, in order, without gap or overlap.
+    pub spans: Vec<Span>,
+}
+
+/// Who may export a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Claim {
+    /// The exporter.
+    pub node: NodeId,
+    /// Grows with every move.
+    pub generation: ClaimGeneration,
+    /// The map version that made this claim: the exporter starts when every primary has adopted it.
+    pub since: MapVersion,
+}
+
+/// A run of consecutive slices with the same replica list.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Span {
+    /// The first slice.
+    pub first: SliceIndex,
+    /// How many.
+    pub count: u32,
+    /// The map version at which this replica list last changed.
+    pub epoch: SliceEpoch,
+    /// Grows when acknowledged, unflushed data may have been lost.
+    #[serde(default)]
+    pub loss: LossGeneration,
+    /// The copies; the first is the primary, the rest are secondaries.
+    pub replicas: Vec<Replica>,
+}
+
+/// One copy of a slice.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Replica {
+    /// The disk it is on.
+    pub disk: DiskId,
+    /// What it is worth.
+    pub state: ReplicaState,
+    /// The incarnation under which it became so.
+    pub incarnation: Incarnation,
+}
+
+/// What a copy is worth.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicaState {
+    /// A member: has every acknowledged write; the only state that is ever promoted.
+    InSync,
+    /// Receives new writes and is being filled.
+    Syncing,
+    /// Lacks writes; serves nothing.
+    Stale,
+}
+
+impl Span {
+    /// One past the last slice.
+    pub fn end(&self) -> u32 {
+        self.first.0 + self.count
+    }
+
+    /// The first of the list.
+    pub fn primary(&self) -> &Replica {
+        &self.replicas[0]
+    }
+
+    /// The copies that are in sync.
+    pub fn members(&self) -> impl Iterator<Item = &Replica> {
+        self.replicas.iter().filter(|replica| replica.state == ReplicaState::InSync)
+    }
+
+    /// The copy on that disk.
+    pub fn replica_on(&self, disk: DiskId) -> Option<&Replica> {
+        self.replicas.iter().find(|replica| replica.disk == disk)
+    }
+}
+
+impl Device {
+    /// Its length in bytes.
+    pub fn bytes(&self, slice_bytes: u32) -> u64 {
+        u64::from(self.slices) * u64::from(slice_bytes)
+    }
+
+    /// Whether it has more than one copy by design.
+    pub fn is_mirrored(&self) -> bool {
+        self.copies > 1
+    }
+
+    /// The span that holds a slice.
+    pub fn span(&self, slice: SliceIndex) -> Option<&Span> {
+        let index = self.spans.partition_point(|span| span.end() <= slice.0);
+        self.spans.get(index).filter(|span| span.first <= slice)
+    }
+}
+
+impl DistributionMap {
+    /// The node with that id.
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.id == id)
+    }
+
+    /// The node with that name.
+    pub fn node_named(&self, name: &str) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.name == name)
+    }
+
+    /// The disk with that id.
+    pub fn disk(&self, id: DiskId) -> Option<&Disk> {
+        // Ids are given in order and never used again, so the list is sorted.
+        self.disks.binary_search_by_key(&id, |disk| disk.id).ok().map(|index| &self.disks[index])
+    }
+
+    /// The device with that id.
+    pub fn device(&self, id: DeviceId) -> Option<&Device> {
+        self.devices.binary_search_by_key(&id, |device| device.id).ok().map(|index| &self.devices[index])
+    }
+
+    /// The device with that name.
+    pub fn device_named(&self, name: &str) -> Option<&Device> {
+        self.devices.iter().find(|device| device.name == name)
+    }
+
+    /// The node that has that disk.
+    pub fn node_of(&self, disk: DiskId) -> Option<NodeId> {
+        self.disk(disk).map(|disk| disk.node)
+    }
+
+    /// A node's name, or its id where the map does not know it; for messages.
+    pub fn node_name(&self, id: NodeId) -> String {
+        self.node(id).map_or_else(|| id.to_string(), |node| node.name.clone())
+    }
+
+    /// `node/disk`, for messages.
+    pub fn disk_name(&self, id: DiskId) -> String {
+        self.disk(id)
+            .map_or_else(|| id.to_string(), |disk| format!("{}/{}", self.node_name(disk.node), disk.name))
+    }
+}

@@ -1,0 +1,192 @@
+//! What must hold of every map, checked on every load and after every change.
+
+use super::{Device, DistributionMap, MAP_FORMAT, ReplicaState};
+use crate::ids::{DeviceId, DiskId, NodeId};
+use crate::region::masks::REGIONS_PER_SLICE;
+use std::collections::{HashMap, HashSet};
+
+/// Smallest slice: a region is then 4 KiB, the largest block size that we know.
+pub const SLICE_BYTES_MIN: u32 = 4096 * REGIONS_PER_SLICE;
+/// Largest slice: offsets within a slice stay well inside 32 bits.
+pub const SLICE_BYTES_MAX: u32 = 1 << 30;
+/// Most copies of a slice.
+pub const COPIES_MAX: usize = 3;
+
+/// What is wrong with a map.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum InvalidMap {
+    #[error(
+        "the map has format {found}, this program reads format {MAP_FORMAT}: use the program that wrote it"
+    )]
+    Format { found: u32 },
+    #[error("slice size {0} is not a power of two between {SLICE_BYTES_MIN} and {SLICE_BYTES_MAX}")]
+    SliceBytes(u32),
+    #[error("{what} {id} appears twice or out of order")]
+    Order { what: &'static str, id: String },
+    #[error("{what} name {name:?} appears twice")]
+    DuplicateName { what: &'static str, name: String },
+    #[error("{0} belongs to a node that is not in the map")]
+    DiskWithoutNode(DiskId),
+    #[error("device {0:?}: its claim names a node that is not in the map")]
+    ClaimWithoutNode(String),
+    #[error("device {device:?}: slices {from} to {to} are missing or doubled")]
+    Coverage { device: String, from: u32, to: u32 },
+    #[error("device {device:?} slice {slice}: no replica at all")]
+    NoReplica { device: String, slice: u32 },
+    #[error("device {device:?} slice {slice}: more than {COPIES_MAX} replicas")]
+    TooManyReplicas { device: String, slice: u32 },
+    #[error("device {device:?} slice {slice}: two replicas on the same node")]
+    SameNode { device: String, slice: u32 },
+    #[error("device {device:?} slice {slice}: two replicas in the same failure set")]
+    SameSet { device: String, slice: u32 },
+    #[error("device {device:?} slice {slice}: a replica on {disk}, which is not in the map")]
+    UnknownDisk { device: String, slice: u32, disk: DiskId },
+    #[error("device {device:?} slice {slice}: no replica is in sync")]
+    NoMember { device: String, slice: u32 },
+    #[error("device {device:?} slice {slice}: its primary is not in sync")]
+    PrimaryNotInSync { device: String, slice: u32 },
+    #[error("device {device:?} slice {slice}: its epoch is beyond the map's version")]
+    EpochAhead { device: String, slice: u32 },
+    #[error("device {device:?}: a block size of {bytes} bytes is smaller than that of {disk}")]
+    BlockSize { device: String, bytes: u32, disk: DiskId },
+    #[error("{disk} would hold {wanted} slices, it has {slots} slots")]
+    Overcommitted { disk: DiskId, wanted: u64, slots: u64 },
+}
+
+impl DistributionMap {
+    /// Checks everything that must hold of a map.
+    pub fn validate(&self) -> Result<(), InvalidMap> {
+        if self.format != MAP_FORMAT {
+            return Err(InvalidMap::Format { found: self.format });
+        }
+        if !self.slice_bytes.is_power_of_two()
+            || !(SLICE_BYTES_MIN..=SLICE_BYTES_MAX).contains(&self.slice_bytes)
+        {
+            return Err(InvalidMap::SliceBytes(self.slice_bytes));
+        }
+        ordered("node", self.nodes.iter().map(|node| node.id))?;
+        ordered("disk", self.disks.iter().map(|disk| disk.id))?;
+        ordered("device", self.devices.iter().map(|device| device.id))?;
+        unique("node", self.nodes.iter().map(|node| node.name.as_str()))?;
+        unique("device", self.devices.iter().map(|device| device.name.as_str()))?;
+        let nodes: HashSet<NodeId> = self.nodes.iter().map(|node| node.id).collect();
+        for disk in &self.disks {
+            if !nodes.contains(&disk.node) {
+                return Err(InvalidMap::DiskWithoutNode(disk.id));
+            }
+        }
+        let mut committed: HashMap<DiskId, u64> = HashMap::new();
+        for device in &self.devices {
+            if !nodes.contains(&device.claim.node) {
+                return Err(InvalidMap::ClaimWithoutNode(device.name.clone()));
+            }
+            self.validate_spans(device, &mut committed)?;
+        }
+        for (id, wanted) in committed {
+            let slots = self.disk(id).map_or(0, |disk| disk.slots.total());
+            if wanted > slots {
+                return Err(InvalidMap::Overcommitted { disk: id, wanted, slots });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_spans(
+        &self,
+        device: &Device,
+        committed: &mut HashMap<DiskId, u64>,
+    ) -> Result<(), InvalidMap> {
+        let name = || device.name.clone();
+        let mut next = 0u32;
+        for span in &device.spans {
+            let slice = span.first.0;
+            if slice != next || span.count == 0 || span.count > device.slices.saturating_sub(slice) {
+                return Err(InvalidMap::Coverage { device: name(), from: next, to: slice });
+            }
+            next = span.end();
+            if span.replicas.is_empty() {
+                return Err(InvalidMap::NoReplica { device: name(), slice });
+            }
+            if span.replicas.len() > COPIES_MAX {
+                return Err(InvalidMap::TooManyReplicas { device: name(), slice });
+            }
+            if span.members().next().is_none() {
+                return Err(InvalidMap::NoMember { device: name(), slice });
+            }
+            if span.primary().state != ReplicaState::InSync {
+                return Err(InvalidMap::PrimaryNotInSync { device: name(), slice });
+            }
+            if span.epoch.0 > self.version.0 {
+                return Err(InvalidMap::EpochAhead { device: name(), slice });
+            }
+            for (index, replica) in span.replicas.iter().enumerate() {
+                let disk = self.disk(replica.disk).ok_or(InvalidMap::UnknownDisk {
+                    device: name(),
+                    slice,
+                    disk: replica.disk,
+                })?;
+                if disk.block_bytes > device.block_bytes {
+                    return Err(InvalidMap::BlockSize {
+                        device: name(),
+                        bytes: device.block_bytes,
+                        disk: disk.id,
+                    });
+                }
+                for other in &span.replicas[..index] {
+                    self.validate_apart(device.id, slice, disk.node, other.disk)?;
+                }
+                *committed.entry(disk.id).or_default() += u64::from(span.count);
+            }
+        }
+        if next != device.slices {
+            return Err(InvalidMap::Coverage { device: name(), from: next, to: device.slices });
+        }
+        Ok(())
+    }
+
+    /// Two replicas of a slice never share a node, nor a failure set where sets are named.
+    fn validate_apart(
+        &self,
+        device: DeviceId,
+        slice: u32,
+        node: NodeId,
+        other: DiskId,
+    ) -> Result<(), InvalidMap> {
+        let name = || self.device(device).map_or_else(String::new, |device| device.name.clone());
+        let other = self.node_of(other).unwrap_or_default();
+        if node == other {
+            return Err(InvalidMap::SameNode { device: name(), slice });
+        }
+        let (Some(a), Some(b)) = (self.node(node), self.node(other)) else { return Ok(()) };
+        let same = |a: &Option<String>, b: &Option<String>| a.is_some() && a == b;
+        if same(&a.power, &b.power) || same(&a.switch, &b.switch) {
+            return Err(InvalidMap::SameSet { device: name(), slice });
+        }
+        Ok(())
+    }
+}
+
+fn ordered<I: Ord + Copy + ToString>(
+    what: &'static str,
+    ids: impl Iterator<Item = I>,
+) -> Result<(), InvalidMap> {
+    let mut last: Option<I> = None;
+    for id in ids {
+        if last.is_some_and(|last| last >= id) {
+            return Err(InvalidMap::Order { what, id: id.to_string() });
+        }
+        last = Some(id);
+    }
+    Ok(())
+}
+
+fn unique<'a>(what: &'static str, names: impl Iterator<Item = &'a str>) -> Result<(), InvalidMap> {
+    let mut seen = HashSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(InvalidMap::DuplicateName { what, name: name.to_owned() });
+        }
+    }
+    Ok(())
+}

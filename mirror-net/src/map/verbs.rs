@@ -1,0 +1,392 @@
+//! Every change of placement: three verbs, the marks beside them, and the claim.
+//!
+//! A batch is one new map version, or no change at all: it is applied to a copy, every step is
+//! checked, and the result is validated. Repeating a batch that has taken effect changes nothing.
+
+use super::validate::InvalidMap;
+use super::{Device, DistributionMap, Failed, Replica, ReplicaState, Span};
+use crate::ids::{
+    ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch,
+    SliceIndex,
+};
+use serde::{Deserialize, Serialize};
+
+/// A run of slices of one device: what a verb works on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// The device.
+    pub device: DeviceId,
+    /// The first slice.
+    pub first: SliceIndex,
+    /// How many slices.
+    pub count: u32,
+}
+
+/// One step of a change.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verb {
+    /// A new copy begins, as `syncing`.
+    AddReplica {
+        /// Where in the address space.
+        run: Run,
+        /// The disk that takes the copy.
+        disk: DiskId,
+        /// The disk's incarnation.
+        incarnation: Incarnation,
+    },
+    /// An in-sync replica becomes the primary.
+    Promote {
+        /// Where in the address space.
+        run: Run,
+        /// The disk whose replica goes first.
+        disk: DiskId,
+    },
+    /// A copy is given up.
+    DropReplica {
+        /// Where in the address space.
+        run: Run,
+        /// The disk whose replica goes.
+        disk: DiskId,
+    },
+    /// A mark: what a copy is worth.
+    Mark {
+        /// Where in the address space.
+        run: Run,
+        /// The disk whose replica is meant.
+        disk: DiskId,
+        /// Its state from now on.
+        state: ReplicaState,
+        /// The incarnation under which this holds; `None` leaves it.
+        incarnation: Option<Incarnation>,
+    },
+    /// All members have a new incarnation: one goes on alone, the others are stale (PROTOCOL.md rule 5).
+    Readmit {
+        /// Where in the address space.
+        run: Run,
+        /// The disk whose replica goes on.
+        disk: DiskId,
+        /// Its new incarnation.
+        incarnation: Incarnation,
+        /// Whether unflushed data may be gone: raises the loss generation.
+        lost: bool,
+    },
+    /// The device may be exported by that node only.
+    MoveClaim {
+        /// The device.
+        device: DeviceId,
+        /// The new exporter.
+        node: NodeId,
+    },
+    /// A disk stopped working.
+    FailDisk {
+        /// The disk.
+        disk: DiskId,
+        /// What the node reported.
+        reason: String,
+    },
+}
+
+/// Why a batch was refused; nothing of it was applied.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum VerbError {
+    #[error("there is no {0} in the map")]
+    UnknownDevice(DeviceId),
+    #[error("there is no {0} in the map")]
+    UnknownNode(NodeId),
+    #[error("there is no {0} in the map")]
+    UnknownDisk(DiskId),
+    #[error("{device} has no slices {first} to {end}")]
+    NoSuchSlices { device: DeviceId, first: u32, end: u32 },
+    #[error("{device} slice {slice} has no replica on {disk}")]
+    NoReplica { device: DeviceId, slice: u32, disk: DiskId },
+    #[error(
+        "{device} slice {slice}: the replica on {disk} is {state:?}; only one that is in sync is promoted"
+    )]
+    NotInSync { device: DeviceId, slice: u32, disk: DiskId, state: ReplicaState },
+    #[error("{device} slice {slice}: the replica on {disk} is the last that is in sync")]
+    LastMember { device: DeviceId, slice: u32, disk: DiskId },
+    #[error("{device} slice {slice}: the replica on {disk} is the primary; promote another first")]
+    IsPrimary { device: DeviceId, slice: u32, disk: DiskId },
+    #[error("the change would make an invalid map: {0}")]
+    Invalid(#[from] InvalidMap),
+}
+
+impl DistributionMap {
+    /// Applies a batch. `Ok(None)`: all of it holds already, nothing changes.
+    ///
+    /// The result's version is one higher, and so is the epoch of exactly the slices whose replica
+    /// list changed.
+    pub fn apply(&self, batch: &[Verb]) -> Result<Option<Self>, VerbError> {
+        let mut next = self.clone();
+        next.version = MapVersion(self.version.0 + 1);
+        for verb in batch {
+            next.apply_verb(verb)?;
+        }
+        if next.devices == self.devices && next.disks == self.disks && next.nodes == self.nodes {
+            return Ok(None);
+        }
+        for device in &mut next.devices {
+            merge_equal_spans(device);
+        }
+        next.validate()?;
+        Ok(Some(next))
+    }
+
+    fn apply_verb(&mut self, verb: &Verb) -> Result<(), VerbError> {
+        match verb {
+            Verb::AddReplica { run, disk, incarnation } => {
+                self.disk(*disk).ok_or(VerbError::UnknownDisk(*disk))?;
+                self.each_span(*run, |_, span| {
+                    if span.replica_on(*disk).is_none() {
+                        span.replicas.push(Replica {
+                            disk: *disk,
+                            state: ReplicaState::Syncing,
+                            incarnation: *incarnation,
+                        });
+                    }
+                    Ok(())
+                })
+            }
+            Verb::Promote { run, disk } => self.each_span(*run, |device, span| {
+                let index = position(device, span, *disk)?;
+                let state = span.replicas[index].state;
+                if state != ReplicaState::InSync {
+                    return Err(VerbError::NotInSync { device, slice: span.first.0, disk: *disk, state });
+                }
+                span.replicas[..=index].rotate_right(1);
+                Ok(())
+            }),
+            Verb::DropReplica { run, disk } => self.each_span(*run, |device, span| {
+                let Ok(index) = position(device, span, *disk) else { return Ok(()) };
+                if index == 0 {
+                    return Err(VerbError::IsPrimary { device, slice: span.first.0, disk: *disk });
+                }
+                span.replicas.remove(index);
+                Ok(())
+            }),
+            Verb::Mark { run, disk, state, incarnation } => self.each_span(*run, |device, span| {
+                let index = position(device, span, *disk)?;
+                if *state != ReplicaState::InSync {
+                    if span.members().all(|member| member.disk == *disk) {
+                        return Err(VerbError::LastMember { device, slice: span.first.0, disk: *disk });
+                    }
+                    if index == 0 {
+                        return Err(VerbError::IsPrimary { device, slice: span.first.0, disk: *disk });
+                    }
+                }
+                span.replicas[index].state = *state;
+                if let Some(incarnation) = incarnation {
+                    span.replicas[index].incarnation = *incarnation;
+                }
+                Ok(())
+            }),
+            Verb::Readmit { run, disk, incarnation, lost } => self.each_span(*run, |device, span| {
+                let index = position(device, span, *disk)?;
+                let state = span.replicas[index].state;
+                if state != ReplicaState::InSync {
+                    return Err(VerbError::NotInSync { device, slice: span.first.0, disk: *disk, state });
+                }
+                for replica in
+                    span.replicas.iter_mut().filter(|replica| replica.state == ReplicaState::InSync)
+                {
+                    replica.state = ReplicaState::Stale;
+                }
+                if *lost && span.replicas[index].incarnation != *incarnation {
+                    span.loss = LossGeneration(span.loss.0 + 1);
+                }
+                span.replicas[index].state = ReplicaState::InSync;
+                span.replicas[index].incarnation = *incarnation;
+                span.replicas[..=index].rotate_right(1);
+                Ok(())
+            }),
+            Verb::MoveClaim { device, node } => {
+                self.node(*node).ok_or(VerbError::UnknownNode(*node))?;
+                let version = self.version;
+                let device = self
+                    .devices
+                    .iter_mut()
+                    .find(|d| d.id == *device)
+                    .ok_or(VerbError::UnknownDevice(*device))?;
+                if device.claim.node != *node {
+                    device.claim.node = *node;
+                    device.claim.generation = ClaimGeneration(device.claim.generation.0 + 1);
+                    device.claim.since = version;
+                }
+                Ok(())
+            }
+            Verb::FailDisk { disk, reason } => {
+                let disk =
+                    self.disks.iter_mut().find(|d| d.id == *disk).ok_or(VerbError::UnknownDisk(*disk))?;
+                disk.failed.get_or_insert_with(|| Failed { reason: reason.clone() });
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs `change` on each span of `run`, cut at its ends; what changed gets the new epoch.
+    fn each_span(
+        &mut self,
+        run: Run,
+        mut change: impl FnMut(DeviceId, &mut Span) -> Result<(), VerbError>,
+    ) -> Result<(), VerbError> {
+        let epoch = SliceEpoch(self.version.0);
+        let device = self
+            .devices
+            .iter_mut()
+            .find(|d| d.id == run.device)
+            .ok_or(VerbError::UnknownDevice(run.device))?;
+        let end =
+            run.first.0.checked_add(run.count).filter(|end| *end <= device.slices && run.count > 0).ok_or(
+                VerbError::NoSuchSlices {
+                    device: run.device,
+                    first: run.first.0,
+                    end: run.first.0.saturating_add(run.count),
+                },
+            )?;
+        cut(device, run.first.0);
+        cut(device, end);
+        for span in device.spans.iter_mut().filter(|span| span.first >= run.first && span.end() <= end) {
+            let before = span.replicas.clone();
+            change(run.device, span)?;
+            if span.replicas != before {
+                span.epoch = epoch;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn position(device: DeviceId, span: &Span, disk: DiskId) -> Result<usize, VerbError> {
+    span.replicas.iter().position(|replica| replica.disk == disk).ok_or(VerbError::NoReplica {
+        device,
+        slice: span.first.0,
+        disk,
+    })
+}
+
+/// Makes a span boundary at that slice.
+fn cut(device: &mut Device, slice: u32) {
+    let index = device.spans.partition_point(|span| span.end() <= slice);
+    let Some(span) = device.spans.get_mut(index).filter(|span| span.first.0 < slice) else { return };
+    let mut right = span.clone();
+    right.count = span.end() - slice;
+    right.first = SliceIndex(slice);
+    span.count = slice - span.first.0;
+    device.spans.insert(index + 1, right);
+}
+
+fn merge_equal_spans(device: &mut Device) {
+    device.spans.dedup_by(|right, left| {
+        let equal = left.epoch == right.epoch && left.loss == right.loss && left.replicas == right.replicas;
+        if equal {
+            left.count += right.count;
+        }
+        equal
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{AttachId, ProcessId};
+    use crate::map::layout::tests::pair_map;
+    use proptest::prelude::*;
+
+    fn run(map: &DistributionMap) -> Run {
+        Run { device: map.devices[0].id, first: SliceIndex(0), count: map.devices[0].slices }
+    }
+
+    #[test]
+    fn failover_is_one_version_and_raises_the_epoch_of_its_slices_only() {
+        let map = pair_map(2);
+        let device = &map.devices[0];
+        let (old, new) = (device.spans[0].replicas[0].disk, device.spans[0].replicas[1].disk);
+        let batch = [
+            Verb::Promote { run: run(&map), disk: new },
+            Verb::Mark { run: run(&map), disk: old, state: ReplicaState::Stale, incarnation: None },
+        ];
+        let next = map.apply(&batch).unwrap().unwrap();
+        assert_eq!(next.version.0, map.version.0 + 1);
+        assert_eq!(next.devices[0].spans[0].primary().disk, new);
+        assert_eq!(next.devices[0].spans[0].replicas[1].state, ReplicaState::Stale);
+        assert_eq!(next.devices[0].spans[0].epoch.0, next.version.0);
+        assert_eq!(next.devices[1], map.devices[1]);
+        assert_eq!(next.apply(&batch).unwrap(), None, "a repeated batch changes nothing");
+    }
+
+    #[test]
+    fn a_stale_copy_is_never_promoted_and_the_last_member_never_given_up() {
+        let map = pair_map(2);
+        let (first, second) =
+            (map.devices[0].spans[0].replicas[0].disk, map.devices[0].spans[0].replicas[1].disk);
+        let stale =
+            Verb::Mark { run: run(&map), disk: second, state: ReplicaState::Stale, incarnation: None };
+        let alone = map.apply(&[stale]).unwrap().unwrap();
+        assert!(matches!(
+            alone.apply(&[Verb::Promote { run: run(&map), disk: second }]),
+            Err(VerbError::NotInSync { .. })
+        ));
+        let last = Verb::Mark { run: run(&map), disk: first, state: ReplicaState::Stale, incarnation: None };
+        assert!(matches!(alone.apply(&[last]), Err(VerbError::LastMember { .. })));
+        assert!(matches!(
+            alone.apply(&[Verb::DropReplica { run: run(&map), disk: first }]),
+            Err(VerbError::IsPrimary { .. })
+        ));
+    }
+
+    #[test]
+    fn readmission_leaves_one_member_and_counts_the_loss_once() {
+        let map = pair_map(2);
+        let disk = map.devices[0].spans[0].replicas[1].disk;
+        let incarnation = Incarnation { attach: AttachId(77), process: ProcessId(78) };
+        let verb = Verb::Readmit { run: run(&map), disk, incarnation, lost: true };
+        let next = map.apply(std::slice::from_ref(&verb)).unwrap().unwrap();
+        let span = &next.devices[0].spans[0];
+        assert_eq!(span.primary().disk, disk);
+        assert_eq!(span.members().count(), 1);
+        assert_eq!(span.loss.0, 1);
+        assert_eq!(next.apply(&[verb]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_claim_moves_with_a_new_generation() {
+        let map = pair_map(2);
+        let other = map.nodes[1].id;
+        let next = map.apply(&[Verb::MoveClaim { device: map.devices[0].id, node: other }]).unwrap().unwrap();
+        assert_eq!(next.devices[0].claim.generation.0, map.devices[0].claim.generation.0 + 1);
+        assert_eq!(next.devices[0].claim.since, next.version);
+    }
+
+    proptest! {
+        /// Whatever is asked for, in whatever order: the map stays valid, or it stays as it was;
+        /// and no batch ever takes the last in-sync copy.
+        #[test]
+        fn any_sequence_of_verbs_keeps_the_map_valid(
+            steps in prop::collection::vec((0u8..6, 0u32..6, 0u32..3, 0u32..8, 0u32..8), 1..40)
+        ) {
+            let mut map = pair_map(3);
+            for (kind, disk, device, first, count) in steps {
+                let run = Run { device: DeviceId(device + 1), first: SliceIndex(first), count };
+                let disk = DiskId(disk + 1);
+                let incarnation = Incarnation::default();
+                let verb = match kind {
+                    0 => Verb::AddReplica { run, disk, incarnation },
+                    1 => Verb::Promote { run, disk },
+                    2 => Verb::DropReplica { run, disk },
+                    3 => Verb::Mark { run, disk, state: ReplicaState::Stale, incarnation: None },
+                    4 => Verb::Mark { run, disk, state: ReplicaState::InSync, incarnation: None },
+                    _ => Verb::Readmit { run, disk, incarnation, lost: true },
+                };
+                if let Ok(Some(next)) = map.apply(&[verb]) {
+                    prop_assert_eq!(next.version.0, map.version.0 + 1);
+                    prop_assert_eq!(next.validate(), Ok(()));
+                    let text = serde_json::to_string(&next).unwrap();
+                    prop_assert_eq!(&serde_json::from_str::<DistributionMap>(&text).unwrap(), &next);
+                    map = next;
+                }
+            }
+        }
+    }
+}
