@@ -158,11 +158,10 @@ impl Worker {
             for survivor in survey(&mut self.control, vec![record])? {
                 match survivor {
                     Survivor::Orphan(orphan) => {
-                        let orphan =
-                            orphan.start(&mut self.control, ClaimConfirmed { generation }, PATIENCE)?;
+                        let claim = ClaimConfirmed { generation };
+                        let orphan = orphan.start(&mut self.control, &self.records, claim, PATIENCE)?;
                         serve(Box::new(Export::new(device, orphan.device())?));
-                        let record = orphan.end(&mut self.control, PATIENCE)?;
-                        self.records.save(&record)?;
+                        let record = orphan.end(&mut self.control, &self.records, PATIENCE)?;
                         tracing::info!(device = name, "recovered: its I/O goes on");
                         return record.id.context("a recovered device has a number");
                     }

@@ -32,7 +32,7 @@ const BUSY_RETRY: Duration = Duration::from_millis(20);
 /// Bytes of a processor mask: 8192 processors, as many as Linux can be built for.
 const AFFINITY_BYTES: usize = 1024;
 
-/// The commands, by the names of the kernel's documentation.
+/// The commands, by the kernel's names; what each does stands at the method of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum ControlOp {
@@ -287,7 +287,7 @@ impl Control {
         let in_range = (1..=QUEUES_MAX).contains(&new.queues)
             && (1..=QUEUE_DEPTH_MAX).contains(&new.depth)
             && (page_bytes..=IO_BUFFER_BYTES_MAX).contains(&new.buffer_bytes)
-            && new.buffer_bytes % page_bytes == 0;
+            && new.buffer_bytes.is_multiple_of(page_bytes);
         if !in_range {
             let NewDevice { queues, depth, buffer_bytes, .. } = *new;
             return Err(ControlError::OutOfRange { queues, depth, buffer_bytes });

@@ -210,7 +210,7 @@ fn power_of_two(field: &'static str, bytes: u32, min: u32, max: u32) -> Result<(
 }
 
 fn blocks(field: &'static str, bytes: u64, block: u32) -> Result<(), ParamsError> {
-    if bytes != 0 && bytes % u64::from(block) == 0 {
+    if bytes != 0 && bytes.is_multiple_of(u64::from(block)) {
         return Ok(());
     }
     Err(ParamsError::NotBlocks { field, bytes, block })

@@ -249,7 +249,7 @@ impl Queue {
         )
         .map_err(|errno| QueueError::MapRequests { id: info.id, queue, errno })?;
         let buffer_bytes = info.buffer_bytes as usize;
-        assert!(buffer_bytes >= page && buffer_bytes % page == 0);
+        assert!(buffer_bytes >= page && buffer_bytes.is_multiple_of(page));
         let bytes = buffer_bytes * usize::from(info.depth);
         let buffers = Mapping::anonymous(bytes).map_err(|errno| QueueError::Buffers {
             id: info.id,

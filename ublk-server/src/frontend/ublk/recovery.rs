@@ -14,9 +14,11 @@
 //!
 //! SET_PARAMS is not part of it: the parameters live in the kernel with the device.
 //!
-//! Death in the middle of a recovery: from 6.16 on the next server recovers again. Before, START_USER_RECOVERY is
-//! refused when no queue had been fetched completely; [`RecoveryError::Unrecoverable`] says so, and all that is
-//! left is [`discard`], which fails the I/O that waits.
+//! Death in the middle of a recovery: from 6.16 on the next server recovers again. Older kernels refuse
+//! START_USER_RECOVERY when no queue had been fetched completely, and **crash** on it when some had been and some
+//! not (seen on 6.12). So the record says that a recovery has begun before the kernel hears of it, and there such a
+//! device is [`RecoveryError::Unrecoverable`] without asking: all that is left is [`discard`], which fails the I/O
+//! that waits.
 
 use std::fs;
 use std::io::{self, Write};
@@ -52,12 +54,21 @@ pub struct DeviceRecord {
     pub id: Option<UblkId>,
     /// What the device promised when it was started: size and blocks must be the same after a recovery.
     pub params: DeviceParams,
+    /// A recovery was begun and has not ended: kernels before 6.16 do not survive a second one.
+    pub reattaching: bool,
 }
 
 impl DeviceRecord {
     /// A record to be saved before the device is added.
     pub fn new(device: &str, cookie: Cookie, params: DeviceParams) -> DeviceRecord {
-        DeviceRecord { format: RECORD_FORMAT, device: device.to_owned(), cookie, id: None, params }
+        DeviceRecord {
+            format: RECORD_FORMAT,
+            device: device.to_owned(),
+            cookie,
+            id: None,
+            params,
+            reattaching: false,
+        }
     }
 }
 
@@ -202,6 +213,9 @@ pub enum RecoveryError {
     /// `/dev/ublkcN` cannot be served.
     #[error(transparent)]
     Queue(#[from] QueueError),
+    /// The record cannot be written.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The kernel will never give this device to a new server.
     #[error(
         "{device} ({id}) cannot be recovered: its last server died in the middle of a recovery, which this kernel does not survive, or it was added without recovery; discard it (its waiting I/O fails) and add it anew"
@@ -254,17 +268,14 @@ fn survey_one(control: &mut Control, record: DeviceRecord) -> Result<Survivor, C
 
 /// The kernel's device with the record's cookie: under the recorded number, or under any.
 fn find(control: &mut Control, record: &DeviceRecord) -> Result<Option<DeviceInfo>, ControlError> {
-    if let Some(info) = record.id.map(|id| ask(control, id)).transpose()?.flatten() {
-        if info.cookie == Some(record.cookie) {
-            return Ok(Some(info));
-        }
+    let ours = |info: &DeviceInfo| info.cookie == Some(record.cookie);
+    if let Some(info) = record.id.map(|id| ask(control, id)).transpose()?.flatten().filter(ours) {
+        return Ok(Some(info));
     }
     // The server died between adding the device and recording its number, or somebody else has that number now.
     for id in existing_devices() {
-        if let Some(info) = ask(control, id)? {
-            if info.cookie == Some(record.cookie) {
-                return Ok(Some(info));
-            }
+        if let Some(info) = ask(control, id)?.filter(ours) {
+            return Ok(Some(info));
         }
     }
     Ok(None)
@@ -314,6 +325,16 @@ impl Orphan {
         &self.info
     }
 
+    /// Whether the kernel can be asked to give this device to a new server, without it crashing.
+    pub fn is_recoverable(&self) -> bool {
+        // The flag stands for the kernel that brought it, which resets a device when its server is gone, not when
+        // the next one comes. It is set whether it was asked for or not.
+        let recovers_twice = self.info.features.contains(Features::PER_IO_DAEMON);
+        // A single queue is fetched or not: the older kernels then know what to answer.
+        let safe_to_ask = recovers_twice || self.info.queues == 1 || !self.record.reattaching;
+        self.info.features.contains(Features::REQUIRED) && safe_to_ask
+    }
+
     /// Announces this process as the new server and opens the device. `patience` is for the old server's end,
     /// which takes the kernel up to a request's timeout (30 s unless shortened) on kernels before 6.16.
     ///
@@ -321,20 +342,32 @@ impl Orphan {
     /// [`RecoveryError::Unrecoverable`], or a busy device when `patience` ran out. The device can still be
     /// surveyed again or discarded.
     pub fn start(
-        self,
+        mut self,
         control: &mut Control,
+        records: &Records,
         _claim: ClaimConfirmed,
         patience: Duration,
     ) -> Result<Reattaching, RecoveryError> {
         let id = self.info.id;
-        let unrecoverable = || RecoveryError::Unrecoverable { device: self.record.device.clone(), id };
-        if !self.info.features.contains(Features::REQUIRED) {
-            return Err(unrecoverable());
+        let unrecoverable =
+            |record: &DeviceRecord| RecoveryError::Unrecoverable { device: record.device.clone(), id };
+        if !self.is_recoverable() {
+            return Err(unrecoverable(&self.record));
         }
+        self.record.id = Some(id);
+        self.record.reattaching = true;
+        records.save(&self.record)?;
         match control.start_user_recovery(id, patience) {
             Ok(()) => {}
-            Err(ControlError::Invalid { .. }) => return Err(unrecoverable()),
-            Err(error) => return Err(error.into()),
+            Err(ControlError::Invalid { .. }) => return Err(unrecoverable(&self.record)),
+            Err(error) => {
+                // Refused for now, so nothing has begun. A command without an answer may have.
+                if matches!(error, ControlError::Busy { .. } | ControlError::NotPermitted { .. }) {
+                    self.record.reattaching = false;
+                    records.save(&self.record)?;
+                }
+                return Err(error.into());
+            }
         }
         let device = CharDevice::open(&self.info, patience)?;
         Ok(Reattaching { record: self.record, device })
@@ -354,20 +387,27 @@ impl Reattaching {
         &self.device
     }
 
-    /// Waits until all tags of all queues were fetched, and lets I/O go on. Returns the record, with its number.
+    /// Waits until all tags of all queues were fetched, and lets I/O go on. Returns the record as it is now.
     ///
     /// # Errors
-    /// [`ControlError::TimedOut`] if an I/O thread did not fetch: end the process and let the next one recover,
-    /// or discard the device.
-    pub fn end(self, control: &mut Control, timeout: Duration) -> Result<DeviceRecord, RecoveryError> {
-        let id = self.device.info().id;
-        control.end_user_recovery(id, timeout)?;
-        Ok(DeviceRecord { id: Some(id), ..self.record })
+    /// [`ControlError::TimedOut`] if an I/O thread did not fetch: discard the device, or from 6.16 on end the
+    /// process and let the next one recover.
+    pub fn end(
+        mut self,
+        control: &mut Control,
+        records: &Records,
+        timeout: Duration,
+    ) -> Result<DeviceRecord, RecoveryError> {
+        control.end_user_recovery(self.device.info().id, timeout)?;
+        self.record.reattaching = false;
+        records.save(&self.record)?;
+        Ok(self.record)
     }
 }
 
 /// Stops and deletes a device that is not to be recovered; its waiting I/O fails. Does not wait for its users: the
-/// number becomes free when they are gone.
+/// number becomes free when they are gone. Before 6.16 it takes as long as [`Orphan::start`] would, if the server
+/// died a moment ago.
 ///
 /// # Errors
 /// [`ControlError`]; that there is no such device (any more) is none.
@@ -431,6 +471,29 @@ mod tests {
         assert!(matches!(found[0], Err(RecordError::Unreadable { .. })));
         assert!(found[1].is_ok());
         assert!(matches!(&found[2], Err(RecordError::Unreadable { reason, .. }) if reason.contains("vm2")));
+    }
+
+    #[test]
+    fn an_old_kernel_is_not_asked_twice() {
+        let orphan = |features: Features, queues: u16, reattaching: bool| Orphan {
+            record: DeviceRecord { reattaching, ..record("vm1") },
+            info: DeviceInfo {
+                id: UblkId(0),
+                queues,
+                depth: 64,
+                buffer_bytes: 256 << 10,
+                state: DeviceState::Quiesced,
+                server_pid: None,
+                features,
+                cookie: Some(Cookie(0xfeed)),
+            },
+        };
+        let (old, new) = (Features::REQUIRED, Features::REQUIRED.with(Features::PER_IO_DAEMON));
+        assert!(orphan(old, 2, false).is_recoverable());
+        assert!(!orphan(old, 2, true).is_recoverable());
+        assert!(orphan(old, 1, true).is_recoverable());
+        assert!(orphan(new, 2, true).is_recoverable());
+        assert!(!orphan(Features::USER_RECOVERY, 1, false).is_recoverable());
     }
 
     #[test]
