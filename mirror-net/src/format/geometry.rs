@@ -420,7 +420,7 @@ mod tests {
         let segments = Segments::divide(16_384, Shares::default()).unwrap();
         assert_eq!(segments, Segments { primary: 7_374, secondary: 7_372, unmirrored: 1_638 });
         for slots in [1, 2, 3, 10, 99, 1_000_001] {
-            assert_eq!(Segments::divide(slots, shares(33, 33, 34)).unwrap().total(), slots.into());
+            assert_eq!(Segments::divide(slots, shares(33, 33, 34)).unwrap().total(), u64::from(slots));
         }
         assert_eq!(Segments::divide(10, shares(0, 100, 0)).unwrap().secondary, 10);
         assert_eq!(Segments::divide(10, shares(50, 50, 1)), None);

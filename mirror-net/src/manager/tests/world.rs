@@ -70,7 +70,7 @@ impl World {
             random: StdRng::seed_from_u64(seed),
             now_ms: 1_000,
             next: 10_000,
-            manager: Manager::new(Some(map.clone()), |_, _| 0),
+            manager: Manager::new(Some(map.clone())),
             store: map,
             sessions: 0,
             nodes,
@@ -190,6 +190,13 @@ impl World {
                         self.keeps(run.device, &span, *disk, *lost);
                     }
                     if *lost {
+                        // Only if nobody can have what it lacks.
+                        for member in span.members() {
+                            let id = self.store.node_of(member.disk).unwrap();
+                            let known = self.manager.registry().get(&format!("n{}", id.0)).unwrap();
+                            let attach = known.incarnation(self.store.cluster, member.disk).unwrap().attach;
+                            assert_ne!(attach, member.incarnation.attach, "{id} may have what {disk} lost");
+                        }
                         let has = self.node(self.store.node_of(*disk).unwrap()).has.clone();
                         for slice in span.first.0..span.end() {
                             let key = (run.device, slice);
@@ -218,7 +225,7 @@ impl World {
     }
 
     fn restart_manager(&mut self) {
-        self.manager = Manager::new(Some(self.store.clone()), |_, _| 0);
+        self.manager = Manager::new(Some(self.store.clone()));
         for node in &mut self.nodes {
             node.connection = None;
             node.arriving.clear();
