@@ -1,1 +1,71 @@
-//! placeholder
+//!
+//! One file a noun. Every command ends with 0, or with exactly one line on stderr that says what is
+//! wrong, where, and what to do, and one of the exit codes in [`failure`].
+#![forbid(unsafe_code)]
+
+mod cli;
+pub mod client;
+mod cluster;
+mod device;
+mod disk;
+pub mod failure;
+pub mod json;
+pub mod key;
+pub mod manager;
+mod map;
+mod node;
+mod output;
+pub mod playground;
+
+mod status;
+
+use clap::Parser;
+use cli::{Cli, ClusterVerb, Command, DeviceVerb, DiskVerb, KeyVerb, ManagerVerb, MapVerb, NodeVerb};
+use failure::Failure;
+use std::process::ExitCode;
+
+/// Reads the command line, does what it says, and reports.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            output::print(&error.to_string());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return failure::report(&cli::usage(&error)),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failure::report(&Failure::new(format!("cannot start: {error}"))),
+    };
+    match runtime.block_on(run(cli)) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => failure::report(&failure),
+    }
+}
+
+async fn run(cli: Cli) -> Result<u8, Failure> {
+    let config = cli.config_path();
+    match cli.command {
+        Command::Key { verb: KeyVerb::New { out } } => key::new(&out),
+        Command::Cluster { verb: ClusterVerb::Create { file, force, json } } => {
+            cluster::create(&file.unwrap_or(config), force, json).await
+        }
+        Command::Manager { verb: ManagerVerb::Run { state_dir } } => manager::run(&config, &state_dir).await,
+        Command::Map { verb: MapVerb::Show { json } } => map::show(&config, json).await,
+        Command::Status { json } => status::status(&config, json).await,
+        Command::Node { verb: NodeVerb::Failover { node, json } } => {
+            node::failover(&config, &node, json).await
+        }
+        Command::Device { verb: DeviceVerb::List { json } } => device::list(&config, json).await,
+        Command::Disk { verb: DiskVerb::Inspect { path, slots, json } } => disk::inspect(&path, slots, json),
+        Command::Playground(arguments) => {
+            let dir = cli.dir.ok_or_else(|| {
+                Failure::usage(
+                    "playground needs --dir DIR, the directory for its files; `mirrorctl --help` says more",
+                )
+            })?;
+            playground::run(&dir, arguments).await
+        }
+    }
+}

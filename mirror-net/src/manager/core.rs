@@ -1,6 +1,6 @@
 //! The manager as a state machine.
 
-use super::create::{Creation, Progress, UsableSlots};
+use super::create::{Creation, Progress};
 use super::registry::Registry;
 use super::repair::repair;
 use super::stale::ask_stale;
@@ -17,7 +17,6 @@ use std::collections::VecDeque;
 pub struct Manager {
     map: Option<DistributionMap>,
     registry: Registry,
-    usable: UsableSlots,
     /// Questions of primaries that have not been decided: who asks, about whom.
     asks: VecDeque<(ConnectionId, crate::ids::NodeId, String)>,
     failovers: VecDeque<(Ticket, String)>,
@@ -36,12 +35,11 @@ enum Then {
 }
 
 impl Manager {
-    /// Starts with what the store holds; `usable` tells how many slices fit on a disk.
-    pub fn new(map: Option<DistributionMap>, usable: UsableSlots) -> Self {
+    /// Starts with what the store holds.
+    pub fn new(map: Option<DistributionMap>) -> Self {
         Self {
             map,
             registry: Registry::default(),
-            usable,
             asks: VecDeque::new(),
             failovers: VecDeque::new(),
             creation: None,
@@ -113,10 +111,9 @@ impl Manager {
                 } else {
                     let outputs = &mut self.outputs;
                     let request = (ticket, &*file, cluster, force);
-                    let started =
-                        Creation::start(now_ms, request, &self.registry, self.usable, &mut |output| {
-                            outputs.push_back(output);
-                        });
+                    let started = Creation::start(now_ms, request, &self.registry, &mut |output| {
+                        outputs.push_back(output);
+                    });
                     match started {
                         Ok(creation) => {
                             self.creation = Some(creation);

@@ -7,13 +7,11 @@ use super::registry::Registry;
 use super::{ConnectionId, Output, Proposal, Ticket};
 use crate::config::{ClusterFile, format_bytes, segment_slots};
 use crate::control::{DiskContent, DiskInventory, FormatDisk, FormatOrder, ManagerMessage};
+use crate::format::Geometry;
 use crate::ids::{AttachId, ClusterId, DiskId, Incarnation, NodeId, ProcessId};
 use crate::map::DistributionMap;
 use crate::map::layout::{DiskSpec, NodeSpec, pairs};
 use std::collections::BTreeMap;
-
-/// How many slices fit on a disk of so many bytes, at that slice size.
-pub type UsableSlots = fn(bytes: u64, slice_bytes: u32) -> u64;
 
 /// How long the check may take before a node is given up.
 const CHECK_MS_MAX: u64 = 30_000;
@@ -62,7 +60,6 @@ impl Creation {
         now_ms: u64,
         (ticket, file, cluster, force): (Ticket, &ClusterFile, ClusterId, bool),
         registry: &Registry,
-        usable: UsableSlots,
         outputs: &mut impl FnMut(Output),
     ) -> Result<Self, String> {
         let absent: Vec<&str> = file
@@ -111,9 +108,12 @@ impl Creation {
                     ));
                 };
                 check_content(&node.name, inventory, force)?;
-                let slots = usable(inventory.bytes, file.slice_bytes);
+                let named = |error: String| format!("node {} disk {}: {error}", node.name, disk.name);
+                let geometry = Geometry::new(inventory.bytes, file.slice_bytes, inventory.block_bytes)
+                    .map_err(|error| named(error.to_string()))?;
+                let slots = u64::from(geometry.slots);
                 let slots = segment_slots(inventory.bytes, file.slice_bytes, slots, disk.segments)
-                    .map_err(|error| format!("node {} disk {}: {error}", node.name, disk.name))?;
+                    .map_err(|error| named(error.to_string()))?;
                 let incarnation = Incarnation { attach: inventory.attach, process: entry.process };
                 let (name, block_bytes) = (disk.name.clone(), inventory.block_bytes);
                 disks.push(DiskSpec { name, slots, block_bytes, incarnation });

@@ -25,7 +25,6 @@ pub mod stale;
 mod tests;
 
 pub use self::core::Manager;
-pub use self::create::UsableSlots;
 
 use crate::config::ClusterFile;
 use crate::control::{ManagerMessage, NodeMessage, OperatorReply, Registration};

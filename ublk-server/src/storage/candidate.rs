@@ -178,11 +178,12 @@ fn attach_id(metadata: &std::fs::Metadata) -> io::Result<AttachId> {
     let mut hasher = DefaultHasher::new();
     boot.hash(&mut hasher);
     if metadata.file_type().is_block_device() {
-        let (major, minor) = (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
-        (major, minor).hash(&mut hasher);
-        // Counts the disks that the kernel has seen: a disk pulled and plugged in again has another.
-        let sequence = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/diskseq"));
-        sequence.unwrap_or_default().hash(&mut hasher);
+        metadata.rdev().hash(&mut hasher);
+        // Counts the disks that the kernel has seen: a disk pulled and plugged in again has another. A
+        // partition has its disk's.
+        let device = udev::Device::from_devnum(udev::DeviceType::Block, metadata.rdev())?;
+        let sequence = |device: &udev::Device| device.attribute_value("diskseq").map(|value| value.to_owned());
+        sequence(&device).or_else(|| sequence(&device.parent()?)).hash(&mut hasher);
     } else {
         (metadata.dev(), metadata.ino()).hash(&mut hasher);
     }

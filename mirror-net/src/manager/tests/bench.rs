@@ -40,7 +40,7 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn new(map: Option<DistributionMap>) -> Self {
         Self {
-            manager: Manager::new(map, |bytes, slice_bytes| bytes / u64::from(slice_bytes) - 1),
+            manager: Manager::new(map),
             now_ms: 1_000_000,
             connections: BTreeMap::new(),
             next: 0,

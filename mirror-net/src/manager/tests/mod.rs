@@ -4,5 +4,6 @@ mod bench;
 mod creation;
 mod rules;
 mod status;
+mod world;
 
 use bench::{Bench, map_of};

@@ -1,0 +1,232 @@
+//! The command line: `mirrorctl <noun> <verb>`.
+
+use crate::failure::Failure;
+use crate::playground::PlaygroundArguments;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Where the cluster file is unless the command line or the environment says otherwise.
+const CONFIG_DEFAULT: &str = "/etc/ublk-mirror/cluster.toml";
+
+/// Control a cluster of mirrored disks.
+///
+/// Exit codes: 0 done (status: healthy), 1 failed (status: degraded), 2 status: some data
+/// unavailable, 3 the manager cannot be reached, 64 wrong usage.
+#[derive(Parser, Debug)]
+#[command(name = "mirrorctl", version, propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// The cluster file
+    #[arg(long, global = true, env = "UBLK_MIRROR_CONFIG", value_name = "FILE", default_value = CONFIG_DEFAULT)]
+    config: PathBuf,
+    /// A playground's directory: its cluster file is used
+    #[arg(long, global = true, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+impl Cli {
+    /// The cluster file that the command is about.
+    pub fn config_path(&self) -> PathBuf {
+        match &self.dir {
+            Some(dir) => dir.join("cluster.toml"),
+            None => self.config.clone(),
+        }
+    }
+}
+
+/// The nouns.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// The secret that all parts of a cluster share
+    Key {
+        /// What to do
+        #[command(subcommand)]
+        verb: KeyVerb,
+    },
+    /// The cluster as a whole
+    Cluster {
+        /// What to do
+        #[command(subcommand)]
+        verb: ClusterVerb,
+    },
+    /// The system manager
+    Manager {
+        /// What to do
+        #[command(subcommand)]
+        verb: ManagerVerb,
+    },
+    /// The distribution map
+    Map {
+        /// What to do
+        #[command(subcommand)]
+        verb: MapVerb,
+    },
+    /// What is well, what is not, and what to type about it
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// The machines
+    Node {
+        /// What to do
+        #[command(subcommand)]
+        verb: NodeVerb,
+    },
+    /// The exported devices
+    Device {
+        /// What to do
+        #[command(subcommand)]
+        verb: DeviceVerb,
+    },
+    /// A disk of a node, looked at without the daemon
+    Disk {
+        /// What to do
+        #[command(subcommand)]
+        verb: DiskVerb,
+    },
+    /// A whole cluster on this machine, for trying things out
+    Playground(PlaygroundArguments),
+}
+
+/// Verbs of `key`.
+#[derive(Subcommand, Debug)]
+pub enum KeyVerb {
+    /// Make a new cluster key; an existing file is never overwritten
+    New {
+        /// Where to write it
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+}
+
+/// Verbs of `cluster`.
+#[derive(Subcommand, Debug)]
+pub enum ClusterVerb {
+    /// Format the disks of every node of the cluster file and make the first map
+    Create {
+        /// The cluster file [default: that of --config]
+        #[arg(long, value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// Format over whatever is on the disks: it is destroyed
+        #[arg(long)]
+        force: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Verbs of `manager`.
+#[derive(Subcommand, Debug)]
+pub enum ManagerVerb {
+    /// Run the system manager
+    Run {
+        /// Where the map is kept
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/ublk-mirror/manager")]
+        state_dir: PathBuf,
+    },
+}
+
+/// Verbs of `map`.
+#[derive(Subcommand, Debug)]
+pub enum MapVerb {
+    /// Show where every slice lies
+    Show {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Verbs of `node`.
+#[derive(Subcommand, Debug)]
+pub enum NodeVerb {
+    /// Move every role and claim of a node to its partners
+    Failover {
+        /// The node's name
+        node: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Verbs of `device`.
+#[derive(Subcommand, Debug)]
+pub enum DeviceVerb {
+    /// List the devices and where they are to be found
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Verbs of `disk`.
+#[derive(Subcommand, Debug)]
+pub enum DiskVerb {
+    /// Show what our metadata on a disk says, damaged or not
+    Inspect {
+        /// The disk or file
+        path: PathBuf,
+        /// List every used slot
+        #[arg(long)]
+        slots: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// A mistake in the command line as one line.
+pub fn usage(error: &clap::Error) -> Failure {
+    let text = error.to_string();
+    let what: Vec<&str> =
+        text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:")).collect();
+    let what: Vec<&str> = what.into_iter().filter(|line| !line.is_empty()).collect();
+    let what = what.join(" ");
+    let what = what.strip_prefix("error: ").unwrap_or(&what);
+    // Asked for a noun or verb, clap prints its whole help instead of an error.
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return Failure::usage("what to do is missing; `mirrorctl --help` lists it");
+    }
+    let what = what.strip_suffix("For more information, try '--help'.").unwrap_or(what).trim_end();
+    Failure::usage(format!("{what}; `mirrorctl --help` lists what there is"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_mistake_is_one_line() {
+        for wrong in [
+            &["mirrorctl"][..],
+            &["mirrorctl", "map"],
+            &["mirrorctl", "map", "shwo"],
+            &["mirrorctl", "key", "new"],
+            &["mirrorctl", "status", "--jsn"],
+        ] {
+            let error = Cli::try_parse_from(wrong).unwrap_err();
+            let failure = usage(&error);
+            assert_eq!(failure.code, 64);
+            assert!(!failure.message.contains('\n'), "{}", failure.message);
+            assert!(failure.message.ends_with("there is") || failure.message.ends_with("lists it"));
+        }
+    }
+
+    #[test]
+    fn a_playgrounds_directory_names_its_cluster_file() {
+        let cli = Cli::try_parse_from(["mirrorctl", "status", "--dir", "/tmp/p"]).unwrap();
+        assert_eq!(cli.config_path(), PathBuf::from("/tmp/p/cluster.toml"));
+    }
+}

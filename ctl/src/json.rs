@@ -1,0 +1,294 @@
+//! The JSON that commands print: names instead of ids, documented in `docs/mirrorctl-json.md`.
+//!
+//! Fields are added here, never renamed or removed.
+
+use mirror_net::control::{ClusterStatus, DiskContent, Finding, NodeStatus, Severity};
+use mirror_net::map::{DistributionMap, ReplicaState, SegmentSlots};
+use serde::Serialize;
+
+/// How a copy's state is written.
+pub fn state_name(state: ReplicaState) -> &'static str {
+    match state {
+        ReplicaState::InSync => "in_sync",
+        ReplicaState::Syncing => "syncing",
+        ReplicaState::Stale => "stale",
+    }
+}
+
+/// How the worst of some findings is written; `healthy` if nothing is wrong.
+pub fn verdict_name<'a>(findings: impl Iterator<Item = &'a Finding>) -> &'static str {
+    match findings.map(|finding| finding.severity).max() {
+        Some(Severity::Unavailable) => "unavailable",
+        Some(Severity::Degraded) => "degraded",
+        Some(Severity::Note) | None => "healthy",
+    }
+}
+
+/// `map show --json`.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct MapJson {
+    pub cluster: String,
+    pub id: String,
+    pub version: u64,
+    pub slice_bytes: u32,
+    pub nodes: Vec<MapNodeJson>,
+    pub disks: Vec<MapDiskJson>,
+    pub devices: Vec<MapDeviceJson>,
+}
+
+/// A node in the map.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct MapNodeJson {
+    pub name: String,
+    pub address: String,
+    pub power: Option<String>,
+    pub switch: Option<String>,
+}
+
+/// A disk in the map.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct MapDiskJson {
+    pub node: String,
+    pub name: String,
+    pub slots: SegmentSlots,
+    pub block_bytes: u32,
+    pub failed: Option<String>,
+}
+
+/// A device in the map.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct MapDeviceJson {
+    pub name: String,
+    pub slices: u32,
+    pub bytes: u64,
+    pub copies: u8,
+    pub exporter: String,
+    pub claim_generation: u64,
+    pub spans: Vec<SpanJson>,
+}
+
+/// A run of slices with the same copies.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct SpanJson {
+    pub first: u32,
+    pub count: u32,
+    pub epoch: u64,
+    pub loss: u32,
+    pub replicas: Vec<ReplicaJson>,
+}
+
+/// A copy; the first of a span is its primary.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct ReplicaJson {
+    pub node: String,
+    pub disk: String,
+    pub state: &'static str,
+}
+
+impl MapJson {
+    /// With names in place of ids.
+    pub fn of(map: &DistributionMap) -> Self {
+        let nodes = map.nodes.iter().map(|node| MapNodeJson {
+            name: node.name.clone(),
+            address: node.address.clone(),
+            power: node.power.clone(),
+            switch: node.switch.clone(),
+        });
+        let disks = map.disks.iter().map(|disk| MapDiskJson {
+            node: map.node_name(disk.node),
+            name: disk.name.clone(),
+            slots: disk.slots,
+            block_bytes: disk.block_bytes,
+            failed: disk.failed.as_ref().map(|failed| failed.reason.clone()),
+        });
+        let replica = |replica: &mirror_net::map::Replica| ReplicaJson {
+            node: map.node_of(replica.disk).map_or_else(String::new, |node| map.node_name(node)),
+            disk: map.disk(replica.disk).map_or_else(String::new, |disk| disk.name.clone()),
+            state: state_name(replica.state),
+        };
+        let devices = map.devices.iter().map(|device| MapDeviceJson {
+            name: device.name.clone(),
+            slices: device.slices,
+            bytes: device.bytes(map.slice_bytes),
+            copies: device.copies,
+            exporter: map.node_name(device.claim.node),
+            claim_generation: device.claim.generation.0,
+            spans: device
+                .spans
+                .iter()
+                .map(|span| SpanJson {
+                    first: span.first.0,
+                    count: span.count,
+                    epoch: span.epoch.0,
+                    loss: span.loss.0,
+                    replicas: span.replicas.iter().map(replica).collect(),
+                })
+                .collect(),
+        });
+        Self {
+            cluster: map.cluster_name.clone(),
+            id: map.cluster.to_string(),
+            version: map.version.0,
+            slice_bytes: map.slice_bytes,
+            nodes: nodes.collect(),
+            disks: disks.collect(),
+            devices: devices.collect(),
+        }
+    }
+}
+
+/// A device as it is now: `device list --json`, and part of `status --json`.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct DeviceJson {
+    pub name: String,
+    pub bytes: u64,
+    pub exporter: String,
+    pub path: Option<String>,
+    pub uri: Option<String>,
+    pub state: &'static str,
+    pub copies: u8,
+    pub copies_in_sync: usize,
+}
+
+impl DeviceJson {
+    /// Every device of the map.
+    pub fn of_status(status: &ClusterStatus) -> Vec<Self> {
+        let Some(map) = &status.map else { return Vec::new() };
+        let devices = map.devices.iter().map(|device| {
+            let exporter = map.node_name(device.claim.node);
+            let node = status.nodes.iter().find(|node| node.name == exporter && node.up);
+            let export = node
+                .and_then(|node| node.report.as_ref())
+                .and_then(|report| report.exports.iter().find(|export| export.device == device.id));
+            let name = Some(device.name.as_str());
+            let about = status.findings.iter().filter(|finding| finding.device.as_deref() == name);
+            Self {
+                name: device.name.clone(),
+                bytes: device.bytes(map.slice_bytes),
+                path: export.and_then(|export| export.path.clone()),
+                uri: export.and_then(|export| export.uri.clone()),
+                state: verdict_name(about),
+                copies: device.copies,
+                copies_in_sync: device.spans.iter().map(|span| span.members().count()).min().unwrap_or(0),
+                exporter,
+            }
+        });
+        devices.collect()
+    }
+}
+
+/// `status --json`.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct StatusJson {
+    pub verdict: &'static str,
+    pub summary: String,
+    pub cluster: Option<String>,
+    pub version: Option<u64>,
+    pub nodes: Vec<NodeJson>,
+    pub devices: Vec<DeviceJson>,
+    pub findings: Vec<Finding>,
+}
+
+/// A node as it is now.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct NodeJson {
+    pub name: String,
+    pub up: bool,
+    pub adopted: Option<u64>,
+    pub disks: Vec<DiskJson>,
+    pub sessions: Vec<SessionJson>,
+}
+
+/// A disk as its node found it.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct DiskJson {
+    pub name: String,
+    pub path: String,
+    pub bytes: u64,
+    pub state: &'static str,
+    pub detail: Option<String>,
+}
+
+/// A session of a node with another one.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct SessionJson {
+    pub peer: String,
+    pub open: bool,
+    pub last_error: Option<String>,
+}
+
+impl StatusJson {
+    /// With names in place of ids.
+    pub fn of(status: &ClusterStatus) -> Self {
+        let map = status.map.as_ref();
+        Self {
+            verdict: verdict_name(status.findings.iter()),
+            summary: summary(&status.findings),
+            cluster: map.map(|map| map.cluster_name.clone()),
+            version: map.map(|map| map.version.0),
+            nodes: status.nodes.iter().map(|node| NodeJson::of(map, node)).collect(),
+            devices: DeviceJson::of_status(status),
+            findings: status.findings.clone(),
+        }
+    }
+}
+
+/// The verdict in one line.
+pub fn summary(findings: &[Finding]) -> String {
+    let verdict = verdict_name(findings.iter());
+    let counted: Vec<&Finding> =
+        findings.iter().filter(|finding| finding.severity != Severity::Note).collect();
+    match counted.as_slice() {
+        [] => verdict.to_owned(),
+        [only] => format!("{verdict}: {}", only.what),
+        [first, rest @ ..] => format!("{verdict}: {} (and {} more)", first.what, rest.len()),
+    }
+}
+
+impl NodeJson {
+    fn of(map: Option<&DistributionMap>, node: &NodeStatus) -> Self {
+        let disks = node.disks.iter().map(|disk| {
+            let in_map = match (&disk.content, map) {
+                (DiskContent::Ours { cluster, disk }, Some(map)) if *cluster == map.cluster => {
+                    map.disk(*disk)
+                }
+                _ => None,
+            };
+            let (state, detail) = match (&disk.content, in_map) {
+                (_, Some(in_map)) => match &in_map.failed {
+                    Some(failed) => ("failed", Some(failed.reason.clone())),
+                    None => ("ok", None),
+                },
+                (DiskContent::Blank, _) => ("blank", None),
+                (DiskContent::Foreign { what }, _) => ("foreign", Some(what.clone())),
+                (DiskContent::Ours { cluster, .. }, _) => ("other_cluster", Some(cluster.to_string())),
+                (DiskContent::Unusable { why }, _) => ("unusable", Some(why.clone())),
+            };
+            let (name, path) = (disk.name.clone(), disk.path.clone());
+            DiskJson { name, path, bytes: disk.bytes, state, detail }
+        });
+        let sessions = node.report.iter().flat_map(|report| &report.sessions).map(|session| SessionJson {
+            peer: map.map_or_else(|| session.peer.to_string(), |map| map.node_name(session.peer)),
+            open: session.open,
+            last_error: session.last_error.clone(),
+        });
+        Self {
+            name: node.name.clone(),
+            up: node.up,
+            adopted: node.process.map(|_| node.adopted.0),
+            disks: disks.collect(),
+            sessions: sessions.collect(),
+        }
+    }
+}

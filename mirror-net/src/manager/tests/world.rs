@@ -1,0 +1,442 @@
+//! A random world around the manager: nodes that crash, lose power, adopt maps late and write
+//! through whatever they hold for the present truth; a manager that is restarted at any point.
+//!
+//! What is checked after every stored map: no promotion of a copy that is not in sync, or not the
+//! one that the map means, or not there; no acknowledged write lost, unless the loss is counted,
+//! and never a flushed one. And at the end, with everybody back: every slice is served again.
+
+use super::bench::{incarnation, map_of};
+use crate::control::{DiskContent, DiskInventory, ManagerMessage, NodeMessage, NodeReport, Registration};
+use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, NodeId, ProcessId};
+use crate::manager::repair::{SpanPlan, plan_span};
+use crate::manager::{ConnectionId, Input, Manager, Output, Proposal, Ticket};
+use crate::map::verbs::Verb;
+use crate::map::{DistributionMap, ReplicaState, Span};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::{BTreeMap, VecDeque};
+
+struct Node {
+    id: NodeId,
+    disk: DiskId,
+    alive: bool,
+    incarnation: Incarnation,
+    connection: Option<ConnectionId>,
+    session: ExporterSession,
+    /// Maps on their way to it.
+    arriving: VecDeque<DistributionMap>,
+    /// Durably adopted.
+    adopted: DistributionMap,
+    /// For each slice: the newest write on its disk or in its caches, and the newest flushed.
+    has: BTreeMap<(DeviceId, u32), (u64, u64)>,
+    disk_works: bool,
+}
+
+struct World {
+    random: StdRng,
+    now_ms: u64,
+    next: u64,
+    store: DistributionMap,
+    sessions: u64,
+    manager: Manager,
+    nodes: Vec<Node>,
+    /// For each slice: the newest acknowledged write, and the newest acknowledged and flushed.
+    acknowledged: BTreeMap<(DeviceId, u32), (u64, u64)>,
+    disks_may_fail: bool,
+    failovers: u32,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let map = map_of(3);
+        let nodes = map
+            .nodes
+            .iter()
+            .zip(&map.disks)
+            .map(|(node, disk)| Node {
+                id: node.id,
+                disk: disk.id,
+                alive: true,
+                incarnation: incarnation(node.id.0.into()),
+                connection: None,
+                session: ExporterSession(0),
+                arriving: VecDeque::new(),
+                adopted: map.clone(),
+                has: BTreeMap::new(),
+                disk_works: true,
+            })
+            .collect();
+        Self {
+            random: StdRng::seed_from_u64(seed),
+            now_ms: 1_000,
+            next: 10_000,
+            manager: Manager::new(Some(map.clone())),
+            store: map,
+            sessions: 0,
+            nodes,
+            acknowledged: BTreeMap::new(),
+            disks_may_fail: seed.is_multiple_of(4),
+            failovers: 0,
+        }
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[usize::from(id.0) - 1]
+    }
+
+    fn feed(&mut self, input: Input) {
+        self.manager.handle(self.now_ms, input);
+        while let Some(output) = self.manager.poll() {
+            match output {
+                Output::Store(proposal) => {
+                    self.check(&proposal);
+                    self.store = (*proposal.next).clone();
+                    if self.random.random_ratio(1, 20) {
+                        // It dies between the store and the word that it is stored.
+                        self.restart_manager();
+                        return;
+                    }
+                    let version = self.store.version;
+                    self.manager.handle(self.now_ms, Input::Stored { version });
+                }
+                Output::GiveSession { connection } => {
+                    self.sessions += 1;
+                    let session = ExporterSession(self.sessions);
+                    self.manager.handle(self.now_ms, Input::Session { connection, session });
+                }
+                Output::Send { connection, message } => self.deliver(connection, message),
+                Output::Close { connection } => self.hang_up(connection),
+                Output::Reply { .. } => self.failovers += 1,
+                Output::Log(line) => assert!(!line.starts_with("BUG"), "{line}"),
+            }
+        }
+    }
+
+    fn deliver(&mut self, connection: ConnectionId, message: ManagerMessage) {
+        let store = self.store.version;
+        let Some(node) = self.nodes.iter_mut().find(|node| node.connection == Some(connection)) else {
+            return;
+        };
+        match message {
+            ManagerMessage::Registered { exporter_session } => {
+                assert!(exporter_session > node.session, "exporter sessions grow");
+                node.session = exporter_session;
+            }
+            ManagerMessage::Map { map } => {
+                assert!(map.version <= store, "a map was sent that is not stored");
+                node.arriving.push_back(*map);
+            }
+            ManagerMessage::Export { device, generation } => {
+                let (id, device) = (node.id, self.store.device(device).unwrap());
+                if device.claim.generation != generation {
+                    return;
+                }
+                assert_eq!(device.claim.node, id, "only the claim's node exports");
+                for span in &device.spans {
+                    let primary = self.node(self.store.node_of(span.primary().disk).unwrap());
+                    assert!(
+                        primary.adopted.version >= device.claim.since,
+                        "a primary does not know the claim"
+                    );
+                }
+            }
+            // It came back with a dead disk before the manager noticed that it had gone; it will retry.
+            ManagerMessage::Refused { reason } => {
+                assert!(reason.contains("a second ublk-server"), "{reason}")
+            }
+            ManagerMessage::Format(_) => panic!("nobody asked for a cluster"),
+        }
+    }
+
+    fn hang_up(&mut self, connection: ConnectionId) {
+        for node in self.nodes.iter_mut().filter(|node| node.connection == Some(connection)) {
+            node.connection = None;
+            node.arriving.clear();
+        }
+    }
+
+    /// What must hold of a change at the moment in which it is stored.
+    fn check(&mut self, proposal: &Proposal) {
+        assert_eq!(proposal.base, Some(self.store.version), "it is made from what is stored");
+        proposal.next.validate().unwrap();
+        for verb in &proposal.batch {
+            match verb {
+                Verb::Promote { run, disk } => {
+                    let span = self.store.device(run.device).unwrap().span(run.first).unwrap();
+                    let replica = span.replica_on(*disk).unwrap();
+                    let node = self.node(self.store.node_of(*disk).unwrap());
+                    assert_eq!(replica.state, ReplicaState::InSync, "a stale copy is promoted");
+                    let known = self.manager.registry().get(&format!("n{}", node.id.0)).unwrap();
+                    assert!(known.is_up(self.now_ms), "a copy that is not there is promoted");
+                    let believed = known.incarnation(self.store.cluster, *disk);
+                    assert_eq!(believed, Some(replica.incarnation), "another incarnation is promoted");
+                    // One that lost power a moment ago is found out when it registers, and readmitted.
+                    if node.incarnation.attach == replica.incarnation.attach {
+                        self.keeps(run.device, span, *disk, false);
+                    }
+                }
+                Verb::Readmit { run, disk, incarnation, lost } => {
+                    let span = self.store.device(run.device).unwrap().span(run.first).unwrap().clone();
+                    let node = self.node(self.store.node_of(*disk).unwrap());
+                    let known = self.manager.registry().get(&format!("n{}", node.id.0)).unwrap();
+                    assert!(known.is_up(self.now_ms), "a copy that is not there is readmitted");
+                    assert_eq!(known.incarnation(self.store.cluster, *disk), Some(*incarnation));
+                    if node.incarnation.attach == incarnation.attach {
+                        self.keeps(run.device, &span, *disk, *lost);
+                    }
+                    if *lost {
+                        // Only if nobody can have what it lacks.
+                        for member in span.members() {
+                            let id = self.store.node_of(member.disk).unwrap();
+                            let known = self.manager.registry().get(&format!("n{}", id.0)).unwrap();
+                            let attach = known.incarnation(self.store.cluster, member.disk).unwrap().attach;
+                            assert_ne!(attach, member.incarnation.attach, "{id} may have what {disk} lost");
+                        }
+                        let has = self.node(self.store.node_of(*disk).unwrap()).has.clone();
+                        for slice in span.first.0..span.end() {
+                            let key = (run.device, slice);
+                            let (newest, _) = has.get(&key).copied().unwrap_or_default();
+                            if let Some(acknowledged) = self.acknowledged.get_mut(&key) {
+                                acknowledged.0 = acknowledged.0.min(newest);
+                            }
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The copy that goes on has what was acknowledged, or at least what was flushed.
+    fn keeps(&self, device: DeviceId, span: &Span, disk: DiskId, lost: bool) {
+        let node = self.node(self.store.node_of(disk).unwrap());
+        for slice in span.first.0..span.end() {
+            let (has, _) = node.has.get(&(device, slice)).copied().unwrap_or_default();
+            let (acknowledged, flushed) =
+                self.acknowledged.get(&(device, slice)).copied().unwrap_or_default();
+            let wanted = if lost { flushed } else { acknowledged };
+            assert!(has >= wanted, "{} has write {has} of {device} {slice}, {wanted} was promised", node.id);
+        }
+    }
+
+    fn restart_manager(&mut self) {
+        self.manager = Manager::new(Some(self.store.clone()));
+        for node in &mut self.nodes {
+            node.connection = None;
+            node.arriving.clear();
+        }
+    }
+
+    fn register(&mut self, index: usize) {
+        let connection = ConnectionId(self.fresh());
+        let cluster = self.store.cluster;
+        let node = &mut self.nodes[index];
+        node.connection = Some(connection);
+        node.arriving.clear();
+        let content = if node.disk_works {
+            DiskContent::Ours { cluster, disk: node.disk }
+        } else {
+            DiskContent::Unusable { why: "dead".into() }
+        };
+        let disk = DiskInventory {
+            name: "d1".into(),
+            path: "/dev/sda".into(),
+            bytes: 1 << 30,
+            block_bytes: 512,
+            attach: node.incarnation.attach,
+            content,
+        };
+        let registration = Registration {
+            node: format!("n{}", index + 1),
+            process: node.incarnation.process,
+            adopted: node.adopted.version,
+            address: String::new(),
+            disks: vec![disk],
+        };
+        self.feed(Input::Register { connection, cluster: Some(cluster), registration });
+    }
+
+    fn say(&mut self, index: usize, message: NodeMessage) {
+        if let Some(connection) = self.nodes[index].connection {
+            self.feed(Input::Message { connection, message });
+        }
+    }
+
+    fn crash(&mut self, index: usize, power: bool) {
+        let (attach, process) = (self.fresh(), self.fresh());
+        let keep = self.random.random_bool(0.5);
+        let node = &mut self.nodes[index];
+        node.alive = false;
+        node.incarnation.process = ProcessId(process);
+        if power {
+            node.incarnation.attach = AttachId(attach);
+            for (newest, flushed) in node.has.values_mut().filter(|_| !keep) {
+                *newest = *flushed;
+            }
+        }
+        node.arriving.clear();
+        if let Some(connection) = node.connection.take() {
+            // The manager may learn of it now, or only from the next registration.
+            if self.random.random_bool(0.7) {
+                self.feed(Input::Disconnected { connection });
+            }
+        }
+    }
+
+    fn adopt(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        let Some(map) = node.arriving.pop_front().filter(|_| node.alive) else { return };
+        if map.version > node.adopted.version {
+            node.adopted = map;
+        }
+        let version = node.adopted.version;
+        self.say(index, NodeMessage::Adopted { version });
+    }
+
+    /// A write, and perhaps a flush, at a slice of a device through the node that takes itself for
+    /// its primary; whom it cannot reach it asks to be recorded stale.
+    fn write(&mut self, index: usize, device: DeviceId, slice: u32, flush: bool) {
+        let node = &self.nodes[index];
+        let map = node.adopted.clone();
+        let span = map.device(device).unwrap().span(crate::ids::SliceIndex(slice)).unwrap();
+        if !node.alive
+            || !node.disk_works
+            || span.primary().disk != node.disk
+            || span.primary().incarnation != node.incarnation
+        {
+            return;
+        }
+        let others: Vec<usize> = span
+            .members()
+            .skip(1)
+            .map(|replica| usize::from(map.node_of(replica.disk).unwrap().0) - 1)
+            .collect();
+        let refusing = others.iter().copied().find(|other| {
+            let peer = &self.nodes[*other];
+            let theirs = peer.adopted.device(device).unwrap().span(crate::ids::SliceIndex(slice)).unwrap();
+            // An immediate secondary compares its attachment alone.
+            let attach = span.replica_on(peer.disk).unwrap().incarnation.attach;
+            !peer.alive
+                || !peer.disk_works
+                || theirs.epoch != span.epoch
+                || attach != peer.incarnation.attach
+                || self.random.random_ratio(1, 10)
+        });
+        let number = self.fresh();
+        let key = (device, slice);
+        // On some disks it lands even if it is never acknowledged.
+        for other in others.iter().copied().filter(|other| Some(*other) != refusing).chain([index]) {
+            let has = self.nodes[other].has.entry(key).or_default();
+            has.0 = number;
+            if flush && refusing.is_none() {
+                has.1 = number;
+            }
+        }
+        match refusing {
+            None => {
+                let acknowledged = self.acknowledged.entry(key).or_default();
+                acknowledged.0 = number;
+                if flush {
+                    acknowledged.1 = number;
+                }
+            }
+            Some(other) => {
+                let (peer, version) = (self.nodes[other].id, map.version);
+                self.say(index, NodeMessage::AskStale { peer, version, cause: "no answer".into() });
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        self.now_ms += self.random.random_range(0..200);
+        let index = self.random.random_range(0..self.nodes.len());
+        match self.random.random_range(0..100) {
+            0..4 => self.crash(index, false),
+            4..6 => self.crash(index, true),
+            6..20 => self.nodes[index].alive = true,
+            20..35 if self.nodes[index].alive && self.nodes[index].connection.is_none() => {
+                self.register(index)
+            }
+            35..55 => self.adopt(index),
+            55..57 => self.restart_manager(),
+            57..59 => {
+                let (ticket, node) = (Ticket(self.fresh()), format!("n{}", index + 1));
+                self.feed(Input::Failover { ticket, node });
+            }
+            59 if self.disks_may_fail => {
+                self.nodes[index].disk_works = false;
+                let disk = self.nodes[index].disk;
+                self.say(index, NodeMessage::DiskFailed { disk, reason: "dead".into() });
+                self.disks_may_fail = false;
+            }
+            60..70 => self.say(index, NodeMessage::Report(NodeReport::default())),
+            70..72 => self.feed(Input::Tick),
+            _ => {
+                let device = DeviceId(self.random.random_range(1..=self.store.devices.len() as u32));
+                let slices = self.store.device(device).unwrap().slices;
+                let slice = self.random.random_range(0..slices.min(3));
+                let flush = self.random.random_ratio(1, 4);
+                self.write(index, device, slice, flush);
+            }
+        }
+    }
+
+    /// Everybody comes back and everything arrives.
+    fn settle(&mut self) {
+        for _ in 0..4 {
+            self.now_ms += 5_000;
+            for index in 0..self.nodes.len() {
+                self.nodes[index].alive = true;
+                if self.nodes[index].connection.is_none() {
+                    self.register(index);
+                }
+                self.say(index, NodeMessage::Report(NodeReport::default()));
+                while !self.nodes[index].arriving.is_empty() {
+                    self.adopt(index);
+                }
+            }
+            self.feed(Input::Tick);
+        }
+    }
+}
+
+fn run(seed: u64) -> u32 {
+    let mut world = World::new(seed);
+    for index in 0..3 {
+        world.register(index);
+    }
+    let no_failures = !world.disks_may_fail;
+    for _ in 0..400 {
+        world.step();
+    }
+    world.settle();
+    for device in world.store.devices.iter().filter(|_| no_failures) {
+        for span in &device.spans {
+            let plan = plan_span(&world.store, span, world.manager.registry(), world.now_ms);
+            assert_eq!(plan, SpanPlan::Served, "{} {}: {span:?}", device.name, span.first);
+        }
+    }
+    assert!(world.store.version > MapVersion(1), "something has happened");
+    world.failovers
+}
+
+#[test]
+fn whatever_happens_nothing_acknowledged_is_lost_uncounted() {
+    let seeds = std::env::var("WORLD_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(300);
+    let mut failovers = 0;
+    for seed in 0..seeds {
+        match std::panic::catch_unwind(|| run(seed)) {
+            Ok(count) => failovers += count,
+            Err(panic) => {
+                eprintln!("seed {seed}");
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+    assert!(failovers > 0);
+}
