@@ -32,7 +32,8 @@ pub struct Reply {
 impl NbdClient {
     /// Connects through a `nbd+unix:///EXPORT?socket=PATH` URI.
     pub fn connect(uri: &str) -> anyhow::Result<Self> {
-        let rest = uri.strip_prefix("nbd+unix:///").with_context(|| format!("{uri} is not on a unix socket"))?;
+        let rest =
+            uri.strip_prefix("nbd+unix:///").with_context(|| format!("{uri} is not on a unix socket"))?;
         let (export, socket) = rest.split_once("?socket=").context("no socket in the URI")?;
         Self::connect_to(Path::new(socket), export)
     }
@@ -74,7 +75,14 @@ impl NbdClient {
         Ok(self.stream.set_read_timeout(Some(patience))?)
     }
 
-    fn request(&mut self, command: u16, flags: u16, offset: u64, length: u32, data: &[u8]) -> anyhow::Result<u64> {
+    fn request(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u32,
+        data: &[u8],
+    ) -> anyhow::Result<u64> {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
         let mut bytes = Vec::with_capacity(28 + data.len());
@@ -99,7 +107,9 @@ impl NbdClient {
         let mut bytes = [0; 16];
         match self.stream.read_exact(&mut bytes) {
             Ok(()) => {}
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {
+            Err(error)
+                if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) =>
+            {
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),

@@ -91,8 +91,7 @@ impl Playground {
 
     /// What `mirrorctl status --json` says of a device.
     pub fn device(&self, name: &str) -> anyhow::Result<Value> {
-        let devices = self.json(&["device", "list"])?;
-        let devices = devices["devices"].as_array().cloned().unwrap_or_default();
+        let devices = self.json(&["device", "list"])?.as_array().cloned().unwrap_or_default();
         devices.into_iter().find(|device| device["name"] == name).with_context(|| format!("no device {name}"))
     }
 
@@ -135,12 +134,20 @@ impl Playground {
             .args(["playground", verb, node, "--dir"])
             .arg(&self.dir)
             .output()?;
-        ensure!(output.status.success(), "playground {verb} {node}: {}", String::from_utf8_lossy(&output.stderr));
+        ensure!(
+            output.status.success(),
+            "playground {verb} {node}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         Ok(())
     }
 
     /// Waits until `look` finds something.
-    pub fn until<T>(&self, what: &str, mut look: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
+    pub fn until<T>(
+        &self,
+        what: &str,
+        mut look: impl FnMut() -> anyhow::Result<Option<T>>,
+    ) -> anyhow::Result<T> {
         let begun = Instant::now();
         loop {
             // While daemons come and go a look may fail; what counts is that it does not for ever.
@@ -164,7 +171,8 @@ impl Playground {
             let log = entry.path().join("log");
             let Ok(content) = std::fs::read_to_string(&log) else { continue };
             let lines: Vec<&str> = content.lines().collect();
-            text += &format!("--- {}\n{}\n", log.display(), lines[lines.len().saturating_sub(25)..].join("\n"));
+            text +=
+                &format!("--- {}\n{}\n", log.display(), lines[lines.len().saturating_sub(25)..].join("\n"));
         }
         text
     }

@@ -182,7 +182,8 @@ fn attach_id(metadata: &std::fs::Metadata) -> io::Result<AttachId> {
         // Counts the disks that the kernel has seen: a disk pulled and plugged in again has another. A
         // partition has its disk's.
         let device = udev::Device::from_devnum(udev::DeviceType::Block, metadata.rdev())?;
-        let sequence = |device: &udev::Device| device.attribute_value("diskseq").map(|value| value.to_owned());
+        let sequence =
+            |device: &udev::Device| device.attribute_value("diskseq").map(|value| value.to_owned());
         sequence(&device).or_else(|| sequence(&device.parent()?)).hash(&mut hasher);
     } else {
         (metadata.dev(), metadata.ino()).hash(&mut hasher);
