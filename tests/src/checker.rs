@@ -171,8 +171,9 @@ impl Checker {
                     None if known => "?".into(),
                     None => "nobody wrote that".into(),
                 };
+                let recent: Vec<&Write> = writes.iter().rev().take(4).map(|id| &self.writes[*id]).collect();
                 let sample = format!(
-                    "{}: device {device} sector {sector}: a read since {} returned {stamp:x}: {why}",
+                    "{}: device {device} sector {sector}: a read since {} returned {stamp:x}: {why}; the last writes: {recent:x?}",
                     crate::cluster::clock(now),
                     crate::cluster::clock(began),
                 );

@@ -881,8 +881,11 @@ impl Cluster {
             }
             (Err(_), _) => self.orphans[device].extend(&asked.writes),
         }
+        if !stamps.is_empty() {
+            self.say(|| format!("n{node}: request {token} read {stamps:x?}"));
+        }
         self.results.insert(token, result.map(|()| stamps));
-        let pause = self.random.range(10_000, 8 * MS);
+        let pause = self.random.range(10_000, 60 * MS);
         self.queue.push(now + pause, Event::Ask { device });
     }
 

@@ -419,6 +419,7 @@ impl Engine {
             let device = flush.device;
             let view = &self.devices[device].view;
             let state = match flush.targets[index].place {
+                Place::Here if !view.can_flush() => continue,
                 // Finishing at once removes the flush; nothing is left to note then.
                 Place::Here => TargetState::Asked(Some(self.start_flush_here(key, device))),
                 Place::Peer(peer) => {

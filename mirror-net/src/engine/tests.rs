@@ -335,3 +335,21 @@ fn an_acknowledgement_that_arrives_after_the_loss_is_none() {
     rig.wait(100, &[1, 2]);
     assert_eq!(rig.take(Kind::ForwardWrite)[0].header.loss.0, 1);
 }
+
+#[test]
+fn a_restarted_primary_does_not_answer_a_flush_for_what_it_lost() {
+    let mut first = map(3, 2, 3);
+    second_stale(&mut first.devices[0].spans[0]);
+    first.devices[0].spans[0].replicas[0].incarnation.attach.0 = 77;
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardFlush, 0, 0), trailer(1, 1, 3));
+    assert_eq!(rig.take(Kind::Reply)[0].header.flags, Status::Fenced as u8);
+    // Nor if it exports the device itself.
+    let mut own = first.clone();
+    own.devices[0].claim.node.0 = 1;
+    let mut rig = Rig::new(1, &own);
+    let flush = rig.flush();
+    assert_eq!(rig.result(flush), None);
+    rig.adopt(&next(&own, |span| span.replicas[0].incarnation.attach.0 = 1));
+    assert_eq!(rig.result(flush), Some(Ok(())));
+}
