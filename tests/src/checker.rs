@@ -6,7 +6,7 @@
 //! taken effect at any time until its end, which is when the next exporter starts.
 
 use crate::scheduler::Nanos;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// What a sector holds: a write's stamp, 0 for zeros.
 pub type Stamp = u64;
@@ -19,7 +19,7 @@ struct Write {
     began: Nanos,
     /// It takes no effect later than this.
     end: Nanos,
-    /// It is known to have taken effect at this time.
+    /// It is known to have taken effect, on all its sectors, at this time.
     effective: Option<Nanos>,
     acknowledged: Option<Nanos>,
     durable: bool,
@@ -36,6 +36,8 @@ struct Write {
 pub struct Checker {
     writes: Vec<Write>,
     sectors: HashMap<(usize, usize), Vec<WriteId>>,
+    /// When a read first returned that write in that sector: without an acknowledgement it may be torn.
+    seen: BTreeMap<(WriteId, usize), Nanos>,
     /// Which node acted as primary of (device, slice) under an epoch.
     primaries: HashMap<(u32, u32, u64), u16>,
     /// What is wrong.
@@ -109,7 +111,9 @@ impl Checker {
 
     /// The exporter is another process: nobody waits for news of its predecessor's writes.
     pub fn exporter_changed(&mut self, device: usize) {
-        self.flush_failed(device);
+        for write in self.writes.iter_mut().filter(|write| write.device == device) {
+            write.reported = true;
+        }
     }
 
     /// The loss generation of these sectors was raised.
@@ -120,6 +124,9 @@ impl Checker {
                 write.lost |= write.acknowledged.is_some();
             }
         }
+        // What was read from a cache may be gone as well; what was flushed is not.
+        let writes = &self.writes;
+        self.seen.retain(|(id, _), _| writes[*id].device != device || writes[*id].durable);
     }
 
     /// A read of one sector, asked for at `began`, returned `stamp`.
@@ -130,8 +137,12 @@ impl Checker {
         let overwritten = |end: Nanos| {
             writes
                 .iter()
+                .find(|id| {
+                    let later = &self.writes[**id];
+                    let seen = || self.seen.get(&(**id, sector)).is_some_and(|at| *at < began);
+                    later.began > end && (later.effective.is_some_and(|at| at < began) || seen())
+                })
                 .map(|id| &self.writes[*id])
-                .find(|later| later.began > end && later.effective.is_some_and(|at| at < began))
         };
         let mut over = None;
         if stamp == 0 {
@@ -159,8 +170,7 @@ impl Checker {
         }
         match newest {
             Some(id) if stamp != 0 => {
-                let write = &mut self.writes[id];
-                write.effective = Some(write.effective.map_or(now, |at| at.min(now)));
+                self.seen.entry((id, sector)).or_insert(now);
             }
             Some(_) => {}
             None => {
