@@ -48,7 +48,14 @@ pub struct Checker {
 
 impl Checker {
     /// A write (or zeroing) is asked for; sectors count from the device's start.
-    pub fn begin_write(&mut self, now: Nanos, device: usize, first: usize, count: usize, stamp: Stamp) -> WriteId {
+    pub fn begin_write(
+        &mut self,
+        now: Nanos,
+        device: usize,
+        first: usize,
+        count: usize,
+        stamp: Stamp,
+    ) -> WriteId {
         let id = self.writes.len();
         self.writes.push(Write {
             stamp,
@@ -196,8 +203,9 @@ impl Checker {
     pub fn acts_as_primary(&mut self, device: u32, slice: u32, epoch: u64, node: u16) {
         let first = *self.primaries.entry((device, slice, epoch)).or_insert(node);
         if first != node {
-            self.violations
-                .push(format!("device {device} slice {slice} epoch {epoch}: both {first} and {node} act as primary"));
+            self.violations.push(format!(
+                "device {device} slice {slice} epoch {epoch}: both {first} and {node} act as primary"
+            ));
         }
     }
 }

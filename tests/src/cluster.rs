@@ -14,7 +14,8 @@ use mirror_net::ids::{
     SliceIndex,
 };
 use mirror_net::map::{
-    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node as MapNode, Replica, ReplicaState, SegmentSlots, Span,
+    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node as MapNode, Replica, ReplicaState, SegmentSlots,
+    Span,
 };
 use mirror_net::wire::header::{CrcSeed, HEADER_BYTES, Header, Kind, Status, TRAILER_BYTES, Trailer};
 use std::collections::BTreeMap;
@@ -168,7 +169,9 @@ fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
                     count: SLICES,
                     epoch: SliceEpoch(1),
                     loss: LossGeneration(0),
-                    replicas: (0..usize::from(shape.copies)).map(|copy| replica((device * (count - 1) + copy) % count)).collect(),
+                    replicas: (0..usize::from(shape.copies))
+                        .map(|copy| replica((device * (count - 1) + copy) % count))
+                        .collect(),
                 }],
             })
             .collect(),
@@ -330,7 +333,9 @@ impl Cluster {
                 let node = beat.node.0;
                 let (adopted, process) = (beat.adopted, beat.incarnation.process.0);
                 self.manager.heard(now, beat);
-                if adopted < self.manager.map.version && self.alive(node, process) && !self.cut_off[usize::from(node) - 1]
+                if adopted < self.manager.map.version
+                    && self.alive(node, process)
+                    && !self.cut_off[usize::from(node) - 1]
                 {
                     let map = Arc::clone(&self.manager.map);
                     let at = now + self.random.range(100_000, 3 * MS);
@@ -431,11 +436,23 @@ impl Cluster {
                             };
                             format!("{state}n{}", r.disk.0)
                         });
-                        format!("[{}] e{} loss {}", copies.collect::<Vec<_>>().join(" "), span.epoch.0, span.loss.0)
+                        format!(
+                            "[{}] e{} loss {}",
+                            copies.collect::<Vec<_>>().join(" "),
+                            span.epoch.0,
+                            span.loss.0
+                        )
                     })
                     .collect();
                 self.say(|| {
-                    format!("manager: {} {}: {} claim n{}#{}", map.version, new.name, list.join(" "), new.claim.node.0, new.claim.generation.0)
+                    format!(
+                        "manager: {} {}: {} claim n{}#{}",
+                        map.version,
+                        new.name,
+                        list.join(" "),
+                        new.claim.node.0,
+                        new.claim.generation.0
+                    )
                 });
             }
         }
@@ -528,7 +545,9 @@ impl Cluster {
             }
             RequestKind::Flush => None,
         };
-        self.say(|| format!("n{node}: request {token} dev{} {wish:?} stamp {:x}", device + 1, self.next_stamp));
+        self.say(|| {
+            format!("n{node}: request {token} dev{} {wish:?} stamp {:x}", device + 1, self.next_stamp)
+        });
         let running = self.process(node)?;
         let buffer = data.map(|data| running.allocate(data));
         let length = wish.length;
@@ -538,7 +557,11 @@ impl Cluster {
             kind: wish.kind,
             offset: wish.offset,
             length,
-            buffer: buffer.map(|buffer| mirror_net::engine::action::BufferRange { buffer, offset: 0, length }),
+            buffer: buffer.map(|buffer| mirror_net::engine::action::BufferRange {
+                buffer,
+                offset: 0,
+                length,
+            }),
         };
         running.engine.handle_request(now, &request);
         self.asked.insert(
@@ -571,7 +594,12 @@ impl Cluster {
     pub fn waiting(&self) -> Vec<String> {
         let lines = self.nodes.iter().filter_map(|node| {
             let process = node.process.as_ref()?;
-            Some(format!("n{}: {:?} {:?}", node.id.0, process.engine.waiting(), process.engine.session_reports()))
+            Some(format!(
+                "n{}: {:?} {:?}",
+                node.id.0,
+                process.engine.waiting(),
+                process.engine.session_reports()
+            ))
         });
         lines.collect()
     }
@@ -608,7 +636,9 @@ impl Cluster {
             }
             Action::Write { io, slot, offset, buffer, fua, .. } => {
                 let Some(data) = process.bytes(buffer).map(<[u8]>::to_vec) else {
-                    self.checker.violations.push(format!("n{node} writes from {buffer:?}, which it gave back"));
+                    self.checker
+                        .violations
+                        .push(format!("n{node} writes from {buffer:?}, which it gave back"));
                     return;
                 };
                 let offset = self.node(node).offset(slot, offset);
@@ -619,13 +649,21 @@ impl Cluster {
             Action::Zero { io, slot, offset, length, fua, .. } => {
                 let offset = self.node(node).offset(slot, offset);
                 let data = vec![0; length as usize];
-                self.begin_io(node, io, DiskIo::Write { offset, data, buffer: None, durable: fua, metadata: false });
+                self.begin_io(
+                    node,
+                    io,
+                    DiskIo::Write { offset, data, buffer: None, durable: fua, metadata: false },
+                );
             }
             Action::Punch { io, slot, offset, length, .. } => {
                 let offset = self.node(node).offset(slot, offset);
                 // Punched space may hold anything.
                 let data = vec![0x77; length as usize];
-                self.begin_io(node, io, DiskIo::Write { offset, data, buffer: None, durable: false, metadata: false });
+                self.begin_io(
+                    node,
+                    io,
+                    DiskIo::Write { offset, data, buffer: None, durable: false, metadata: false },
+                );
             }
             Action::Flush { io, .. } => {
                 let mark = self.node(node).disk.flush_mark();
@@ -667,7 +705,9 @@ impl Cluster {
                     self.checker.violations.push(format!("n{node}: {wrong}"));
                 }
             }
-            Action::Complete { token, result } => self.complete(node, token.0, result.map_err(|e| format!("{e:?}"))),
+            Action::Complete { token, result } => {
+                self.complete(node, token.0, result.map_err(|e| format!("{e:?}")))
+            }
             Action::Report(report) => {
                 match &report {
                     Report::Adopted { version } => process.adopted = *version,
@@ -689,7 +729,15 @@ impl Cluster {
         }
     }
 
-    fn send(&mut self, node: u16, peer: u16, session: u64, mut header: Header, trailer: Option<Trailer>, body: Body) {
+    fn send(
+        &mut self,
+        node: u16,
+        peer: u16,
+        session: u64,
+        mut header: Header,
+        trailer: Option<Trailer>,
+        body: Body,
+    ) {
         let Some(process) = self.process(node) else { return };
         let mut borrowed = None;
         let mut content = Vec::new();
@@ -718,7 +766,11 @@ impl Cluster {
             Kind::Write | Kind::Zero | Kind::Discard => {
                 self.checker.acts_as_primary(header.device, header.slice, header.slice_epoch.0, node);
             }
-            Kind::Reply if header.flags == Status::Done as u8 && header.slice_epoch.0 > 0 && header.body_bytes > 0 => {
+            Kind::Reply
+                if header.flags == Status::Done as u8
+                    && header.slice_epoch.0 > 0
+                    && header.body_bytes > 0 =>
+            {
                 self.checker.acts_as_primary(header.device, header.slice, header.slice_epoch.0, node);
             }
             _ => {}
@@ -743,7 +795,9 @@ impl Cluster {
             };
             let sent = &frame.bytes[HEADER_BYTES..HEADER_BYTES + length as usize];
             if sender.bytes(range) != Some(sent) {
-                self.checker.violations.push(format!("n{from}: {range:?} was given back while it was being sent"));
+                self.checker
+                    .violations
+                    .push(format!("n{from}: {range:?} was given back while it was being sent"));
             }
         }
         let Ok(head) = <&[u8; HEADER_BYTES]>::try_from(&frame.bytes[..HEADER_BYTES]) else { return };
@@ -794,13 +848,18 @@ impl Cluster {
                 self.node(node).disk.read(offset, &mut data);
                 match self.process(node).and_then(|process| process.bytes_mut(buffer)) {
                     Some(bytes) => bytes.copy_from_slice(&data),
-                    None => self.checker.violations.push(format!("n{node} reads into {buffer:?}, which it gave back")),
+                    None => self
+                        .checker
+                        .violations
+                        .push(format!("n{node} reads into {buffer:?}, which it gave back")),
                 }
             }
             DiskIo::Write { offset, data, buffer, durable, metadata } => {
                 if let Some(range) = buffer {
                     if self.process(node).and_then(|process| process.bytes(range)) != Some(&data[..]) {
-                        self.checker.violations.push(format!("n{node}: {range:?} changed while it was written"));
+                        self.checker
+                            .violations
+                            .push(format!("n{node}: {range:?} changed while it was written"));
                     }
                 }
                 if if metadata { faults.metadata } else { faults.write } {
@@ -843,7 +902,11 @@ impl Cluster {
         let (device, first) = (asked.device, (asked.offset / SECTOR as u64) as usize);
         let mut stamps = Vec::new();
         if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, asked.buffer) {
-            let data = self.process(node).and_then(|process| process.buffers.get(&buffer)).cloned().unwrap_or_default();
+            let data = self
+                .process(node)
+                .and_then(|process| process.buffers.get(&buffer))
+                .cloned()
+                .unwrap_or_default();
             for (index, sector) in data.chunks(SECTOR).enumerate() {
                 match stamp(sector) {
                     Some(stamp) => {
@@ -852,12 +915,17 @@ impl Cluster {
                             self.checker.read(asked.began, now, device, first + index, stamp);
                         }
                     }
-                    None => self.checker.violations.push(format!("request {token}: a torn sector {:x?}", &sector[..32])),
+                    None => self
+                        .checker
+                        .violations
+                        .push(format!("request {token}: a torn sector {:x?}", &sector[..32])),
                 }
             }
         }
         if let Some(buffer) = asked.buffer {
-            let freed = self.process(node).and_then(|process| process.free(mirror_net::engine::action::BufferId(buffer)));
+            let freed = self
+                .process(node)
+                .and_then(|process| process.free(mirror_net::engine::action::BufferId(buffer)));
             if let Some(wrong) = freed {
                 self.checker.violations.push(format!("n{node}: request {token}: {wrong}"));
             }
@@ -871,10 +939,15 @@ impl Cluster {
                 }
             }
             (Ok(()), kind) => {
-                let fua = matches!(kind, RequestKind::Write { fua: true } | RequestKind::WriteZeroes { fua: true });
+                let fua =
+                    matches!(kind, RequestKind::Write { fua: true } | RequestKind::WriteZeroes { fua: true });
                 let slice = (asked.offset / u64::from(SLICE)) as u32;
                 let lost = self.loss_unseen(node, device, slice)
-                    || self.loss_unseen(node, device, ((asked.offset + u64::from(asked.length) - 1) / u64::from(SLICE)) as u32);
+                    || self.loss_unseen(
+                        node,
+                        device,
+                        ((asked.offset + u64::from(asked.length) - 1) / u64::from(SLICE)) as u32,
+                    );
                 for id in &asked.writes {
                     self.checker.acknowledge(now, *id, fua, lost);
                 }

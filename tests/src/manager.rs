@@ -205,9 +205,11 @@ impl Manager {
         let device = &self.map.devices[device];
         let span = &device.spans[0];
         let run = Run { device: device.id, first: SliceIndex(0), count: span.count };
-        let Some(next) = span.members().skip(1).find(|replica| {
-            self.intact(replica) && self.in_contact(now, self.node_of(replica))
-        }) else {
+        let Some(next) = span
+            .members()
+            .skip(1)
+            .find(|replica| self.intact(replica) && self.in_contact(now, self.node_of(replica)))
+        else {
             return false;
         };
         let mut batch = vec![Verb::Promote { run, disk: next.disk }];

@@ -76,9 +76,17 @@ impl Network {
     }
 
     /// When a frame that is sent now arrives; `None` if there is no such lane any more.
-    pub fn arrival(&mut self, now: Nanos, from: u16, to: u16, session: u64, random: &mut Random) -> Option<Nanos> {
+    pub fn arrival(
+        &mut self,
+        now: Nanos,
+        from: u16,
+        to: u16,
+        session: u64,
+        random: &mut Random,
+    ) -> Option<Nanos> {
         let lane = self.lanes.get_mut(&pair(from, to)).filter(|lane| lane.session == session)?;
-        let delay = if random.one_in(50) { random.range(200_000, 20_000_000) } else { random.range(10_000, 200_000) };
+        let delay =
+            if random.one_in(50) { random.range(200_000, 20_000_000) } else { random.range(10_000, 200_000) };
         let last = &mut lane.last[usize::from(from > to)];
         *last = (now + delay).max(*last + 1);
         Some(*last)

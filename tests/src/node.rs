@@ -233,7 +233,9 @@ impl Process {
             DiskIo::Flush(_) => false,
         });
         data.fill(POISON);
-        busy.map(|(_, io)| format!("{buffer:?} is given back while a disk uses it: {io:?}").chars().take(160).collect())
+        busy.map(|(_, io)| {
+            format!("{buffer:?} is given back while a disk uses it: {io:?}").chars().take(160).collect()
+        })
     }
 
     /// A piece of a buffer, if it was not given back.

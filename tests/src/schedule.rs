@@ -8,7 +8,15 @@ use mirror_net::engine::action::RequestKind;
 
 /// Classes of faults, for counting.
 pub const CLASSES: [&str; 10] = [
-    "kill", "power cut", "pause", "lane loss", "silence", "no manager", "disk error", "hand-over", "claim move",
+    "kill",
+    "power cut",
+    "pause",
+    "lane loss",
+    "silence",
+    "no manager",
+    "disk error",
+    "hand-over",
+    "claim move",
     "power cut of all",
 ];
 
@@ -96,7 +104,11 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let count = if disks { 1 } else { random.below(5) };
     let mut last = 1_500 * MS;
     for index in 0..count {
-        let at = if random.one_in(3) && index > 0 { last + random.below(30 * MS) } else { last + random.below(1_500 * MS) };
+        let at = if random.one_in(3) && index > 0 {
+            last + random.below(30 * MS)
+        } else {
+            last + random.below(1_500 * MS)
+        };
         faults[plan_fault(&mut cluster, &mut random, shape, at, disks)] += 1;
         last = at;
     }
@@ -147,7 +159,10 @@ pub fn finish(cluster: &mut Cluster, shape: Shape) {
                 }
                 if cluster.now > deadline {
                     let waiting = cluster.waiting();
-                    cluster.checker.violations.push(format!("device {device} is exported by nobody: {waiting:#?}"));
+                    cluster
+                        .checker
+                        .violations
+                        .push(format!("device {device} is exported by nobody: {waiting:#?}"));
                     return;
                 }
                 cluster.run_until(cluster.now + 100 * MS);

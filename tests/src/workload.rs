@@ -43,7 +43,8 @@ pub struct Wish {
 
 /// Draws a request. A few places are hot, so that requests meet.
 pub fn wish(random: &mut Random, discards: bool) -> Wish {
-    let hot = [0u64, 3 * 4096, u64::from(SLICE) - 8192, u64::from(SLICE) + 4096 * 5][random.below(4) as usize];
+    let hot =
+        [0u64, 3 * 4096, u64::from(SLICE) - 8192, u64::from(SLICE) + 4096 * 5][random.below(4) as usize];
     let sectors = u64::from(SLICE) * u64::from(SLICES) / SECTOR as u64;
     let first = (hot / SECTOR as u64 + random.below(24)).min(sectors - 1);
     let longest = [1, 8, 32][random.below(3) as usize];

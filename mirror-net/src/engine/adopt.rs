@@ -1,8 +1,8 @@
 //! Adopting a map: slots and epochs durable first, then everything in flight is fitted to it.
 
 use super::action::{Action, OpKey, Report};
-use super::op::{Legs, Local, Part};
 use super::loss::Unflushed;
+use super::op::{Legs, Local, Part};
 use super::session::Peer;
 use super::view::{DeviceView, Place, Viewer};
 use super::{Device, Engine, Nanos, Slice};
@@ -286,8 +286,7 @@ impl Engine {
                 self.doom(key, Status::Fenced);
                 continue;
             }
-            let legs =
-                if begun { Legs::new(&span.others, &span.members, &op.legs) } else { Legs::NONE };
+            let legs = if begun { Legs::new(&span.others, &span.members, &op.legs) } else { Legs::NONE };
             let epoch = span.epoch;
             let op = &mut self.ops[key];
             op.epoch = epoch;

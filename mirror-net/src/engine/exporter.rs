@@ -307,7 +307,10 @@ impl Engine {
             }
             if !matches!(part.kind, OpKind::Write { .. }) {
                 moved.push(key);
-            } else if !self.recalled.iter().any(|recalled| (recalled.part, recalled.attempt) == (key, part.attempt))
+            } else if !self
+                .recalled
+                .iter()
+                .any(|recalled| (recalled.part, recalled.attempt) == (key, part.attempt))
             {
                 let patience = self.now + SILENCE;
                 self.recalled.push(Recalled { part: key, attempt: part.attempt, peer, patience });
@@ -374,7 +377,8 @@ impl Engine {
             Status::ClaimLost => Some(RequestError::ClaimLost),
         };
         let Some(part) = self.parts.remove(key) else { return };
-        if error.is_none() && matches!(part.kind, OpKind::Write { fua: false } | OpKind::Zero { fua: false }) {
+        if error.is_none() && matches!(part.kind, OpKind::Write { fua: false } | OpKind::Zero { fua: false })
+        {
             self.devices[part.device].unflushed.note(part.slice, loss);
         }
         self.request_part_done(part.request, error);

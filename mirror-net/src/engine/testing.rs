@@ -22,10 +22,8 @@ pub(super) const DEVICE: DeviceId = DeviceId(1);
 /// A map of `nodes` nodes with a disk each, and one device of one slice with copies on the first
 /// `copies`, exported by `exporter`.
 pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
-    let incarnation = |node: u16| Incarnation {
-        attach: AttachId(u64::from(node)),
-        process: ProcessId(u64::from(node)),
-    };
+    let incarnation =
+        |node: u16| Incarnation { attach: AttachId(u64::from(node)), process: ProcessId(u64::from(node)) };
     let replica = |node: u16| Replica {
         disk: DiskId(u32::from(node)),
         state: ReplicaState::InSync,
@@ -62,11 +60,7 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
             slices: 1,
             block_bytes: 512,
             copies: copies as u8,
-            claim: Claim {
-                node: NodeId(exporter),
-                generation: ClaimGeneration(1),
-                since: MapVersion(1),
-            },
+            claim: Claim { node: NodeId(exporter), generation: ClaimGeneration(1), since: MapVersion(1) },
             spans: vec![Span {
                 first: SliceIndex(0),
                 count: 1,
@@ -221,10 +215,8 @@ impl Rig {
 
     /// Answers the pings sent to that peer.
     pub fn pong(&mut self, peer: u16) {
-        let pings: Vec<Sent> = self
-            .sent
-            .extract_if(.., |sent| sent.to == peer && sent.header.kind == Kind::Ping)
-            .collect();
+        let pings: Vec<Sent> =
+            self.sent.extract_if(.., |sent| sent.to == peer && sent.header.kind == Kind::Ping).collect();
         for ping in pings {
             let pong = Header {
                 sequence: ping.header.sequence,

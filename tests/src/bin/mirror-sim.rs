@@ -15,7 +15,10 @@ fn main() -> std::process::ExitCode {
     if let Some(seed) = number(&arguments, "--replay") {
         let outcome = run(seed, arguments.iter().any(|argument| argument == "--trace"));
         outcome.violations.iter().for_each(|violation| println!("VIOLATION {violation}"));
-        println!("seed {seed}: {} requests, {} reads, trace hash {:016x}", outcome.completed, outcome.reads, outcome.hash);
+        println!(
+            "seed {seed}: {} requests, {} reads, trace hash {:016x}",
+            outcome.completed, outcome.reads, outcome.hash
+        );
         return u8::from(!outcome.violations.is_empty()).into();
     }
     let start = number(&arguments, "--start-seed").unwrap_or(1);
@@ -55,7 +58,8 @@ fn main() -> std::process::ExitCode {
             });
         }
     });
-    let (faults, completed, reads, mut failing) = total.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let (faults, completed, reads, mut failing) =
+        total.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
     failing.sort_unstable();
     let rate = schedules as f64 / began.elapsed().as_secs_f64();
     println!("{schedules} schedules, {rate:.0}/s, {completed} requests, {reads} sectors read");
