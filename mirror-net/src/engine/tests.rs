@@ -353,3 +353,15 @@ fn a_restarted_primary_does_not_answer_a_flush_for_what_it_lost() {
     rig.adopt(&next(&own, |span| span.replicas[0].incarnation.attach.0 = 1));
     assert_eq!(rig.result(flush), Some(Ok(())));
 }
+
+#[test]
+fn writes_that_both_need_a_whole_region_do_not_wait_for_each_other() {
+    let mut rig = Rig::new(1, &next(&map(2, 2, 1), second_stale));
+    rig.hold = true;
+    let discard = rig.request(super::action::RequestKind::Discard, 0, 4096);
+    let (a, b) = (rig.write(1024, 512), rig.write(2048, 512));
+    for _ in 0..20 {
+        rig.complete_io(Ok(()));
+    }
+    assert_eq!([discard, a, b].map(|token| rig.result(token)), [Some(Ok(())); 3]);
+}
