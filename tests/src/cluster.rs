@@ -958,7 +958,9 @@ impl Cluster {
             self.say(|| format!("n{node}: request {token} read {stamps:x?}"));
         }
         self.results.insert(token, result.map(|()| stamps));
-        let pause = self.random.range(10_000, 60 * MS);
+        // Bursts, and silence between them.
+        let longest = if self.random.one_in(3) { MS } else { 250 * MS };
+        let pause = self.random.range(10_000, longest);
         self.queue.push(now + pause, Event::Ask { device });
     }
 

@@ -14,6 +14,7 @@ use mirror_net::format::create::{FormatOptions, format};
 use mirror_net::format::{Geometry, Plan, PlanStep, Shares, SlotOrder, ZoneProfile, open};
 use mirror_net::ids::{AttachId, ClusterId, DiskId, Incarnation, MapVersion, NodeId, ProcessId, SlotIndex};
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
 /// Bytes of a slice in the simulator.
 pub const SLICE: u32 = 256 << 10;
@@ -90,34 +91,45 @@ fn carry_out(disk: &mut SimDisk, plan: Plan) {
     }
 }
 
+fn geometry() -> Geometry {
+    Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).expect("it fits")
+}
+
+/// The disk of node 2 is not known to be zero, and full of garbage.
+fn formatted(id: u16, geometry: &Geometry) -> SimDisk {
+    let options = FormatOptions {
+        cluster: ClusterId::default(),
+        disk: DiskId(u32::from(id)),
+        node: NodeId(id),
+        format: Default::default(),
+        node_name: format!("n{id}"),
+        disk_name: "d1".into(),
+        geometry: geometry.clone(),
+        shares: Shares { primary: 50, secondary: 50, unmirrored: 0 },
+        slot_order: SlotOrder::Address,
+        zone_profile: ZoneProfile::default(),
+        known_zero: id != 2,
+    };
+    let (_, plan) = format(options).expect("it can be formatted");
+    let mut disk = SimDisk::new(DISK_BYTES);
+    carry_out(&mut disk, plan);
+    if id == 2 {
+        let pages = u64::from(geometry.slots) * u64::from(SLICE) / 4096;
+        for page in 0..pages {
+            disk.write(geometry.data.offset + page * 4096, &[0xe5; 4096], false);
+        }
+    }
+    disk.flushed(disk.flush_mark());
+    disk
+}
+
 impl Node {
     /// A node with a formatted disk, not running.
     pub fn new(id: u16) -> Self {
-        let geometry = Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).expect("it fits");
-        let options = FormatOptions {
-            cluster: ClusterId::default(),
-            disk: DiskId(u32::from(id)),
-            node: NodeId(id),
-            format: Default::default(),
-            node_name: format!("n{id}"),
-            disk_name: "d1".into(),
-            geometry: geometry.clone(),
-            shares: Shares { primary: 50, secondary: 50, unmirrored: 0 },
-            slot_order: SlotOrder::Address,
-            zone_profile: ZoneProfile::default(),
-            known_zero: id != 2,
-        };
-        let (_, plan) = format(options).expect("it can be formatted");
-        let mut disk = SimDisk::new(DISK_BYTES);
-        carry_out(&mut disk, plan);
-        if id == 2 {
-            // Not known to be zero: garbage where the data goes.
-            let slots = u64::from(geometry.slots);
-            for page in 0..slots * u64::from(SLICE) / 4096 {
-                disk.write(geometry.data.offset + page * 4096, &[0xe5; 4096], false);
-            }
-        }
-        disk.flushed(disk.flush_mark());
+        // Formatting is the same every time, and costs more than many a schedule.
+        static DISKS: [OnceLock<SimDisk>; 4] = [const { OnceLock::new() }; 4];
+        let geometry = geometry();
+        let disk = DISKS[usize::from(id)].get_or_init(|| formatted(id, &geometry)).clone();
         Self {
             id: NodeId(id),
             disk,

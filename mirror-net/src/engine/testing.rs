@@ -1,6 +1,6 @@
 //! One engine on a disk in memory; its peers are played by the test, frame by frame.
 
-use super::action::{Action, Body, BufferId, BufferRange, Io, Report, Request, RequestKind, RequestToken};
+use super::action::{Action, BufferId, BufferRange, Io, Report, Request, RequestKind, RequestToken};
 use super::{Engine, LocalDisk, Me, Nanos};
 use crate::format::alloc::Allocator;
 use crate::format::create::{FormatOptions, format};
@@ -100,7 +100,6 @@ pub(super) fn claimed(map: &DistributionMap, node: u16) -> DistributionMap {
 pub(super) struct Sent {
     pub to: u16,
     pub header: Header,
-    pub body: Body,
 }
 
 /// An engine, its disk, and what it wants.
@@ -287,6 +286,7 @@ impl Rig {
         let header = Header {
             flags: status as u8,
             sequence: sent.header.sequence,
+            slice_epoch: sent.header.slice_epoch,
             loss: sent.header.loss,
             ..Header::new(kind)
         };
@@ -358,9 +358,7 @@ impl Rig {
                         let failed = self.fail_metadata && matches!(work, MetadataIo::Write { .. });
                         io.push((id, if failed { Err("metadata".into()) } else { Ok(()) }));
                     }
-                    Action::Send { peer, header, body, .. } => {
-                        self.sent.push(Sent { to: peer.0, header, body });
-                    }
+                    Action::Send { peer, header, .. } => self.sent.push(Sent { to: peer.0, header }),
                     Action::CloseLane { peer, .. } => self.closed.push(peer.0),
                     Action::FillZero { .. } | Action::Copy { .. } => {}
                     Action::Release { buffer } => self.released.push(buffer),
