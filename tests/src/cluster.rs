@@ -106,6 +106,8 @@ pub struct Cluster {
     /// Requests of exporters that are gone, by device.
     orphans: Vec<Vec<usize>>,
     exporting: Vec<Option<(u16, u64)>>,
+    /// Exporters before, by device: they may not know it yet, and their users go on reading.
+    former: Vec<(usize, (u16, u64))>,
     shape: Shape,
     next_token: u64,
     next_process: u64,
@@ -201,6 +203,7 @@ impl Cluster {
             asked: BTreeMap::new(),
             orphans: vec![Vec::new(); shape.devices],
             exporting: vec![None; shape.devices],
+            former: Vec::new(),
             shape,
             next_token: 0,
             next_stamp: 0,
@@ -479,6 +482,7 @@ impl Cluster {
         self.say(|| format!("n{}: exports dev{}", node.0, device + 1));
         let now = self.now;
         if let Some(old) = self.exporting[device].replace(exporter) {
+            self.former.push((device, old));
             // Whatever the one before left behind has happened by now, or never will.
             let left: Vec<u64> = self
                 .asked
@@ -507,6 +511,13 @@ impl Cluster {
             return;
         }
         let wish = wish(&mut self.random, self.shape.discards);
+        if wish.kind == RequestKind::Read && self.random.one_in(2) {
+            let former = self.former.iter().rev().find(|(of, old)| *of == device && self.alive(old.0, old.1));
+            if let Some((_, old)) = former.copied() {
+                self.submit_to(device, old, wish);
+                return;
+            }
+        }
         if self.submit(device, wish).is_none() {
             self.queue.push(self.now + 50 * MS, Event::Ask { device });
         }
@@ -514,9 +525,13 @@ impl Cluster {
 
     /// Gives a request to the device's exporter; its token, or `None` if nobody exports.
     pub fn submit(&mut self, device: usize, wish: Wish) -> Option<u64> {
-        let (node, process) = self.exporting[device].filter(|(node, process)| {
+        let exporter = self.exporting[device].filter(|(node, process)| {
             self.alive(*node, *process) && self.node(*node).paused_until <= self.now
         })?;
+        self.submit_to(device, exporter, wish)
+    }
+
+    fn submit_to(&mut self, device: usize, (node, process): (u16, u64), wish: Wish) -> Option<u64> {
         let now = self.now;
         self.next_token += 1;
         let token = self.next_token;

@@ -65,6 +65,15 @@ fn plan_fault(cluster: &mut Cluster, random: &mut Random, shape: Shape, at: Nano
         5 => {
             cluster.plan(at, Fault::NoManager { node, on: true });
             cluster.plan(later, Fault::NoManager { node, on: false });
+            if random.one_in(2) {
+                // From everybody: it does not learn what the others do without it.
+                for peer in (1..=shape.nodes).filter(|peer| *peer != node) {
+                    for (from, to) in [(node, peer), (peer, node)] {
+                        cluster.plan(at, Fault::Silence { from, to, on: true });
+                        cluster.plan(later, Fault::Silence { from, to, on: false });
+                    }
+                }
+            }
         }
         6 if disks => {
             let fault = [Fault::DiskWrites { node }, Fault::DiskFlush { node }, Fault::DiskMetadata { node }];
