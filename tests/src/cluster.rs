@@ -491,13 +491,14 @@ impl Cluster {
                 .map(|(token, _)| *token)
                 .collect();
             for token in left {
-                if let Some(asked) = self.asked.get(&token) {
+                if let Some(asked) = self.asked.get_mut(&token) {
+                    asked.replaced = true;
                     self.orphans[device].extend(&asked.writes);
                 }
                 if !self.alive(old.0, old.1) {
                     self.asked.remove(&token);
-                    self.queue.push(now + MS, Event::Ask { device });
                 }
+                self.queue.push(now + MS, Event::Ask { device });
             }
         }
         for write in std::mem::take(&mut self.orphans[device]) {
@@ -590,6 +591,7 @@ impl Cluster {
                 began: now,
                 writes,
                 exporter: (node, process),
+                replaced: false,
             },
         );
         self.drain(node);
@@ -976,7 +978,9 @@ impl Cluster {
         // Bursts, and silence between them.
         let longest = if self.random.one_in(3) { MS } else { 250 * MS };
         let pause = self.random.range(10_000, longest);
-        self.queue.push(now + pause, Event::Ask { device });
+        if !asked.replaced {
+            self.queue.push(now + pause, Event::Ask { device });
+        }
     }
 
     /// Whether the manager knows of a loss in that slice which the exporter has not heard of.
