@@ -1,5 +1,7 @@
-//! What tests across processes share: a playground, a small NBD client, the content of disks.
+//! What tests share: the simulator of whole clusters, and for tests across real processes a
+//! playground, a small NBD client and the content of disks.
 
 pub mod contents;
 pub mod nbd;
 pub mod playground;
+pub mod sim;

@@ -392,11 +392,11 @@ impl Engine {
     }
 
     fn complete_if_done(&mut self, key: RequestKey) {
-        if self.requests.get(key).is_some_and(|request| request.remaining == 0) {
-            if let Some(request) = self.requests.remove(key) {
-                let result = request.error.map_or(Ok(()), Err);
-                self.actions.push_back(Action::Complete { token: request.token, result });
-            }
+        if self.requests.get(key).is_some_and(|request| request.remaining == 0)
+            && let Some(request) = self.requests.remove(key)
+        {
+            let result = request.error.map_or(Ok(()), Err);
+            self.actions.push_back(Action::Complete { token: request.token, result });
         }
     }
 
@@ -423,6 +423,7 @@ impl Engine {
             let device = flush.device;
             let view = &self.devices[device].view;
             let state = match flush.targets[index].place {
+                Place::Here if !view.can_flush() => continue,
                 // Finishing at once removes the flush; nothing is left to note then.
                 Place::Here => TargetState::Asked(Some(self.start_flush_here(key, device))),
                 Place::Peer(peer) => {
@@ -445,10 +446,10 @@ impl Engine {
                     TargetState::Asked(None)
                 }
             };
-            if let Some(flush) = self.export_flushes.get_mut(key) {
-                if flush.targets[index].state == TargetState::Waiting {
-                    flush.targets[index].state = state;
-                }
+            if let Some(flush) = self.export_flushes.get_mut(key)
+                && flush.targets[index].state == TargetState::Waiting
+            {
+                flush.targets[index].state = state;
             }
         }
     }

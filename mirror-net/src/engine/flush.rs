@@ -110,7 +110,7 @@ impl Engine {
     ) -> Result<(), BadFrame> {
         let device = self.flush_device(header)?;
         let status = match self.judge_exporter(sender, device, trailer) {
-            Status::Done if !self.devices[device].view.primaries.contains(&Place::Here) => Status::Fenced,
+            Status::Done if !self.devices[device].view.can_flush() => Status::Fenced,
             status => status,
         };
         if status == Status::Done {
@@ -288,7 +288,7 @@ impl Engine {
                 FlushOrigin::Exporter(_, claim) if claim != view.claim.generation.0 => {
                     self.end_flush(&flush, Status::ClaimLost);
                 }
-                FlushOrigin::Exporter(..) if !view.primaries.contains(&Place::Here) => {
+                FlushOrigin::Exporter(..) if !view.can_flush() => {
                     self.end_flush(&flush, Status::Fenced);
                 }
                 origin @ FlushOrigin::Exporter(..) => {

@@ -34,13 +34,16 @@ impl Engine {
         }
         let start = op.offset / region * region;
         let end = (op.offset + op.length).div_ceil(region) * region;
-        let (device, slice) = (op.device, op.slice as usize);
-        if self.devices[device].slices[slice].lock.widen(key, start..end) {
-            LocalStart::Ready
-        } else {
-            self.ops[key].holds = false;
-            LocalStart::WaitForRange
+        let lock = &mut self.devices[op.device].slices[op.slice as usize].lock;
+        if lock.widen(key, start..end) {
+            return LocalStart::Ready;
         }
+        // It holds nothing now: whoever stood before it may have waited for just that.
+        while let Some(next) = lock.pop_ready() {
+            self.ready.push_back(next);
+        }
+        self.ops[key].holds = false;
+        LocalStart::WaitForRange
     }
 
     fn masks(&self, op: &Op) -> RegionMasks {

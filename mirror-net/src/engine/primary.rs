@@ -185,8 +185,15 @@ impl Engine {
         let status = Status::parse(header.flags);
         self.leg_ended(peer, key, status == Status::Done);
         match status {
-            // Fenced: it knows another map; the one that we adopt next, or its announcement, decides.
-            Status::Done | Status::Fenced => {}
+            Status::Done => {}
+            // It knows another map. If we do too by now, the leg goes again under that epoch; if not,
+            // the next map that we adopt decides.
+            Status::Fenced => {
+                let moved_on = |op: &Op| op.doomed.is_none() && op.epoch != header.slice_epoch;
+                if self.ops.get(key).is_some_and(moved_on) {
+                    self.send_legs(key);
+                }
+            }
             Status::DiskFailed => self.lose(peer, "its disk failed a write".into()),
             status @ (Status::Invalid | Status::ClaimLost) => {
                 self.end_session(peer, format!("a write was refused as {status:?}"), true);
@@ -239,10 +246,8 @@ impl Engine {
             }
             (_, Local::Done) if op.legs.all_acknowledged() => self.finish(key, Status::Done),
             (OpKind::Read, Local::Failed) => self.finish(key, Status::DiskFailed),
-            (_, Local::Failed) => {
-                if op.part == Part::Secondary || !self.may_move_op(op) {
-                    self.finish(key, Status::DiskFailed);
-                }
+            (_, Local::Failed) if op.part == Part::Secondary || !self.may_move_op(op) => {
+                self.finish(key, Status::DiskFailed);
             }
             _ => {}
         }

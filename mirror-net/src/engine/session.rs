@@ -492,11 +492,11 @@ impl Engine {
 
     /// The peer said which map it has.
     pub(super) fn on_adopted(&mut self, peer: PeerIndex, version: MapVersion) {
-        if let Some(session) = self.peers[peer].session.as_mut() {
-            if session.adopted < version {
-                session.adopted = version;
-                self.resume_after(peer);
-            }
+        if let Some(session) = self.peers[peer].session.as_mut()
+            && session.adopted < version
+        {
+            session.adopted = version;
+            self.resume_after(peer);
         }
     }
 

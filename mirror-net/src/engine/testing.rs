@@ -1,10 +1,10 @@
 //! One engine on a disk in memory; its peers are played by the test, frame by frame.
 
-use super::action::{Action, Body, BufferId, BufferRange, Io, Report, Request, RequestKind, RequestToken};
+use super::action::{Action, BufferId, BufferRange, Io, Report, Request, RequestKind, RequestToken};
 use super::{Engine, LocalDisk, Me, Nanos};
 use crate::format::alloc::Allocator;
 use crate::format::create::{FormatOptions, format};
-use crate::format::{Geometry, MetadataIo, Plan, PlanStep, Shares, SlotOrder, ZoneProfile, open};
+use crate::format::{Geometry, MetadataIo, Plan, PlanStep, SlotOrder, ZoneProfile, open};
 use crate::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, Incarnation, LossGeneration,
     MapVersion, NodeId, ProcessId, SliceEpoch, SliceIndex, SlotIndex,
@@ -100,7 +100,6 @@ pub(super) fn claimed(map: &DistributionMap, node: u16) -> DistributionMap {
 pub(super) struct Sent {
     pub to: u16,
     pub header: Header,
-    pub body: Body,
 }
 
 /// An engine, its disk, and what it wants.
@@ -124,6 +123,7 @@ pub(super) struct Rig {
 }
 
 fn formatted(disk: u32) -> LocalDisk {
+    let geometry = Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).unwrap();
     let options = FormatOptions {
         cluster: ClusterId::default(),
         disk: DiskId(disk),
@@ -131,8 +131,12 @@ fn formatted(disk: u32) -> LocalDisk {
         format: uuid::Uuid::from_u128(1),
         node_name: "n".into(),
         disk_name: "d".into(),
-        geometry: Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).unwrap(),
-        shares: Shares { primary: 50, secondary: 50, unmirrored: 0 },
+        segments: SegmentSlots {
+            primary: geometry.slots - geometry.slots / 2,
+            secondary: geometry.slots / 2,
+            unmirrored: 0,
+        },
+        geometry,
         slot_order: SlotOrder::Address,
         zone_profile: ZoneProfile::default(),
         known_zero: true,
@@ -287,6 +291,7 @@ impl Rig {
         let header = Header {
             flags: status as u8,
             sequence: sent.header.sequence,
+            slice_epoch: sent.header.slice_epoch,
             loss: sent.header.loss,
             ..Header::new(kind)
         };
@@ -358,9 +363,7 @@ impl Rig {
                         let failed = self.fail_metadata && matches!(work, MetadataIo::Write { .. });
                         io.push((id, if failed { Err("metadata".into()) } else { Ok(()) }));
                     }
-                    Action::Send { peer, header, body, .. } => {
-                        self.sent.push(Sent { to: peer.0, header, body });
-                    }
+                    Action::Send { peer, header, .. } => self.sent.push(Sent { to: peer.0, header }),
                     Action::CloseLane { peer, .. } => self.closed.push(peer.0),
                     Action::FillZero { .. } | Action::Copy { .. } => {}
                     Action::Release { buffer } => self.released.push(buffer),

@@ -92,6 +92,13 @@ impl SpanView {
 }
 
 impl DeviceView {
+    /// Whether this node can flush what it is primary of: its own copy must be what the map says. One
+    /// that lost its caches would flush nothing, and call it done.
+    pub fn can_flush(&self) -> bool {
+        let mut mine = self.spans.iter().filter(|span| span.primary == Place::Here).peekable();
+        mine.peek().is_some() && mine.all(SpanView::serves)
+    }
+
     /// The span of a slice, which must be within the device.
     pub fn span(&self, slice: u32) -> &SpanView {
         &self.spans[self.spans.partition_point(|span| span.end <= slice)]

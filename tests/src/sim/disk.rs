@@ -1,0 +1,162 @@
+//! A simulated disk.
+//!
+//! The fault model. A write that completed is in the disk's volatile cache: reads see it at once, it
+//! outlives the daemon, and a power cut keeps a subset of what was not flushed, chosen by the seed
+//! piece by piece of 4 KiB, in no order; of a kept piece perhaps only some of its 512-byte sectors.
+//! A sector itself is never torn. A flush makes durable what had completed when it began. A write
+//! that was under way at a crash reached the cache or did not. On demand data writes, metadata writes
+//! or flushes fail; a failed flush loses a subset of the cache, and a later one succeeds.
+
+use crate::sim::scheduler::Random;
+use std::sync::Arc;
+
+/// Bytes of a page: the unit that a power cut keeps or loses.
+pub const PAGE: usize = 4096;
+/// Bytes that are never torn.
+pub const SECTOR: usize = 512;
+
+type Page = [u8; PAGE];
+
+/// A disk's contents.
+#[derive(Clone)]
+pub struct SimDisk {
+    durable: Vec<Option<Arc<Page>>>,
+    current: Vec<Option<Arc<Page>>>,
+    /// Completed writes that no flush has covered, in pieces within a page.
+    pending: Vec<(u64, Vec<u8>)>,
+    /// Kinds of I/O that fail from now on.
+    pub faults: Faults,
+}
+
+/// What fails.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Faults {
+    /// Data writes.
+    pub write: bool,
+    /// The next flush, once.
+    pub flush: bool,
+    /// Metadata writes.
+    pub metadata: bool,
+}
+
+impl SimDisk {
+    /// A disk of zeros.
+    pub fn new(bytes: u64) -> Self {
+        let pages = bytes as usize / PAGE;
+        Self {
+            durable: vec![None; pages],
+            current: vec![None; pages],
+            pending: Vec::new(),
+            faults: Faults::default(),
+        }
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        (self.current.len() * PAGE) as u64
+    }
+
+    /// Reads what a reader sees now.
+    pub fn read(&self, offset: u64, into: &mut [u8]) {
+        let mut at = 0;
+        while at < into.len() {
+            let (page, within, length) = piece(offset + at as u64, into.len() - at);
+            match &self.current[page] {
+                Some(bytes) => into[at..at + length].copy_from_slice(&bytes[within..within + length]),
+                None => into[at..at + length].fill(0),
+            }
+            at += length;
+        }
+    }
+
+    /// A write completed: it is in the cache, or on stable storage.
+    pub fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
+        let mut at = 0;
+        while at < data.len() {
+            let (page, _, length) = piece(offset + at as u64, data.len() - at);
+            let bytes = &data[at..at + length];
+            put(&mut self.current, offset + at as u64, bytes);
+            if durable {
+                // What was written before to this page goes with it.
+                let mut kept = Vec::new();
+                for (other, bytes) in std::mem::take(&mut self.pending) {
+                    if other as usize / PAGE == page {
+                        put(&mut self.durable, other, &bytes);
+                    } else {
+                        kept.push((other, bytes));
+                    }
+                }
+                self.pending = kept;
+                put(&mut self.durable, offset + at as u64, bytes);
+            } else {
+                self.pending.push((offset + at as u64, bytes.to_vec()));
+            }
+            at += length;
+        }
+    }
+
+    /// What a flush that begins now will cover.
+    pub fn flush_mark(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// A flush completed.
+    pub fn flushed(&mut self, mark: usize) {
+        for (offset, bytes) in self.pending.drain(..mark.min(self.pending.len())) {
+            put(&mut self.durable, offset, &bytes);
+        }
+    }
+
+    /// The cache is lost, but for a subset.
+    pub fn lose_cache(&mut self, random: &mut Random) {
+        let keep_of_8 = random.below(9);
+        for (offset, bytes) in std::mem::take(&mut self.pending) {
+            if random.below(8) >= keep_of_8 {
+                continue;
+            }
+            if random.one_in(4) {
+                for (sector, bytes) in bytes.chunks(SECTOR).enumerate() {
+                    if random.one_in(2) {
+                        put(&mut self.durable, offset + (sector * SECTOR) as u64, bytes);
+                    }
+                }
+            } else {
+                put(&mut self.durable, offset, &bytes);
+            }
+        }
+        self.current = self.durable.clone();
+    }
+}
+
+fn piece(offset: u64, length: usize) -> (usize, usize, usize) {
+    let within = offset as usize % PAGE;
+    (offset as usize / PAGE, within, length.min(PAGE - within))
+}
+
+fn put(pages: &mut [Option<Arc<Page>>], offset: u64, bytes: &[u8]) {
+    let (page, within, _) = piece(offset, bytes.len());
+    let page = pages[page].get_or_insert_with(|| Arc::new([0; PAGE]));
+    Arc::make_mut(page)[within..within + bytes.len()].copy_from_slice(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_power_cut_never_loses_what_was_flushed_or_written_through() {
+        for seed in 0..50 {
+            let mut disk = SimDisk::new(64 << 10);
+            let mut random = Random::new(seed);
+            disk.write(0, &[1; 8192], false);
+            disk.flushed(disk.flush_mark());
+            disk.write(0, &[2; 512], false);
+            disk.write(4096, &[3; 512], true);
+            disk.lose_cache(&mut random);
+            let mut bytes = [0; 8192];
+            disk.read(0, &mut bytes);
+            assert!(bytes[0] == 1 || bytes[0] == 2);
+            assert_eq!((bytes[512], bytes[4096], bytes[4608]), (1, 3, 1));
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! A deterministic simulator of whole clusters: the engine and the disk format of the daemon, on
+//! simulated disks and a simulated network, in virtual time, ordered by one seed.
+
+pub mod checker;
+pub mod cluster;
+pub mod disk;
+pub mod manager;
+pub mod network;
+pub mod node;
+pub mod schedule;
+pub mod scheduler;
+pub mod workload;
