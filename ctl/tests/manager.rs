@@ -38,11 +38,10 @@ impl Lab {
         let path = dir.path().display();
         let mut text =
             format!("[cluster]\nname = \"lab\"\nkey_file = \"{path}/key\"\nmanager = \"{}\"\n", ports[0]);
-        for index in 1..=2 {
+        for (index, port) in (1..).zip(&ports[1..]) {
             text += &format!(
-                "[[node]]\nname = \"n{index}\"\naddress = \"{}\"\n[[node.disk]]\npath = \"{path}/n{index}.img\"\n\
-                 size = \"1G\"\n",
-                ports[index]
+                "[[node]]\nname = \"n{index}\"\naddress = \"{port}\"\n[[node.disk]]\npath = \"{path}/n{index}.img\"\n\
+                 size = \"1G\"\n"
             );
             std::fs::create_dir(dir.path().join(format!("n{index}"))).unwrap();
         }
