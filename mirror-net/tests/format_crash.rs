@@ -195,7 +195,9 @@ fn reopen(
         let steps: Vec<PlanStep> = opened.plan.collect();
         let crash_at = if rng.random_bool(0.3) { rng.random_range(0..=steps.len()) } else { usize::MAX };
         steps.iter().take(crash_at).for_each(|step| disk.step(step));
+        assert!(matches!(steps.first(), Some(PlanStep::Flush)), "what was read may be in the cache only");
         if crash_at == usize::MAX {
+            assert!(disk.is_flushed(), "what was repaired may be in the cache only");
             *attach_generations = vec![attach_generation];
             return (opened.superblock, opened.journal);
         }
@@ -240,7 +242,9 @@ fn one_life(seed: u64, log_blocks: u32) -> usize {
         }
         let mut machine = Machine::new(disk, journal);
         let submitting = rng.random_range(0.1..0.9);
-        for _ in 0..rng.random_range(0..150) {
+        // Short lives too: crash upon crash is where a repair must not rely on a later one.
+        let steps = if rng.random_bool(0.4) { rng.random_range(0..15) } else { rng.random_range(0..150) };
+        for _ in 0..steps {
             if rng.random_bool(submitting) {
                 let change = random_change(&mut rng, &machine.journal);
                 machine.submit(change);

@@ -280,7 +280,7 @@ fn both_copies_of_a_page_bad_lose_only_its_slots() {
 fn errors_tell_what_is_the_matter() {
     let (disk, superblock, _) = in_use();
     let [first, second] = superblock.geometry.superblocks;
-    let error = |disk: &SimulatedDisk| disk.open().map(drop).unwrap_err();
+    let error = |disk: &SimulatedDisk| disk.open().unwrap_err();
     let with = |change: &dyn Fn(&mut Superblock)| {
         let mut disk = disk.clone();
         let mut next = superblock.next();
@@ -309,7 +309,7 @@ fn errors_tell_what_is_the_matter() {
     assert_eq!(error(&newer), OpenError::UnsupportedFeatures { incompat: 0, ro_compat: 8 });
     assert!(with(&|next| next.features.compat = 1).open().is_ok());
 
-    let shrunk = disk.open_sized(DISK_BYTES - (1 << 20)).map(drop).unwrap_err();
+    let shrunk = disk.open_sized(DISK_BYTES - (1 << 20)).unwrap_err();
     let disk_bytes = DISK_BYTES - (1 << 20);
     assert_eq!(shrunk, OpenError::Shrunk { formatted_bytes: DISK_BYTES, disk_bytes });
     let grown = disk.open_sized(DISK_BYTES + (1 << 20)).unwrap();
@@ -341,7 +341,7 @@ fn an_unknown_version_is_refused() {
     block.0[4] = 2;
     block.seal();
     disk.write(superblock.geometry.superblocks[1], &block.0);
-    assert_eq!(disk.open().map(drop).unwrap_err(), OpenError::UnsupportedVersion(2));
+    assert_eq!(disk.open().unwrap_err(), OpenError::UnsupportedVersion(2));
 }
 
 #[test]

@@ -1,1 +1,92 @@
-fn main() {}
+//! `ublk-server`: the daemon of one node.
+
+use clap::{Parser, Subcommand};
+use mirror_net::config::Frontend;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use ublk_server::agent::{self, Options};
+use ublk_server::driver::BUFFER_BYTES;
+
+/// Exit code for a command line that makes no sense (EX_USAGE).
+const USAGE: u8 = 64;
+
+#[derive(Parser)]
+#[command(version, about = "The daemon of one ublk-mirror node", arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon in the foreground.
+    Run(Run),
+}
+
+#[derive(Parser)]
+struct Run {
+    /// The cluster file; the same on every machine.
+    #[arg(long, env = "UBLK_MIRROR_CONFIG", default_value = "/etc/ublk-mirror/cluster.toml")]
+    config: PathBuf,
+    /// This node's name in the cluster file [default: the host's name].
+    #[arg(long)]
+    node: Option<String>,
+    /// How devices are exported, instead of what the cluster file says: auto, ublk or nbd.
+    #[arg(long, value_parser = frontend)]
+    frontend: Option<Frontend>,
+    /// Where the newest map is kept [default: /var/lib/ublk-mirror/NODE].
+    #[arg(long)]
+    state_dir: Option<PathBuf>,
+    /// Where sockets and records of ublk devices are kept [default: /run/ublk-mirror/NODE].
+    #[arg(long)]
+    run_dir: Option<PathBuf>,
+    /// Memory for requests under way, in MiB.
+    #[arg(long, default_value_t = BUFFER_BYTES >> 20)]
+    buffers: usize,
+}
+
+fn frontend(text: &str) -> Result<Frontend, String> {
+    Frontend::parse(text).ok_or_else(|| "it is one of auto, ublk, nbd".to_owned())
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Nothing can be done if standard error is closed.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("UBLK_MIRROR_LOG").unwrap_or_else(|_| "info".into()),
+        )
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let Command::Run(run) = arguments.command;
+    match start(run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ublk-server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(run: Run) -> anyhow::Result<()> {
+    let node = match run.node {
+        Some(node) => node,
+        None => nix::unistd::gethostname()?.to_string_lossy().into_owned(),
+    };
+    let options = Options {
+        config: run.config,
+        frontend: run.frontend,
+        state_dir: run.state_dir.unwrap_or_else(|| PathBuf::from("/var/lib/ublk-mirror").join(&node)),
+        run_dir: run.run_dir.unwrap_or_else(|| PathBuf::from("/run/ublk-mirror").join(&node)),
+        buffer_bytes: run.buffers << 20,
+        node,
+    };
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(agent::run(options))
+}

@@ -1,8 +1,8 @@
 //! Choosing slots: which belong to which segment, and which is taken next.
 
-use super::geometry::Segments;
 use super::superblock::{SlotOrder, Superblock, ZONE_POINTS, ZoneProfile};
 use crate::ids::SlotIndex;
+use crate::map::SegmentSlots;
 use serde::Serialize;
 
 /// Rates that differ by less than this, in percent of the disk's fastest, count as equal: within it,
@@ -37,7 +37,7 @@ pub struct Allocator {
     /// The rank of each slot.
     rank: Vec<u32>,
     free: FreeRanks,
-    segments: Segments,
+    segments: SegmentSlots,
 }
 
 impl Allocator {
@@ -51,7 +51,7 @@ impl Allocator {
     }
 
     fn with_classes(
-        segments: Segments,
+        segments: SegmentSlots,
         classes: &[u32; ZONE_POINTS],
         used: impl IntoIterator<Item = SlotIndex>,
     ) -> Self {
@@ -122,7 +122,7 @@ impl Allocator {
     }
 
     fn ranks(&self, segment: Segment) -> std::ops::Range<u32> {
-        let Segments { primary, secondary, unmirrored } = self.segments;
+        let SegmentSlots { primary, secondary, unmirrored } = self.segments;
         match segment {
             Segment::Primary => 0..primary,
             Segment::Secondary => primary..primary + secondary,
@@ -230,7 +230,8 @@ mod tests {
     }
 
     fn allocator(slots: u32, classes: &[u32; ZONE_POINTS]) -> Allocator {
-        let segments = Segments::divide(slots, Default::default()).unwrap();
+        let segments =
+            SegmentSlots { primary: slots * 45 / 100, secondary: slots * 45 / 100, unmirrored: slots / 10 };
         Allocator::with_classes(segments, classes, [])
     }
 

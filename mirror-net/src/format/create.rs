@@ -1,12 +1,13 @@
 //! Formatting a disk.
 
 use super::block::{BLOCK, BLOCK_BYTES, Block, align_down};
-use super::geometry::{Geometry, GeometryError, SUPERBLOCK_FROM_END, Segments, Shares};
+use super::geometry::{Geometry, GeometryError, SUPERBLOCK_FROM_END};
 use super::log::{self, LogBlock};
 use super::page::{self, PageHeader, PageKind};
 use super::plan::{Plan, PlanStep, write_run};
 use super::superblock::{DiskState, Features, NAME_BYTES_MAX, SlotOrder, Superblock, ZoneProfile};
 use crate::ids::{ClusterId, DiskId, NodeId};
+use crate::map::SegmentSlots;
 use crate::region::masks::RegionMasks;
 use uuid::Uuid;
 
@@ -31,7 +32,7 @@ pub struct FormatOptions {
     /// Where everything will lie.
     pub geometry: Geometry,
     /// How large the segments are.
-    pub shares: Shares,
+    pub segments: SegmentSlots,
     /// How slots are given to segments.
     pub slot_order: SlotOrder,
     /// How fast the disk is where; all zero if it was not measured.
@@ -47,9 +48,14 @@ pub enum FormatError {
     /// A name does not fit.
     #[error("name `{0}` is longer than {NAME_BYTES_MAX} bytes or contains a zero byte: choose another one")]
     Name(String),
-    /// The shares do not add up.
-    #[error("the segments' shares must add up to 100 percent")]
-    Shares,
+    /// The segments are not what the disk holds.
+    #[error("the segments need {wanted} slots, the disk has {slots}: divide the disk's slots anew")]
+    Segments {
+        /// Slots of all segments together.
+        wanted: u64,
+        /// Slots of the disk.
+        slots: u32,
+    },
     /// The layout is not possible.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
@@ -67,7 +73,10 @@ pub fn format(options: FormatOptions) -> Result<(Superblock, Plan), FormatError>
         }
     }
     options.geometry.validate()?;
-    let segments = Segments::divide(options.geometry.slots, options.shares).ok_or(FormatError::Shares)?;
+    let (segments, slots) = (options.segments, options.geometry.slots);
+    if segments.total() != u64::from(slots) {
+        return Err(FormatError::Segments { wanted: segments.total(), slots });
+    }
     let formatting = Superblock {
         cluster: options.cluster,
         disk: options.disk,

@@ -288,52 +288,6 @@ fn check_sizes(slice_bytes: u32, block_bytes: u32, log_blocks: u32) -> Result<()
     Ok(())
 }
 
-/// The shares of a disk's segments in percent; they add up to 100.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-pub struct Shares {
-    /// For this node's own mirrored data.
-    pub primary: u8,
-    /// For the mirrors of other nodes' data.
-    pub secondary: u8,
-    /// For data that nobody mirrors.
-    pub unmirrored: u8,
-}
-
-impl Default for Shares {
-    fn default() -> Self {
-        Self { primary: 45, secondary: 45, unmirrored: 10 }
-    }
-}
-
-/// How many slots each segment has.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
-pub struct Segments {
-    /// Slots for this node's own mirrored data.
-    pub primary: u32,
-    /// Slots for the mirrors of other nodes' data.
-    pub secondary: u32,
-    /// Slots for data that nobody mirrors.
-    pub unmirrored: u32,
-}
-
-impl Segments {
-    /// Divides `slots`; what rounding leaves over goes to the primary segment. `None` if the shares do
-    /// not add up to 100.
-    pub fn divide(slots: u32, shares: Shares) -> Option<Self> {
-        if u32::from(shares.primary) + u32::from(shares.secondary) + u32::from(shares.unmirrored) != 100 {
-            return None;
-        }
-        let part = |share: u8| (u64::from(slots) * u64::from(share) / 100) as u32;
-        let (secondary, unmirrored) = (part(shares.secondary), part(shares.unmirrored));
-        Some(Self { primary: slots - secondary - unmirrored, secondary, unmirrored })
-    }
-
-    /// All slots.
-    pub fn total(&self) -> u64 {
-        u64::from(self.primary) + u64::from(self.secondary) + u64::from(self.unmirrored)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -412,17 +366,5 @@ mod tests {
         assert_eq!(Geometry::new(TB, 64 << 20, 1024), Err(GeometryError::BlockSize(1024)));
         assert_eq!(Geometry::with_log_blocks(TB, 64 << 20, 512, 3), Err(GeometryError::LogSize(3)));
         assert!(Geometry::new(0, 64 << 20, 512).is_err());
-    }
-
-    #[test]
-    fn segments_cover_all_slots() {
-        let shares = |primary, secondary, unmirrored| Shares { primary, secondary, unmirrored };
-        let segments = Segments::divide(16_384, Shares::default()).unwrap();
-        assert_eq!(segments, Segments { primary: 7_374, secondary: 7_372, unmirrored: 1_638 });
-        for slots in [1, 2, 3, 10, 99, 1_000_001] {
-            assert_eq!(Segments::divide(slots, shares(33, 33, 34)).unwrap().total(), u64::from(slots));
-        }
-        assert_eq!(Segments::divide(10, shares(0, 100, 0)).unwrap().secondary, 10);
-        assert_eq!(Segments::divide(10, shares(50, 50, 1)), None);
     }
 }

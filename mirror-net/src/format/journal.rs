@@ -497,3 +497,16 @@ impl Journal {
         Some(self.durable_ticket)
     }
 }
+
+impl std::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Journal")
+            .field("slots", &self.slots())
+            .field("next_lsn", &self.next_lsn)
+            .field("tail_lsn", &self.tail_lsn)
+            .field("submitted", &self.last_ticket)
+            .field("durable", &self.durable_ticket)
+            .field("failed", &self.failed)
+            .finish_non_exhaustive()
+    }
+}

@@ -24,7 +24,7 @@ pub mod superblock;
 pub mod table;
 
 pub use block::{BLOCK_BYTES, Block, BlockFault};
-pub use geometry::{Geometry, GeometryError, Segments, Shares};
+pub use geometry::{Geometry, GeometryError};
 pub use journal::{Change, IoFailed, IoId, Journal, MetadataIo, Ticket};
 pub use plan::{Plan, PlanStep};
 pub use recovery::{OpenError, Opened, open};

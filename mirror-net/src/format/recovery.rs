@@ -93,6 +93,7 @@ impl RecoveryReport {
 }
 
 /// An opened disk.
+#[derive(Debug)]
 pub struct Opened {
     /// The superblock after `plan`.
     pub superblock: Superblock,

@@ -1,9 +1,10 @@
 //! The superblock: whose disk it is, how it is laid out, and in which state.
 
 use super::block::{BLOCK_BYTES, Block, BlockFault, SEQUENCE_MAX};
-use super::geometry::{Area, Geometry, Segments};
+use super::geometry::{Area, Geometry};
 use super::plan::{Plan, PlanStep};
 use crate::ids::{ClusterId, DiskId, NodeId};
+use crate::map::SegmentSlots;
 use serde::Serialize;
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -92,7 +93,7 @@ pub struct Superblock {
     /// Where everything lies.
     pub geometry: Geometry,
     /// Slots of each segment.
-    pub segments: Segments,
+    pub segments: SegmentSlots,
     /// How slots are given to segments.
     pub slot_order: SlotOrder,
     /// How fast the disk is where.
@@ -239,7 +240,7 @@ impl Superblock {
             node_name: decode_name(&raw.node_name)?,
             disk_name: decode_name(&raw.disk_name)?,
             geometry: decode_geometry(raw)?,
-            segments: Segments {
+            segments: SegmentSlots {
                 primary: raw.primary.get(),
                 secondary: raw.secondary.get(),
                 unmirrored: raw.unmirrored.get(),
@@ -332,7 +333,6 @@ fn decode_geometry(raw: &RawSuperblock) -> Result<Geometry, BlockFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::geometry::Shares;
 
     fn superblock() -> Superblock {
         let geometry = Geometry::new(1 << 40, 64 << 20, 4096).unwrap();
@@ -343,7 +343,7 @@ mod tests {
             format: Uuid::from_u128(u128::MAX / 3),
             node_name: "n".repeat(NAME_BYTES_MAX),
             disk_name: "wwn-0x5000c500a1b2c3d4".into(),
-            segments: Segments::divide(geometry.slots, Shares::default()).unwrap(),
+            segments: SegmentSlots { primary: geometry.slots, secondary: 0, unmirrored: 0 },
             geometry,
             slot_order: SlotOrder::FastestFirst,
             zone_profile: ZoneProfile(std::array::from_fn(|point| 250 - point as u32)),

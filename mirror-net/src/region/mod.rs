@@ -1,3 +1,4 @@
 //! What is tracked for each 1/64 of a slice.
 
 pub mod masks;
+pub mod range_lock;

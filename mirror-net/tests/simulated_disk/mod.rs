@@ -8,10 +8,11 @@
 
 use mirror_net::format::create::{FormatOptions, format};
 use mirror_net::format::{
-    Geometry, Journal, OpenError, Opened, PlanStep, ReadFailed, Shares, SlotOrder, SlotState, Superblock,
+    Geometry, Journal, OpenError, Opened, PlanStep, ReadFailed, SlotOrder, SlotState, Superblock,
     ZoneProfile, open,
 };
 use mirror_net::ids::{ClusterId, DiskId, NodeId, SlotIndex};
+use mirror_net::map::SegmentSlots;
 use rand::Rng;
 use rand::rngs::StdRng;
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +51,10 @@ impl SimulatedDisk {
         for write in std::mem::take(&mut self.cache) {
             self.store(write);
         }
+    }
+
+    pub fn is_flushed(&self) -> bool {
+        self.cache.is_empty()
     }
 
     fn store(&mut self, write: CachedWrite) {
@@ -134,6 +139,8 @@ impl SimulatedDisk {
 }
 
 pub fn options(log_blocks: u32, disk_bytes: u64) -> FormatOptions {
+    let geometry = Geometry::with_log_blocks(disk_bytes, SLICE, 512, log_blocks).unwrap();
+    let third = geometry.slots / 3;
     FormatOptions {
         cluster: ClusterId(uuid::Uuid::from_u128(1)),
         disk: DiskId(2),
@@ -141,8 +148,8 @@ pub fn options(log_blocks: u32, disk_bytes: u64) -> FormatOptions {
         format: uuid::Uuid::from_u128(0x1234_5678_9abc_def0_1234_5678_9abc_def0),
         node_name: "north".into(),
         disk_name: "vdb".into(),
-        geometry: Geometry::with_log_blocks(disk_bytes, SLICE, 512, log_blocks).unwrap(),
-        shares: Shares::default(),
+        segments: SegmentSlots { primary: geometry.slots - 2 * third, secondary: third, unmirrored: third },
+        geometry,
         slot_order: SlotOrder::FastestFirst,
         zone_profile: ZoneProfile::default(),
         known_zero: true,

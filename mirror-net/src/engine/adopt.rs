@@ -1,0 +1,310 @@
+//! Adopting a map: slots and epochs durable first, then everything in flight is fitted to it.
+
+use super::action::{Action, OpKey, Report};
+use super::loss::Unflushed;
+use super::op::{Legs, Local, Part};
+use super::session::Peer;
+use super::view::{DeviceView, Place, Viewer};
+use super::{Device, Engine, Nanos, Slice};
+use crate::format::alloc::Segment;
+use crate::format::journal::{Change, Ticket};
+use crate::format::table::{Assignment, CopyState, Role};
+use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, NodeId, SliceIndex, SlotIndex};
+use crate::map::{DistributionMap, ReplicaState};
+use crate::region::masks::RegionMasks;
+use crate::wire::header::Status;
+use std::sync::Arc;
+
+/// A map whose slots and epochs are on their way to the disks.
+#[derive(Debug)]
+pub(super) struct Adoption {
+    map: Arc<DistributionMap>,
+    views: Vec<DeviceView>,
+    /// For each disk, what must be durable.
+    tickets: Vec<Ticket>,
+}
+
+/// Why a map is not adopted.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum AdoptError {
+    #[error("the map is of another cluster")]
+    OtherCluster,
+    #[error("{disk} has no free slot in its {segment:?} segment for {device} {slice}")]
+    NoSlot { disk: DiskId, segment: Segment, device: crate::ids::DeviceId, slice: SliceIndex },
+    #[error("the map is invalid: {0}")]
+    Invalid(#[from] crate::map::validate::InvalidMap),
+}
+
+impl Engine {
+    /// Begins to adopt a map. Older ones than the newest are ignored; when it is done, peers and
+    /// the manager are told ([`Report::Adopted`]).
+    ///
+    /// # Errors
+    /// The map is refused and the one before stays, if this node cannot store what it says.
+    pub fn handle_map(&mut self, now: Nanos, map: Arc<DistributionMap>) -> Result<(), AdoptError> {
+        self.now = now;
+        map.validate()?;
+        if self.map.as_ref().is_some_and(|mine| mine.cluster != map.cluster) {
+            return Err(AdoptError::OtherCluster);
+        }
+        let newest = self
+            .next_map
+            .as_ref()
+            .or(self.adopting.as_ref().map(|adoption| &adoption.map))
+            .or(self.map.as_ref());
+        if newest.is_none_or(|newest| newest.version < map.version) {
+            if self.adopting.is_some() {
+                // One at a time: their epochs share the slots' records.
+                self.next_map = Some(map);
+            } else {
+                self.begin_adoption(map)?;
+            }
+        }
+        self.settle();
+        Ok(())
+    }
+
+    /// The version that this node acts on.
+    pub fn adopted_version(&self) -> MapVersion {
+        self.map.as_ref().map_or(MapVersion(0), |map| map.version)
+    }
+
+    fn begin_adoption(&mut self, map: Arc<DistributionMap>) -> Result<(), AdoptError> {
+        for node in &map.nodes {
+            if node.id != self.me && self.peer_index(node.id).is_none() {
+                self.peers.push(Peer::new(node.id, self.now));
+            }
+        }
+        let disks: Vec<(DiskId, Incarnation)> = self
+            .disks
+            .iter()
+            .map(|disk| (disk.id, Incarnation { attach: disk.attach, process: self.process }))
+            .collect();
+        let peers: Vec<NodeId> = self.peers.iter().map(|peer| peer.node).collect();
+        let viewer = Viewer { me: self.me, disks: &disks, peers: &peers };
+        let views: Vec<DeviceView> = map.devices.iter().map(|device| viewer.device(&map, device)).collect();
+        for (device, view) in map.devices.iter().zip(&views) {
+            self.place_device(view, device.is_mirrored())?;
+        }
+        let tickets = self.disks.iter().map(|disk| disk.journal.last_ticket()).collect();
+        self.adopting = Some(Adoption { map, views, tickets });
+        self.adoption_durable();
+        Ok(())
+    }
+
+    /// Assigns slots to copies that have none, and writes down changed epochs.
+    fn place_device(&mut self, view: &DeviceView, mirrored: bool) -> Result<(), AdoptError> {
+        let index = match self.by_device.get(&view.id) {
+            Some(index) => *index,
+            None => {
+                let index = self.devices.len();
+                self.by_device.insert(view.id, index);
+                // An empty view until the adoption is durable: nothing can be asked of it.
+                let unborn = DeviceView { slices: 0, spans: Vec::new(), ..view.clone() };
+                self.devices.push(Device::new(unborn));
+                index
+            }
+        };
+        let concerned = view.claim.node == self.me || view.spans.iter().any(|span| span.mine.is_some());
+        if concerned && self.devices[index].slices.len() < view.slices as usize {
+            self.devices[index].slices.resize_with(view.slices as usize, Slice::default);
+            self.find_slots(index);
+        }
+        for span in &view.spans {
+            let Some(mine) = span.mine else { continue };
+            let role = if span.primary == Place::Here { Role::Primary } else { Role::Secondary };
+            let state = match mine.state {
+                ReplicaState::InSync => CopyState::InSync,
+                ReplicaState::Syncing => CopyState::Syncing,
+                ReplicaState::Stale => CopyState::Stale,
+            };
+            for slice in span.first..span.end {
+                let entry = &self.devices[index].slices[slice as usize];
+                let disk = &mut self.disks[mine.disk];
+                if let Some((_, slot)) = entry.place.filter(|(on, _)| *on == mine.disk) {
+                    let held = disk.journal.slot(SlotIndex(slot)).assignment;
+                    if held
+                        .is_none_or(|held| (held.epoch, held.role, held.state) != (span.epoch, role, state))
+                    {
+                        let (first, count, loss) = (SlotIndex(slot), 1, span.loss);
+                        disk.journal.submit(Change::Epoch {
+                            first,
+                            count,
+                            epoch: span.epoch,
+                            role,
+                            state,
+                            loss,
+                        });
+                    }
+                    continue;
+                }
+                let segment = match (mirrored, role) {
+                    (false, _) => Segment::Unmirrored,
+                    (true, Role::Primary) => Segment::Primary,
+                    (true, Role::Secondary) => Segment::Secondary,
+                };
+                let slot = disk.allocator.allocate(segment).ok_or(AdoptError::NoSlot {
+                    disk: disk.id,
+                    segment,
+                    device: view.id,
+                    slice: SliceIndex(slice),
+                })?;
+                let free = disk.journal.slot(slot);
+                let assignment = Assignment {
+                    device: view.id,
+                    slice: SliceIndex(slice),
+                    role,
+                    state,
+                    epoch: span.epoch,
+                    loss: span.loss,
+                    slot_generation: free.slot_generation,
+                };
+                let masks = RegionMasks { dirty: 0, valid: 0, zero: free.masks.zero };
+                let ticket = disk.journal.submit(Change::Assign { slot, assignment, masks });
+                let entry = &mut self.devices[index].slices[slice as usize];
+                entry.place = Some((mine.disk, slot.0));
+                entry.intent = ticket;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the slots that hold a device's slices already.
+    fn find_slots(&mut self, index: usize) {
+        let id = self.devices[index].view.id;
+        for (number, disk) in self.disks.iter().enumerate() {
+            for slot in 0..disk.journal.slots() {
+                let Some(held) =
+                    disk.journal.slot(SlotIndex(slot)).assignment.filter(|held| held.device == id)
+                else {
+                    continue;
+                };
+                if let Some(slice) = self.devices[index].slices.get_mut(held.slice.0 as usize) {
+                    slice.place = Some((number, slot));
+                }
+            }
+        }
+    }
+
+    /// Makes the map effective once everything it needs is durable.
+    pub(super) fn adoption_durable(&mut self) {
+        let durable = self.adopting.as_ref().is_some_and(|adoption| {
+            let mut disks = self.disks.iter().zip(&adoption.tickets);
+            // A failed disk's copies serve nothing; it holds up nobody else.
+            disks.all(|(disk, ticket)| disk.journal.durable_ticket() >= *ticket || disk.failed)
+        });
+        if !durable {
+            return;
+        }
+        let Some(adoption) = self.adopting.take() else { return };
+        self.make_effective(adoption);
+        if let Some(next) = self.next_map.take() {
+            // It was validated when it came; a slot that is missing now was missing then.
+            if let Err(error) = self.begin_adoption(next) {
+                self.refused_map = Some(error);
+            }
+        }
+    }
+
+    fn make_effective(&mut self, adoption: Adoption) {
+        let mut took_over = false;
+        let mut changed = Vec::new();
+        for view in adoption.views {
+            let Some(index) = self.by_device.get(&view.id).copied() else { continue };
+            let before = std::mem::replace(&mut self.devices[index].view, view);
+            if before.claim.generation != self.devices[index].view.claim.generation {
+                // Sessions are compared among those of one claim: another exporter's may be older.
+                self.devices[index].exporter_session = ExporterSession(0);
+                self.devices[index].unflushed = Unflushed::default();
+            }
+            self.note_losses(index);
+            let view = &self.devices[index].view;
+            let serves_more = view.spans.iter().filter(|span| span.serves()).any(|span| {
+                // A slice that was not ours to serve until now may be under somebody's read lease.
+                let mut old = before.spans.iter().filter(|old| old.first < span.end && span.first < old.end);
+                before.spans.is_empty() || old.any(|old| !old.serves())
+            });
+            took_over |= serves_more && view.spans.iter().any(|span| span.serves() && span.copies > 1);
+            let same =
+                before.spans.iter().map(|span| span.epoch).eq(view.spans.iter().map(|span| span.epoch));
+            if !same || before.claim != view.claim {
+                changed.push(index);
+            }
+        }
+        self.map = Some(adoption.map);
+        if took_over {
+            // Rule 13: whoever we granted a lease to may still be reading.
+            let until = self.peers.iter().map(Peer::granted_until).max().unwrap_or(0);
+            self.serve_after = self.serve_after.max(until);
+        }
+        self.fit_operations();
+        for peer in 0..self.peers.len() {
+            // The map does not count on it any more: its absence is on record.
+            if !self.counts_on(peer) {
+                self.peers[peer].lost = None;
+            }
+            self.check_incarnation(peer);
+            self.open_if_quiet(peer);
+            self.send_adopted(peer);
+        }
+        for device in changed {
+            self.restart_flushes(device);
+            self.restart_export_flushes(device);
+        }
+        self.reroute_forwarded();
+        for peer in 0..self.peers.len() {
+            self.resume_after(peer);
+        }
+        self.retry_parked();
+        self.unreported = Some(self.adopted_version());
+    }
+
+    /// Operations in flight go on under the new epoch, or end because they are not ours any more.
+    fn fit_operations(&mut self) {
+        let keys: Vec<OpKey> = self.ops.keys().collect();
+        for key in keys {
+            let Some(op) = self.ops.get(key) else { continue };
+            let view = &self.devices[op.device].view;
+            let span = view.span(op.slice);
+            if op.part == Part::Secondary {
+                let ours = span.epoch == op.epoch;
+                if !ours && op.local == Local::Idle {
+                    self.doom(key, Status::Fenced);
+                }
+                continue;
+            }
+            let begun = op.begun();
+            if op.claim != view.claim.generation.0 && !begun {
+                self.doom(key, Status::ClaimLost);
+                continue;
+            }
+            if span.epoch == op.epoch {
+                continue;
+            }
+            if !span.serves() {
+                self.doom(key, Status::Fenced);
+                continue;
+            }
+            let legs = if begun { Legs::new(&span.others, &span.members, &op.legs) } else { Legs::NONE };
+            let epoch = span.epoch;
+            let op = &mut self.ops[key];
+            op.epoch = epoch;
+            op.legs = legs;
+            self.progress(key);
+        }
+    }
+
+    /// Tells the manager, once no write of an older claim is under way (rule 15).
+    pub(super) fn report_adoption_if_drained(&mut self) {
+        let Some(version) = self.unreported else { return };
+        let older = self
+            .ops
+            .values()
+            .any(|op| op.part == Part::Primary && op.claim < self.devices[op.device].view.claim.generation.0);
+        if !older {
+            self.unreported = None;
+            self.actions.push_back(Action::Report(Report::Adopted { version }));
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! What an exporter remembers of acknowledged writes that no flush has covered (PROTOCOL.md rule 16).
+//!
+//! When the map says that unflushed data of a slice may be gone, whoever wrote it must hear of it
+//! from a FLUSH, once, as from a disk that lost its cache.
+
+use crate::ids::LossGeneration;
+use std::collections::BTreeMap;
+
+/// The unflushed writes of one exported device.
+#[derive(Default, Debug)]
+pub(super) struct Unflushed {
+    slices: BTreeMap<u32, Entry>,
+    /// Counts acknowledgements.
+    clock: u64,
+    /// The next flush to begin fails.
+    pub owed: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// The lowest generation of any.
+    loss: LossGeneration,
+    /// When the last one was acknowledged.
+    last: u64,
+}
+
+impl Unflushed {
+    /// A write was acknowledged under that generation.
+    pub fn note(&mut self, slice: u32, loss: LossGeneration) {
+        self.clock += 1;
+        let last = self.clock;
+        let entry = self.slices.entry(slice).or_insert(Entry { loss, last });
+        entry.loss = entry.loss.min(loss);
+        entry.last = last;
+    }
+
+    /// A flush that begins now covers everything up to here.
+    pub fn now(&self) -> u64 {
+        self.clock
+    }
+
+    /// A flush that began at `since` succeeded.
+    pub fn flushed(&mut self, since: u64) {
+        self.slices.retain(|_, entry| entry.last > since);
+    }
+
+    /// Whether a slice's generation passed that of its unflushed writes; they are forgotten.
+    pub fn forget_lost(&mut self, loss_of: impl Fn(u32) -> LossGeneration) -> bool {
+        let before = self.slices.len();
+        self.slices.retain(|slice, entry| entry.loss >= loss_of(*slice));
+        self.slices.len() < before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_is_lost_only_if_no_flush_covered_it() {
+        let mut unflushed = Unflushed::default();
+        unflushed.note(1, LossGeneration(0));
+        let since = unflushed.now();
+        unflushed.note(2, LossGeneration(0));
+        unflushed.flushed(since);
+        let loss_of = |lost: u32| move |slice: u32| LossGeneration(u32::from(slice == lost));
+        assert!(!unflushed.forget_lost(loss_of(1)));
+        assert!(unflushed.forget_lost(loss_of(2)));
+        assert!(!unflushed.forget_lost(loss_of(2)), "once");
+    }
+
+    #[test]
+    fn a_write_during_the_flush_is_not_covered_by_it() {
+        let mut unflushed = Unflushed::default();
+        unflushed.note(1, LossGeneration(0));
+        let since = unflushed.now();
+        unflushed.note(1, LossGeneration(0));
+        unflushed.flushed(since);
+        assert!(unflushed.forget_lost(|_| LossGeneration(1)));
+    }
+}

@@ -1,0 +1,289 @@
+//! The engine: everything a node decides about its data, as pure code.
+//!
+//! The driver calls `handle_*` with the time and what happened, then takes [`Engine::poll_action`]
+//! until it is empty and carries the actions out in that order; it calls [`Engine::handle_tick`]
+//! by [`Engine::next_tick`]. No input may be given while actions are left.
+//!
+//! One write through the files: a request enters in `exporter` and is cut into parts; a part whose
+//! slice this node is primary of becomes an operation (`op`) in `primary`, takes its range, is sent
+//! to the secondaries and stored by `local`; otherwise it is forwarded to the primary and enters
+//! *its* `primary` as a frame. `session` keeps the lanes, leases and what is in flight; `flush`
+//! flushes; `adopt` brings in a new map.
+
+pub mod action;
+mod adopt;
+mod exporter;
+mod flush;
+mod local;
+mod loss;
+mod op;
+mod primary;
+pub mod session;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod view;
+
+pub use adopt::AdoptError;
+
+use crate::control::SessionReport;
+use crate::format::alloc::Allocator;
+use crate::format::journal::{Journal, Ticket};
+use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
+use crate::map::DistributionMap;
+use action::{Action, DiskIndex, FlushKey, OpKey};
+use exporter::{ExportFlush, ExportFlushKey, PartKey, Pending, Recalled, RequestKey, RequestPart};
+use op::Op;
+use session::Peer;
+use slotmap::SlotMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use view::{DeviceView, PeerIndex, Place};
+
+/// Nanoseconds of a clock that goes on during suspend (`CLOCK_BOOTTIME`).
+pub type Nanos = u64;
+
+/// A log that had nothing to do for so long is emptied into the pages: opening the disk is quicker then.
+const CHECKPOINT_IDLE: Nanos = 1_000_000_000;
+
+/// Between two ticks.
+pub const TICK: Nanos = 50_000_000;
+
+/// One of the node's disks, opened.
+pub struct LocalDisk {
+    /// Its id.
+    pub id: DiskId,
+    /// Its attachment.
+    pub attach: AttachId,
+    /// Its slot table.
+    pub journal: Journal,
+    /// Its free slots.
+    pub allocator: Allocator,
+}
+
+/// Who this node is.
+#[derive(Clone, Copy, Debug)]
+pub struct Me {
+    /// Its id in the map.
+    pub node: NodeId,
+    /// Its process.
+    pub process: ProcessId,
+}
+
+struct Disk {
+    id: DiskId,
+    attach: AttachId,
+    journal: Journal,
+    allocator: Allocator,
+    flusher: flush::DiskFlusher,
+    /// Operations that wait for a ticket, in the tickets' order.
+    intents: VecDeque<(Ticket, OpKey)>,
+    failed: bool,
+    /// Since when its log has nothing to do.
+    idle_since: Option<Nanos>,
+}
+
+#[derive(Debug)]
+struct Device {
+    view: DeviceView,
+    slices: Vec<Slice>,
+    /// The newest exporter session that sent a request here under the present claim.
+    exporter_session: ExporterSession,
+    /// What was acknowledged to this node's frontends under the present claim.
+    unflushed: loss::Unflushed,
+}
+
+impl Device {
+    fn new(view: DeviceView) -> Self {
+        Self {
+            view,
+            slices: Vec::new(),
+            exporter_session: ExporterSession(0),
+            unflushed: loss::Unflushed::default(),
+        }
+    }
+}
+
+/// What is kept for each slice of a device that concerns this node.
+#[derive(Default, Debug)]
+struct Slice {
+    lock: crate::region::range_lock::RangeLock<OpKey>,
+    /// Disk and slot of this node's copy.
+    place: Option<(DiskIndex, u32)>,
+    /// The last change of its masks that was submitted.
+    intent: Ticket,
+}
+
+/// Everything a node decides about its data.
+pub struct Engine {
+    me: NodeId,
+    process: ProcessId,
+    now: Nanos,
+    slice_bytes: u32,
+    disks: Vec<Disk>,
+    peers: Vec<Peer>,
+    devices: Vec<Device>,
+    by_device: HashMap<DeviceId, usize>,
+    map: Option<Arc<DistributionMap>>,
+    adopting: Option<adopt::Adoption>,
+    next_map: Option<Arc<DistributionMap>>,
+    refused_map: Option<AdoptError>,
+    unreported: Option<MapVersion>,
+    /// Nothing is served as primary before this time.
+    serve_after: Nanos,
+    exporter_session: ExporterSession,
+    exporter_sequence: u64,
+    requests: SlotMap<RequestKey, Pending>,
+    parts: SlotMap<PartKey, RequestPart>,
+    export_flushes: SlotMap<ExportFlushKey, ExportFlush>,
+    ops: SlotMap<OpKey, Op>,
+    flushes: SlotMap<FlushKey, flush::Flush>,
+    /// Parts that have nowhere to go now.
+    held: Vec<PartKey>,
+    /// Writes whose old primary has to answer before they go to the new one.
+    recalled: Vec<Recalled>,
+    /// Operations that hold their range and wait for a lease or a wait's end.
+    parked: Vec<OpKey>,
+    /// Operations that just got their range.
+    ready: VecDeque<OpKey>,
+    actions: VecDeque<Action>,
+    next_tick: Nanos,
+}
+
+impl Engine {
+    /// An engine that serves nothing until it gets its first map.
+    pub fn new(me: Me, slice_bytes: u32, disks: Vec<LocalDisk>, now: Nanos) -> Self {
+        let disks = disks.into_iter().map(|disk| Disk {
+            id: disk.id,
+            attach: disk.attach,
+            journal: disk.journal,
+            allocator: disk.allocator,
+            flusher: flush::DiskFlusher::default(),
+            intents: VecDeque::new(),
+            failed: false,
+            idle_since: None,
+        });
+        Self {
+            me: me.node,
+            process: me.process,
+            now,
+            slice_bytes,
+            disks: disks.collect(),
+            peers: Vec::new(),
+            devices: Vec::new(),
+            by_device: HashMap::new(),
+            map: None,
+            adopting: None,
+            next_map: None,
+            refused_map: None,
+            unreported: None,
+            serve_after: 0,
+            exporter_session: ExporterSession(0),
+            exporter_sequence: 0,
+            requests: SlotMap::with_key(),
+            parts: SlotMap::with_key(),
+            export_flushes: SlotMap::with_key(),
+            ops: SlotMap::with_key(),
+            flushes: SlotMap::with_key(),
+            held: Vec::new(),
+            recalled: Vec::new(),
+            parked: Vec::new(),
+            ready: VecDeque::new(),
+            actions: VecDeque::new(),
+            next_tick: now,
+        }
+    }
+
+    /// The manager's number for this process as an exporter; before any request.
+    pub fn set_exporter_session(&mut self, session: ExporterSession) {
+        self.exporter_session = session;
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// Why the newest map could not be adopted, if that came out after it was accepted.
+    pub fn take_refused_map(&mut self) -> Option<AdoptError> {
+        self.refused_map.take()
+    }
+
+    /// When [`Engine::handle_tick`] wants to be called.
+    pub fn next_tick(&self) -> Nanos {
+        self.next_tick
+    }
+
+    /// Time passed: heartbeats, silence, leases, and what has to be tried again.
+    pub fn handle_tick(&mut self, now: Nanos) {
+        self.now = now;
+        if now < self.next_tick {
+            return;
+        }
+        self.next_tick = now + TICK;
+        self.tick_sessions();
+        self.checkpoint_idle_disks();
+        self.tick_recalled();
+        self.route_held();
+        self.resume_export_flushes();
+        self.retry_parked();
+        self.settle();
+    }
+
+    fn peer_index(&self, node: NodeId) -> Option<PeerIndex> {
+        self.peers.iter().position(|peer| peer.node == node)
+    }
+
+    /// This node's sessions, for `status`.
+    pub fn session_reports(&self) -> Vec<SessionReport> {
+        self.peers
+            .iter()
+            .map(|peer| SessionReport {
+                peer: peer.node,
+                open: peer.is_open(),
+                last_error: peer.lost.clone().or_else(|| peer.last_error().map(str::to_owned)),
+            })
+            .collect()
+    }
+
+    /// What requests wait for, one line each, for `status`.
+    pub fn waiting(&self) -> Vec<String> {
+        let mut lines: BTreeMap<String, usize> = BTreeMap::new();
+        let Some(map) = self.map.as_deref() else { return Vec::new() };
+        let name = |device: usize| {
+            let id = self.devices[device].view.id;
+            map.device(id).map_or_else(|| id.to_string(), |device| device.name.clone())
+        };
+        for (device, slice, primary) in self.held_parts() {
+            let device = name(device);
+            let line = match primary {
+                Place::Here => {
+                    format!("{device}: waits for the manager's word on this node's copy of slice {slice}")
+                }
+                Place::Peer(peer) => {
+                    format!("{device}: waits for {}, its primary", map.node_name(self.peers[peer].node))
+                }
+            };
+            *lines.entry(line).or_default() += 1;
+        }
+        for op in self.ops.values() {
+            for leg in op.legs.iter().filter(|leg| leg.state == op::LegState::Unsent) {
+                let peer = &self.peers[leg.peer];
+                let node = map.node_name(peer.node);
+                let line = match &peer.lost {
+                    Some(cause) => {
+                        format!("{}: waits for the manager to record {node} stale ({cause})", name(op.device))
+                    }
+                    None => format!("{}: waits for its secondary on {node}", name(op.device)),
+                };
+                *lines.entry(line).or_default() += 1;
+            }
+        }
+        for key in &self.parked {
+            let Some(op) = self.ops.get(*key) else { continue };
+            *lines.entry(format!("{}: waits for read leases", name(op.device))).or_default() += 1;
+        }
+        lines.into_iter().map(|(line, count)| format!("{line} ({count} requests)")).collect()
+    }
+}

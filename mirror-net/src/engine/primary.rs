@@ -1,0 +1,520 @@
+//! An operation's way: range lock, the legs to the other copies, the end.
+
+use super::action::{Action, Body, OpKey};
+use super::local::LocalStart;
+use super::op::{LegState, Legs, Local, Op, OpKind, Origin, Part, Sender};
+use super::session::Awaited;
+use super::view::PeerIndex;
+use super::{Engine, Nanos};
+use crate::ids::{ExporterSession, SliceEpoch};
+use crate::wire::header::{BadFrame, FLAG_FUA, Header, Kind, Status, Trailer};
+
+use super::action::{BufferId, BufferRange, Report};
+
+impl Op {
+    /// A primary's operation with nothing done; the rest is filled in by the caller.
+    pub(super) fn primary(origin: Origin, device: usize, epoch: SliceEpoch) -> Self {
+        Self {
+            origin,
+            part: Part::Primary,
+            kind: OpKind::Read,
+            device,
+            slice: 0,
+            offset: 0,
+            length: 0,
+            epoch,
+            claim: 0,
+            buffer: None,
+            owns_buffer: false,
+            disk: 0,
+            slot: 0,
+            local: Local::Idle,
+            legs: Legs::NONE,
+            holds: false,
+            failed: false,
+            doomed: None,
+        }
+    }
+}
+
+impl Engine {
+    /// A new operation asks for its range.
+    pub(super) fn enqueue(&mut self, mut op: Op) {
+        if let Origin::Peer(sender) = op.origin {
+            self.peers[sender.peer].serving += 1;
+        }
+        let slice = &mut self.devices[op.device].slices[op.slice as usize];
+        let Some((disk, slot)) = slice.place else {
+            // The map gives us a copy that no slot holds: adoption would have assigned one.
+            let key = self.ops.insert(op);
+            self.finish(key, Status::Fenced);
+            return;
+        };
+        (op.disk, op.slot) = (disk, slot);
+        let range = op.offset..op.offset + op.length;
+        let (device, slice, shared) = (op.device, op.slice as usize, op.kind == OpKind::Read);
+        let key = self.ops.insert(op);
+        if self.devices[device].slices[slice].lock.acquire(key, range, shared) {
+            self.ready.push_back(key);
+        }
+    }
+
+    /// Runs everything that became ready; every entry point of the engine ends here.
+    pub(super) fn settle(&mut self) {
+        loop {
+            while let Some(key) = self.ready.pop_front() {
+                if let Some(op) = self.ops.get_mut(key) {
+                    op.holds = true;
+                    self.start(key);
+                }
+            }
+            let drained = self.drain_journals();
+            if self.adopting.is_some() && self.disks.iter().any(|disk| disk.failed) {
+                // A failed disk's tickets never become durable, and it holds up no adoption.
+                self.adoption_durable();
+            }
+            if !drained && self.ready.is_empty() {
+                break;
+            }
+        }
+        self.report_adoption_if_drained();
+    }
+
+    /// The operation holds its range, now or again.
+    fn start(&mut self, key: OpKey) {
+        let op = &self.ops[key];
+        if let Some(status) = op.doomed {
+            self.finish(key, status);
+            return;
+        }
+        let (part, kind) = (op.part, op.kind);
+        if part == Part::Primary && self.now < self.serve_after {
+            self.parked.push(key);
+            return;
+        }
+        if kind == OpKind::Read {
+            self.start_read(key);
+            return;
+        }
+        match self.prepare_local(key) {
+            LocalStart::WaitForRange => return,
+            LocalStart::Ready => {}
+        }
+        if part == Part::Primary {
+            let op = &self.ops[key];
+            let span = self.devices[op.device].view.span(op.slice);
+            let legs = Legs::new(&span.others, &span.members, &op.legs);
+            self.ops[key].legs = legs;
+            // The partner's way is the longer one: it goes first.
+            self.send_legs(key);
+        }
+        self.start_local(key);
+        self.progress(key);
+    }
+
+    /// Whether every current copy lets this node read (rule 12).
+    pub(super) fn may_read(&self, op: &Op) -> bool {
+        let others = &self.devices[op.device].view.span(op.slice).others;
+        others.iter().all(|peer| self.peers[*peer].leases_until() > self.now)
+    }
+
+    fn start_read(&mut self, key: OpKey) {
+        let op = &self.ops[key];
+        if !self.may_read(op) {
+            self.parked.push(key);
+            return;
+        }
+        if op.local == Local::Idle {
+            if self.may_move_op(op) {
+                self.ops[key].local = Local::Failed;
+            } else {
+                self.read_local(key);
+            }
+        }
+        self.progress(key);
+    }
+
+    /// Leases or waits may have changed: parked operations try again.
+    pub(super) fn retry_parked(&mut self) {
+        for key in std::mem::take(&mut self.parked) {
+            if self.ops.contains_key(key) {
+                self.ready.push_back(key);
+            }
+        }
+    }
+
+    /// Sends every leg that is unsent and can be.
+    pub(super) fn send_legs(&mut self, key: OpKey) {
+        for index in 0..self.ops[key].legs.len() {
+            let op = &self.ops[key];
+            let leg = op.legs.get(index);
+            let peer = &self.peers[leg.peer];
+            // A peer that may have missed writes gets no more: it is recorded stale first.
+            let able = peer.is_open() && peer.lost.is_none() && peer.adopted().0 >= op.epoch.0;
+            if leg.state != LegState::Unsent || !able {
+                continue;
+            }
+            let (kind, flags) = match op.kind {
+                OpKind::Read => continue,
+                OpKind::Write { fua } => (Kind::Write, u8::from(fua) * FLAG_FUA),
+                OpKind::Zero { fua } => (Kind::Zero, u8::from(fua) * FLAG_FUA),
+                OpKind::Discard => (Kind::Discard, 0),
+            };
+            let header = Header {
+                flags,
+                slice_epoch: op.epoch,
+                device: self.devices[op.device].view.id.0,
+                slice: op.slice,
+                offset: op.offset,
+                length: op.length,
+                loss: self.loss_of(op.device, op.slice),
+                ..Header::new(kind)
+            };
+            let body = match (op.kind, op.buffer) {
+                (OpKind::Write { .. }, Some(buffer)) => Body::Buffer(buffer),
+                _ => Body::None,
+            };
+            if self.send_awaited(leg.peer, header, None, body, Awaited::Leg(key)) {
+                self.ops[key].legs.set(index, LegState::Sent);
+            }
+        }
+    }
+
+    /// A secondary has it, or refused it.
+    pub(super) fn on_leg_ack(&mut self, peer: PeerIndex, key: OpKey, header: &Header) {
+        let status = Status::parse(header.flags);
+        self.leg_ended(peer, key, status == Status::Done);
+        match status {
+            // Fenced: it knows another map; the one that we adopt next, or its announcement, decides.
+            Status::Done | Status::Fenced => {}
+            Status::DiskFailed => self.lose(peer, "its disk failed a write".into()),
+            status @ (Status::Invalid | Status::ClaimLost) => {
+                self.end_session(peer, format!("a write was refused as {status:?}"), true);
+            }
+        }
+    }
+
+    /// A leg's message was answered, or will never be.
+    pub(super) fn leg_ended(&mut self, peer: PeerIndex, key: OpKey, done: bool) {
+        let Some(op) = self.ops.get_mut(key) else { return };
+        let Some(index) = op.legs.position(peer) else { return };
+        let counted = self.devices[op.device].view.span(op.slice).others.contains(&peer);
+        let state = match op.legs.get(index).state {
+            LegState::Sent if done => LegState::Acknowledged,
+            LegState::Sent => LegState::Unsent,
+            LegState::Leaving if counted => LegState::Unsent,
+            LegState::Leaving => LegState::Gone,
+            other => other,
+        };
+        let came_back = op.legs.get(index).state == LegState::Leaving && state == LegState::Unsent;
+        op.legs.set(index, state);
+        if came_back && op.doomed.is_none() {
+            self.send_legs(key);
+        }
+        self.progress(key);
+    }
+
+    /// Ends the operation if nothing is left to wait for.
+    pub(super) fn progress(&mut self, key: OpKey) {
+        let Some(op) = self.ops.get(key) else { return };
+        if let Some(status) = op.doomed {
+            if op.is_quiet() {
+                self.finish(key, status);
+            }
+            return;
+        }
+        if op.legs.in_flight() {
+            return;
+        }
+        match (op.kind, op.local) {
+            // Nobody knows what a failed disk still has: with another copy the role moves there.
+            (OpKind::Read, Local::Done | Local::Failed) if self.may_move_op(op) => {}
+            (OpKind::Read, Local::Done) => {
+                // A read takes time: it counts only if it was still ours to do at its end (rule 12).
+                if self.may_read(op) {
+                    self.finish(key, Status::Done);
+                } else {
+                    self.parked.push(key);
+                }
+            }
+            (_, Local::Done) if op.legs.all_acknowledged() => self.finish(key, Status::Done),
+            (OpKind::Read, Local::Failed) => self.finish(key, Status::DiskFailed),
+            (_, Local::Failed) => {
+                if op.part == Part::Secondary || !self.may_move_op(op) {
+                    self.finish(key, Status::DiskFailed);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// With another copy the manager moves the primary role away from a failed disk, and the part follows.
+    fn may_move_op(&self, op: &Op) -> bool {
+        self.disks[op.disk].failed && !self.devices[op.device].view.span(op.slice).others.is_empty()
+    }
+
+    /// The operation may not go on: answered with `status` once its disk and its messages are.
+    pub(super) fn doom(&mut self, key: OpKey, status: Status) {
+        let Some(op) = self.ops.get_mut(key) else { return };
+        op.doomed.get_or_insert(status);
+        if op.is_quiet() {
+            self.finish(key, status);
+        }
+    }
+
+    /// Answers and forgets the operation, and lets those behind it go on.
+    pub(super) fn finish(&mut self, key: OpKey, status: Status) {
+        let Some(op) = self.ops.remove(key) else { return };
+        let slice = &mut self.devices[op.device].slices[op.slice as usize];
+        slice.lock.release(key);
+        while let Some(next) = slice.lock.pop_ready() {
+            self.ready.push_back(next);
+        }
+        match op.origin {
+            Origin::Part(part) => {
+                let loss = self.loss_of(op.device, op.slice);
+                self.part_done(part, status, loss);
+            }
+            Origin::Peer(sender) => {
+                self.answer_peer(&op, sender, status);
+                self.served(sender.peer);
+            }
+        }
+    }
+
+    fn answer_peer(&mut self, op: &Op, sender: Sender, status: Status) {
+        let kind = if op.part == Part::Secondary { Kind::Ack } else { Kind::Reply };
+        let mut header = Header {
+            flags: status as u8,
+            slice_epoch: op.epoch,
+            device: self.devices[op.device].view.id.0,
+            slice: op.slice,
+            loss: self.loss_of(op.device, op.slice),
+            ..Header::new(kind)
+        };
+        let body = match op.buffer.filter(|_| op.owns_buffer) {
+            Some(buffer) if op.kind == OpKind::Read && status == Status::Done => {
+                header.length = op.length;
+                header.body_bytes = op.length;
+                Body::Release(buffer)
+            }
+            Some(buffer) => {
+                self.actions.push_back(Action::Release { buffer: buffer.buffer });
+                Body::None
+            }
+            None => Body::None,
+        };
+        self.answer(sender, header, body);
+    }
+
+    // ---- messages that make operations ----
+
+    /// A frame from that node. Its body, or the empty buffer for a forwarded read's data, is the
+    /// engine's until it releases it.
+    pub fn handle_frame(
+        &mut self,
+        now: Nanos,
+        node: crate::ids::NodeId,
+        header: &Header,
+        trailer: Option<Trailer>,
+        small_body: &[u8],
+        buffer: Option<BufferId>,
+    ) {
+        self.now = now;
+        let Some(peer) = self.peer_index(node) else {
+            self.release(buffer);
+            return;
+        };
+        if let Err(error) = self.on_frame(peer, header, trailer, small_body, buffer) {
+            self.release(buffer);
+            // A frame of a session that is over was on its way when it ended: nothing to end now.
+            if self.peers[peer].session_id() == Some(header.session) {
+                self.end_session(peer, format!("protocol error: {error}"), true);
+            }
+        }
+        self.settle();
+    }
+
+    fn on_frame(
+        &mut self,
+        peer: PeerIndex,
+        header: &Header,
+        trailer: Option<Trailer>,
+        small_body: &[u8],
+        buffer: Option<BufferId>,
+    ) -> Result<(), BadFrame> {
+        self.heard(peer, header)?;
+        let session = header.session;
+        let sender = Sender { peer, session, sequence: header.sequence };
+        match header.kind {
+            Kind::Open => self.on_open(peer, small_body)?,
+            Kind::Adopted => self.on_adopted(peer, crate::ids::MapVersion(header.slice_epoch.0)),
+            Kind::Ping => self.on_ping(peer, header),
+            Kind::Pong => self.on_pong(peer, header),
+            Kind::Write | Kind::Zero | Kind::Discard => return self.on_replicate(sender, header, buffer),
+            Kind::Flush => self.flush_for_primary(sender, header)?,
+            Kind::Ack => match self.take_awaited(peer, header.sequence) {
+                Some(Awaited::Leg(key)) => self.on_leg_ack(peer, key, header),
+                Some(Awaited::FlushLeg(key)) => self.on_flush_ack(peer, key, header),
+                _ => return Err(BadFrame::Content("an ack for nothing")),
+            },
+            Kind::Reply => match self.take_awaited(peer, header.sequence) {
+                Some(Awaited::Part(key, attempt)) => self.on_part_reply(peer, key, attempt, header, buffer),
+                Some(Awaited::ExportFlush(key)) => self.on_export_flush_reply(peer, key, header),
+                _ => return Err(BadFrame::Content("a reply to nothing")),
+            },
+            Kind::ForwardFlush => {
+                let trailer = trailer.ok_or(BadFrame::Content("forwarded without a trailer"))?;
+                self.flush_for_exporter(sender, header, &trailer)?;
+            }
+            Kind::ForwardRead | Kind::ForwardWrite | Kind::ForwardZero | Kind::ForwardDiscard => {
+                let trailer = trailer.ok_or(BadFrame::Content("forwarded without a trailer"))?;
+                return self.on_forwarded(sender, header, &trailer, buffer);
+            }
+        }
+        self.release(buffer);
+        self.resume_starved(peer);
+        Ok(())
+    }
+
+    fn operation(&self, header: &Header) -> Result<(usize, OpKind), BadFrame> {
+        let device = *self
+            .by_device
+            .get(&crate::ids::DeviceId(header.device))
+            .ok_or(BadFrame::Content("a device that is not in the map"))?;
+        let end = header.offset.checked_add(header.length);
+        let view = &self.devices[device].view;
+        let aligned = (header.offset | header.length).is_multiple_of(view.block_bytes);
+        if header.slice >= view.slices
+            || header.length == 0
+            || end.is_none_or(|end| end > self.slice_bytes)
+            || !aligned
+        {
+            return Err(BadFrame::Content("a range outside of the slice"));
+        }
+        let fua = header.flags & FLAG_FUA != 0;
+        let kind = match header.kind {
+            Kind::Write | Kind::ForwardWrite => OpKind::Write { fua },
+            Kind::Zero | Kind::ForwardZero => OpKind::Zero { fua },
+            Kind::Discard | Kind::ForwardDiscard => OpKind::Discard,
+            _ => OpKind::Read,
+        };
+        Ok((device, kind))
+    }
+
+    /// From the primary: store it here.
+    fn on_replicate(
+        &mut self,
+        sender: Sender,
+        header: &Header,
+        buffer: Option<BufferId>,
+    ) -> Result<(), BadFrame> {
+        let (device, kind) = self.operation(header)?;
+        let buffer = data_buffer(header, kind, buffer, header.body_bytes)?;
+        let span = self.devices[device].view.span(header.slice);
+        let op = Op {
+            part: Part::Secondary,
+            kind,
+            slice: header.slice,
+            offset: header.offset,
+            length: header.length,
+            buffer,
+            owns_buffer: buffer.is_some(),
+            ..Op::primary(Origin::Peer(sender), device, header.slice_epoch)
+        };
+        // Rule 2: an older epoch is refused, and so is whoever we do not know as its primary.
+        if span.epoch != header.slice_epoch || !span.mirrors(sender.peer) {
+            self.peers[sender.peer].serving += 1;
+            let key = self.ops.insert(op);
+            self.finish(key, Status::Fenced);
+            return Ok(());
+        }
+        self.enqueue(op);
+        Ok(())
+    }
+
+    /// From an exporter: run it here as primary.
+    fn on_forwarded(
+        &mut self,
+        sender: Sender,
+        header: &Header,
+        trailer: &Trailer,
+        buffer: Option<BufferId>,
+    ) -> Result<(), BadFrame> {
+        let (device, kind) = self.operation(header)?;
+        let data = if kind == OpKind::Read { header.length } else { header.body_bytes.saturating_sub(32) };
+        let buffer = data_buffer(header, kind, buffer, data)?;
+        let status = self.judge_exporter(sender, device, trailer);
+        let span = self.devices[device].view.span(header.slice);
+        let op = Op {
+            kind,
+            slice: header.slice,
+            offset: header.offset,
+            length: header.length,
+            buffer,
+            owns_buffer: buffer.is_some(),
+            claim: trailer.claim,
+            ..Op::primary(Origin::Peer(sender), device, header.slice_epoch)
+        };
+        let status = match status {
+            Status::Done if span.epoch != header.slice_epoch || !span.serves() => Status::Fenced,
+            status => status,
+        };
+        if status != Status::Done {
+            self.peers[sender.peer].serving += 1;
+            let key = self.ops.insert(op);
+            self.finish(key, status);
+            return Ok(());
+        }
+        self.enqueue(op);
+        Ok(())
+    }
+
+    /// Rule 14: an older claim or exporter session is refused; what we do not know yet has to wait.
+    pub(super) fn judge_exporter(&mut self, sender: Sender, device: usize, trailer: &Trailer) -> Status {
+        let claim = self.devices[device].view.claim;
+        if trailer.claim < claim.generation.0 {
+            return Status::ClaimLost;
+        }
+        if trailer.claim > claim.generation.0 || claim.node != self.peers[sender.peer].node {
+            return Status::Fenced;
+        }
+        let newest = &mut self.devices[device].exporter_session;
+        if trailer.exporter_session < newest.0 {
+            return Status::ClaimLost;
+        }
+        // The sessions of the process before ended with their lanes, and this one opened only after
+        // their operations had come to their end.
+        *newest = ExporterSession(trailer.exporter_session);
+        Status::Done
+    }
+
+    /// A disk does not take writes any more.
+    pub(super) fn fail_disk(&mut self, disk: super::action::DiskIndex, reason: &str) {
+        if std::mem::replace(&mut self.disks[disk].failed, true) {
+            return;
+        }
+        let report = Report::DiskFailed { disk: self.disks[disk].id, reason: reason.to_owned() };
+        self.actions.push_back(Action::Report(report));
+    }
+}
+
+/// The part of a frame's buffer that holds data, `bytes` of it.
+fn data_buffer(
+    header: &Header,
+    kind: OpKind,
+    buffer: Option<BufferId>,
+    bytes: u32,
+) -> Result<Option<BufferRange>, BadFrame> {
+    if !matches!(kind, OpKind::Read | OpKind::Write { .. }) {
+        return match buffer {
+            None => Ok(None),
+            Some(_) => Err(BadFrame::Content("a body where none belongs")),
+        };
+    }
+    let buffer = buffer.ok_or(BadFrame::Content("no body"))?;
+    if bytes != header.length {
+        return Err(BadFrame::Content("length and body differ"));
+    }
+    Ok(Some(BufferRange { buffer, offset: 0, length: header.length }))
+}

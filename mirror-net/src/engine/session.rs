@@ -1,0 +1,585 @@
+//! Sessions with other nodes: opening, heartbeat and read lease, what is in flight, loss.
+//!
+//! A session lives as long as its lane. Before a node opens one (or opens it again) everything
+//! that it did on behalf of the session before has come to its end (PROTOCOL.md rule 10). Each
+//! side sends `Open` when it is ready and nothing else before the other's `Open` has arrived.
+
+use super::action::{Action, Body, BufferId, FlushKey, OpKey, Report};
+use super::exporter::{ExportFlushKey, PartKey};
+use super::op::{LegState, OpKind, Origin, Part};
+use super::view::PeerIndex;
+use super::{Engine, Nanos};
+use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
+use crate::wire::header::{BadFrame, Header, Kind, Trailer};
+use std::collections::VecDeque;
+
+/// How long a grantor stands still for a reader, in nanoseconds.
+pub const LEASE: Nanos = 1_000_000_000;
+/// What clocks may differ by over one lease.
+pub const LEASE_MARGIN: Nanos = 100_000_000;
+/// Between two pings.
+pub const PING_EVERY: Nanos = 250_000_000;
+/// A session on which nothing came for so long is over.
+pub const SILENCE: Nanos = 1_000_000_000;
+/// A member that has no session for so long, since we count on it, is reported as out of reach.
+pub const UNREACHED: Nanos = 5_000_000_000;
+/// Between two identical requests to the manager.
+pub const ASK_AGAIN: Nanos = 1_000_000_000;
+/// Messages in flight on one session, at most; what is more waits.
+pub const WINDOW: usize = 4096;
+/// Pings whose answer is still awaited, at most.
+const PINGS_MAX: usize = 8;
+
+/// What an answer on a session is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Awaited {
+    Leg(OpKey),
+    /// With the attempt.
+    Part(PartKey, u32),
+    FlushLeg(FlushKey),
+    ExportFlush(ExportFlushKey),
+}
+
+/// Messages that wait for their answers, by sequence.
+#[derive(Default, Debug)]
+struct Window {
+    base: u64,
+    awaited: VecDeque<Option<Awaited>>,
+    /// Places that are taken.
+    count: usize,
+}
+
+impl Window {
+    /// One slow answer does not hold up the others, within reason.
+    fn has_room(&self) -> bool {
+        self.count < WINDOW && self.awaited.len() < 16 * WINDOW
+    }
+
+    fn put(&mut self, sequence: u64, awaited: Awaited) {
+        if self.awaited.is_empty() {
+            self.base = sequence;
+        }
+        // Messages without an answer have numbers too; the window keeps an empty place for them.
+        while self.base + (self.awaited.len() as u64) < sequence {
+            self.awaited.push_back(None);
+        }
+        self.awaited.push_back(Some(awaited));
+        self.count += 1;
+    }
+
+    fn take(&mut self, sequence: u64) -> Option<Awaited> {
+        let index = usize::try_from(sequence.checked_sub(self.base)?).ok()?;
+        let awaited = self.awaited.get_mut(index)?.take();
+        self.count -= usize::from(awaited.is_some());
+        while let Some(None) = self.awaited.front() {
+            self.awaited.pop_front();
+            self.base += 1;
+        }
+        awaited
+    }
+}
+
+#[derive(Debug)]
+struct Session {
+    id: u64,
+    process: ProcessId,
+    sent_open: bool,
+    got_open: bool,
+    next_sequence: u64,
+    window: Window,
+    /// Something could not be sent for want of room in the window.
+    starved: bool,
+    heard: Nanos,
+    next_ping: Nanos,
+    /// Sequence and time of pings without an answer.
+    pings: VecDeque<(u64, Nanos)>,
+    /// The newest map version that the peer has durably adopted.
+    adopted: MapVersion,
+    /// The attachments of its disks.
+    attached: Vec<(DiskId, AttachId)>,
+}
+
+/// Another node.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub node: NodeId,
+    session: Option<Session>,
+    /// It missed, or may have missed, writes as a member: nothing is replicated to it until the
+    /// map no longer counts on it.
+    pub lost: Option<String>,
+    /// It opened a session since this process started.
+    ever_open: bool,
+    /// Since when there is no session although we count on its copies.
+    missed_since: Option<Nanos>,
+    ask_after: Nanos,
+    /// Until when we may read under its lease.
+    lease_until: Nanos,
+    /// Until when we may not serve what it was primary of.
+    granted_until: Nanos,
+    /// Operations and flushes of it that have not come to their end, of whatever session.
+    pub serving: usize,
+    last_error: Option<String>,
+}
+
+impl Peer {
+    pub fn new(node: NodeId, now: Nanos) -> Self {
+        Self {
+            node,
+            session: None,
+            lost: None,
+            ever_open: false,
+            missed_since: None,
+            ask_after: 0,
+            lease_until: 0,
+            // After a start a node assumes that it had just granted a lease to everybody (rule 13).
+            granted_until: now + LEASE,
+            serving: 0,
+            last_error: None,
+        }
+    }
+
+    /// Whether messages may be sent.
+    pub fn is_open(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| session.sent_open && session.got_open)
+    }
+
+    pub fn session_id(&self) -> Option<u64> {
+        self.session.as_ref().map(|session| session.id)
+    }
+
+    /// The newest version that it has adopted, as far as we heard on an open session.
+    pub fn adopted(&self) -> MapVersion {
+        self.session.as_ref().filter(|_| self.is_open()).map_or(MapVersion(0), |session| session.adopted)
+    }
+
+    pub fn leases_until(&self) -> Nanos {
+        self.lease_until
+    }
+
+    pub fn granted_until(&self) -> Nanos {
+        self.granted_until + LEASE_MARGIN
+    }
+
+    /// Why it is not open, for people.
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+}
+
+impl Engine {
+    /// A lane to that node stands, its handshake is done. A lane before it is over.
+    pub fn handle_lane_up(&mut self, now: Nanos, node: NodeId, session: u64, process: ProcessId) {
+        self.now = now;
+        let Some(peer) = self.peer_index(node) else {
+            let reason = format!("{node} is not in the map");
+            self.actions.push_back(Action::CloseLane { peer: node, session, reason });
+            return;
+        };
+        if self.peers[peer].session.is_some() {
+            self.end_session(peer, "replaced by a new connection".into(), false);
+        }
+        self.peers[peer].session = Some(Session {
+            id: session,
+            process,
+            sent_open: false,
+            got_open: false,
+            next_sequence: 1,
+            window: Window::default(),
+            starved: false,
+            heard: now,
+            next_ping: now,
+            pings: VecDeque::new(),
+            adopted: MapVersion(0),
+            attached: Vec::new(),
+        });
+        self.open_if_quiet(peer);
+        self.settle();
+    }
+
+    /// The lane of that session is gone.
+    pub fn handle_lane_down(&mut self, now: Nanos, node: NodeId, session: u64, reason: &str) {
+        self.now = now;
+        let Some(peer) = self.peer_index(node) else { return };
+        if self.peers[peer].session_id() == Some(session) {
+            self.end_session(peer, reason.to_owned(), false);
+        }
+        self.settle();
+    }
+
+    /// Sends `Open` once nothing of an earlier session is under way.
+    pub(super) fn open_if_quiet(&mut self, peer: PeerIndex) {
+        if self.peers[peer].serving > 0 || self.map.is_none() {
+            return;
+        }
+        let adopted = self.adopted_version();
+        let Some(session) = self.peers[peer].session.as_mut().filter(|session| !session.sent_open) else {
+            return;
+        };
+        session.sent_open = true;
+        let mut body = Vec::with_capacity(16 * (1 + self.disks.len()));
+        body.extend(self.process.0.to_le_bytes());
+        body.extend(adopted.0.to_le_bytes());
+        for disk in &self.disks {
+            body.extend(u64::from(disk.id.0).to_le_bytes());
+            body.extend(disk.attach.0.to_le_bytes());
+        }
+        self.send_unanswered(peer, Header::new(Kind::Open), Body::Bytes(body));
+        self.opened(peer);
+    }
+
+    /// `Open` from the peer.
+    pub(super) fn on_open(&mut self, peer: PeerIndex, body: &[u8]) -> Result<(), BadFrame> {
+        let mut words =
+            body.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
+        let (Some(process), Some(adopted)) = (words.next(), words.next()) else {
+            return Err(BadFrame::Content("open: too short"));
+        };
+        let words: Vec<u64> = words.collect();
+        let attached: Vec<(DiskId, AttachId)> =
+            words.chunks_exact(2).map(|pair| (DiskId(pair[0] as u32), AttachId(pair[1]))).collect();
+        let session = self.peers[peer].session.as_mut().ok_or(BadFrame::Session)?;
+        if session.process != ProcessId(process) {
+            return Err(BadFrame::Content("open: not the process of the handshake"));
+        }
+        if session.got_open {
+            return Err(BadFrame::Content("open: twice"));
+        }
+        session.got_open = true;
+        session.adopted = MapVersion(adopted);
+        session.attached = attached;
+        self.check_incarnation(peer);
+        self.opened(peer);
+        Ok(())
+    }
+
+    /// A member whose incarnation is not the map's is no member (rule 3). Asked when either of the
+    /// two is new: the peer's session, or our map.
+    pub(super) fn check_incarnation(&mut self, peer: PeerIndex) {
+        if let Some(cause) = self.other_incarnation(peer) {
+            self.lose(peer, cause);
+        }
+    }
+
+    fn other_incarnation(&self, peer: PeerIndex) -> Option<String> {
+        let map = self.map.as_ref()?;
+        let node = self.peers[peer].node;
+        let session = self.peers[peer].session.as_ref().filter(|session| session.got_open)?;
+        let (process, attached) = (session.process, &session.attached);
+        for span in self.spans_mirrored_by(peer) {
+            let Some(replica) = span.replicas.iter().find(|replica| map.node_of(replica.disk) == Some(node))
+            else {
+                continue;
+            };
+            let attach = attached.iter().find(|(disk, _)| *disk == replica.disk).map(|(_, attach)| *attach);
+            if attach != Some(replica.incarnation.attach) {
+                return Some(format!(
+                    "{} was detached or its machine restarted",
+                    map.disk_name(replica.disk)
+                ));
+            }
+            if process != replica.incarnation.process {
+                return Some(format!("the daemon of {} was restarted", map.node_name(node)));
+            }
+        }
+        None
+    }
+
+    /// The map's spans that this node is primary of and that have a current copy on that peer.
+    fn spans_mirrored_by(&self, peer: PeerIndex) -> impl Iterator<Item = &crate::map::Span> {
+        let map = self.map.as_deref();
+        self.devices.iter().flat_map(move |device| {
+            let spans =
+                map.and_then(|map| map.device(device.view.id)).map_or(&[][..], |device| &device.spans);
+            device.view.spans.iter().zip(spans).filter_map(move |(view, span)| {
+                (view.serves() && view.others.contains(&peer)).then_some(span)
+            })
+        })
+    }
+
+    /// Whether this node counts on that peer's copies anywhere.
+    pub(super) fn counts_on(&self, peer: PeerIndex) -> bool {
+        self.devices
+            .iter()
+            .flat_map(|device| &device.view.spans)
+            .any(|span| span.serves() && span.others.contains(&peer))
+    }
+
+    fn opened(&mut self, peer: PeerIndex) {
+        if !self.peers[peer].is_open() {
+            return;
+        }
+        self.peers[peer].ever_open = true;
+        self.peers[peer].last_error = None;
+        self.send_adopted(peer);
+        self.ping_if_due(peer);
+        self.resume_after(peer);
+    }
+
+    /// Something became possible on that session: legs, parts and flushes that waited for it.
+    pub(super) fn resume_after(&mut self, peer: PeerIndex) {
+        let waiting: Vec<OpKey> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| op.doomed.is_none() && op.holds)
+            .filter(|(_, op)| op.legs.iter().any(|leg| leg.peer == peer && leg.state == LegState::Unsent))
+            .map(|(key, _)| key)
+            .collect();
+        for key in waiting {
+            self.send_legs(key);
+        }
+        self.route_held();
+        self.resume_flushes();
+    }
+
+    /// The peer is, or may be, behind as a member: the manager has to say so before anything goes on.
+    pub(super) fn lose(&mut self, peer: PeerIndex, cause: String) {
+        if self.counts_on(peer) && self.peers[peer].lost.is_none() {
+            self.peers[peer].lost = Some(cause);
+            self.peers[peer].ask_after = 0;
+            self.ask_if_due(peer);
+        }
+    }
+
+    fn ask_if_due(&mut self, peer: PeerIndex) {
+        let entry = &mut self.peers[peer];
+        let Some(cause) = entry.lost.clone().filter(|_| entry.ask_after <= self.now) else { return };
+        entry.ask_after = self.now + ASK_AGAIN;
+        let node = entry.node;
+        let version = self.adopted_version();
+        self.actions.push_back(Action::Report(Report::AskStale { peer: node, version, cause }));
+    }
+
+    /// Ends the peer's session; with `close` the lane has to be closed too.
+    pub(super) fn end_session(&mut self, peer: PeerIndex, reason: String, close: bool) {
+        let Some(session) = self.peers[peer].session.take() else { return };
+        let node = self.peers[peer].node;
+        if close {
+            self.actions.push_back(Action::CloseLane {
+                peer: node,
+                session: session.id,
+                reason: reason.clone(),
+            });
+        }
+        self.peers[peer].last_error = Some(reason.clone());
+        if self.peers[peer].ever_open {
+            self.lose(peer, format!("session lost: {reason}"));
+        }
+        for awaited in session.window.awaited.into_iter().flatten() {
+            match awaited {
+                Awaited::Leg(key) => self.leg_ended(peer, key, false),
+                Awaited::Part(key, attempt) => self.part_unanswered(key, attempt, peer),
+                Awaited::FlushLeg(key) => self.flush_leg_unsent(key, peer),
+                Awaited::ExportFlush(key) => self.export_flush_unsent(key, peer),
+            }
+        }
+        self.drop_operations_of(peer, session.id);
+    }
+
+    /// What has not begun is dropped. A secondary's ends with its I/O. A primary's write that has begun
+    /// runs to its full end, without an answer: until every copy has it nobody may read it (rule 12), and
+    /// so it keeps its range.
+    fn drop_operations_of(&mut self, peer: PeerIndex, session: u64) {
+        let theirs: Vec<OpKey> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| matches!(op.origin, Origin::Peer(sender) if sender.peer == peer && sender.session == session))
+            .filter(|(_, op)| op.part == Part::Secondary || op.kind == OpKind::Read || !op.begun())
+            .map(|(key, _)| key)
+            .collect();
+        for key in theirs {
+            self.doom(key, crate::wire::header::Status::Fenced);
+        }
+        self.drop_flushes_of(peer, session);
+    }
+
+    /// An operation or flush of a peer's came to its end.
+    pub(super) fn served(&mut self, peer: PeerIndex) {
+        self.peers[peer].serving -= 1;
+        self.open_if_quiet(peer);
+    }
+
+    // ---- messages ----
+
+    /// Sends a message that will be answered; false if the session has no room for it.
+    pub(super) fn send_awaited(
+        &mut self,
+        peer: PeerIndex,
+        header: Header,
+        trailer: Option<Trailer>,
+        body: Body,
+        awaited: Awaited,
+    ) -> bool {
+        let entry = &mut self.peers[peer];
+        if !entry.is_open() {
+            return false;
+        }
+        let Some(session) = entry.session.as_mut() else { return false };
+        if !session.window.has_room() {
+            session.starved = true;
+            return false;
+        }
+        session.window.put(session.next_sequence, awaited);
+        self.push_frame(peer, header, trailer, body);
+        true
+    }
+
+    /// Sends a message that nobody answers, or an answer whose `sequence` is set already.
+    pub(super) fn send_unanswered(&mut self, peer: PeerIndex, header: Header, body: Body) {
+        self.push_frame(peer, header, None, body);
+    }
+
+    fn push_frame(&mut self, peer: PeerIndex, mut header: Header, trailer: Option<Trailer>, body: Body) {
+        let node = self.peers[peer].node;
+        let Some(session) = self.peers[peer].session.as_mut() else { return };
+        header.session = session.id;
+        if header.sequence == 0 {
+            header.sequence = session.next_sequence;
+            session.next_sequence += 1;
+        }
+        let session = session.id;
+        self.actions.push_back(Action::Send { peer: node, session, header, trailer, body });
+    }
+
+    /// Answers a message, if its session still stands; otherwise the body's buffer is given back.
+    pub(super) fn answer(&mut self, sender: super::op::Sender, mut header: Header, body: Body) {
+        if self.peers[sender.peer].session_id() != Some(sender.session) {
+            if let Body::Release(range) = body {
+                self.actions.push_back(Action::Release { buffer: range.buffer });
+            }
+            return;
+        }
+        header.sequence = sender.sequence;
+        self.push_frame(sender.peer, header, None, body);
+    }
+
+    pub(super) fn send_adopted(&mut self, peer: PeerIndex) {
+        if self.peers[peer].is_open() {
+            let mut header = Header::new(Kind::Adopted);
+            header.slice_epoch = SliceEpoch(self.adopted_version().0);
+            self.send_unanswered(peer, header, Body::None);
+        }
+    }
+
+    /// Takes the answer's waiter out of the window.
+    pub(super) fn take_awaited(&mut self, peer: PeerIndex, sequence: u64) -> Option<Awaited> {
+        self.peers[peer].session.as_mut()?.window.take(sequence)
+    }
+
+    /// Answers made room: what could not be sent goes on. Not for every single one, since it looks at
+    /// everything that waits.
+    pub(super) fn resume_starved(&mut self, peer: PeerIndex) {
+        let Some(session) = self.peers[peer].session.as_mut() else { return };
+        if session.starved && session.window.count * 2 <= WINDOW && session.window.has_room() {
+            session.starved = false;
+            self.resume_after(peer);
+        }
+    }
+
+    /// Checks that a frame belongs to the present session and notes that the peer lives.
+    pub(super) fn heard(&mut self, peer: PeerIndex, header: &Header) -> Result<(), BadFrame> {
+        let now = self.now;
+        let session = self.peers[peer].session.as_mut().ok_or(BadFrame::Session)?;
+        if session.id != header.session {
+            return Err(BadFrame::Session);
+        }
+        session.heard = now;
+        let open = session.sent_open && session.got_open;
+        if !open && header.kind != Kind::Open {
+            return Err(BadFrame::Content("a message before open"));
+        }
+        Ok(())
+    }
+
+    /// The peer said which map it has.
+    pub(super) fn on_adopted(&mut self, peer: PeerIndex, version: MapVersion) {
+        if let Some(session) = self.peers[peer].session.as_mut() {
+            if session.adopted < version {
+                session.adopted = version;
+                self.resume_after(peer);
+            }
+        }
+    }
+
+    // ---- lease ----
+
+    /// Grants a lease: we will not serve what the peer is primary of before it has run out.
+    pub(super) fn on_ping(&mut self, peer: PeerIndex, header: &Header) {
+        self.on_adopted(peer, MapVersion(header.slice_epoch.0));
+        self.peers[peer].granted_until = self.now + LEASE;
+        let mut pong = Header::new(Kind::Pong);
+        pong.sequence = header.sequence;
+        pong.slice_epoch = SliceEpoch(self.adopted_version().0);
+        self.send_unanswered(peer, pong, Body::None);
+    }
+
+    /// Takes a lease, unless its grantor knows a map that we do not (rule 2): the next will do.
+    pub(super) fn on_pong(&mut self, peer: PeerIndex, header: &Header) {
+        let mine = self.adopted_version();
+        let Some(session) = self.peers[peer].session.as_mut() else { return };
+        let Some(index) = session.pings.iter().position(|(sequence, _)| *sequence == header.sequence) else {
+            return;
+        };
+        let (_, sent) = session.pings[index];
+        session.pings.drain(..=index);
+        let version = MapVersion(header.slice_epoch.0);
+        if version <= mine {
+            let entry = &mut self.peers[peer];
+            entry.lease_until = entry.lease_until.max(sent + LEASE);
+            self.retry_parked();
+        }
+        self.on_adopted(peer, version);
+    }
+
+    fn ping_if_due(&mut self, peer: PeerIndex) {
+        let now = self.now;
+        let version = self.adopted_version();
+        if !self.peers[peer].is_open() {
+            return;
+        }
+        let Some(session) = self.peers[peer].session.as_mut().filter(|session| session.next_ping <= now)
+        else {
+            return;
+        };
+        session.next_ping = now + PING_EVERY;
+        session.pings.push_back((session.next_sequence, now));
+        if session.pings.len() > PINGS_MAX {
+            session.pings.pop_front();
+        }
+        let mut ping = Header::new(Kind::Ping);
+        ping.slice_epoch = SliceEpoch(version.0);
+        self.send_unanswered(peer, ping, Body::None);
+    }
+
+    /// Time passed: pings, silence, and what has to be asked again.
+    pub(super) fn tick_sessions(&mut self) {
+        for peer in 0..self.peers.len() {
+            let heard = self.peers[peer].session.as_ref().map(|session| session.heard);
+            if heard.is_some_and(|heard| heard + SILENCE <= self.now) {
+                self.end_session(peer, format!("nothing heard for {} ms", SILENCE / 1_000_000), true);
+            }
+            self.ping_if_due(peer);
+            self.miss(peer);
+            self.ask_if_due(peer);
+        }
+    }
+
+    /// A copy may come to be counted on by this node while there is no session with its node: after
+    /// our start, or when another primary's role came to us.
+    fn miss(&mut self, peer: PeerIndex) {
+        if self.peers[peer].is_open() || self.peers[peer].lost.is_some() || !self.counts_on(peer) {
+            self.peers[peer].missed_since = None;
+            return;
+        }
+        let since = *self.peers[peer].missed_since.get_or_insert(self.now);
+        if since + UNREACHED <= self.now {
+            self.lose(peer, "no session could be opened".into());
+        }
+    }
+
+    /// Gives a frame's buffer back.
+    pub(super) fn release(&mut self, buffer: Option<BufferId>) {
+        if let Some(buffer) = buffer {
+            self.actions.push_back(Action::Release { buffer });
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! What one engine does, seen from outside.
+
+use super::action::{Report, RequestError};
+use super::testing::{Rig, claimed, map, next};
+use crate::map::ReplicaState;
+use crate::wire::header::{Header, Kind, Status, Trailer};
+
+fn promote_second(span: &mut crate::map::Span) {
+    span.replicas.swap(0, 1);
+    span.replicas[1].state = ReplicaState::Stale;
+}
+
+#[test]
+fn a_write_completes_when_every_copy_has_it() {
+    let mut rig = Rig::new(1, &map(2, 2, 1));
+    let token = rig.write(0, 4096);
+    assert_eq!(rig.result(token), None);
+    let legs = rig.take(Kind::Write);
+    rig.ack(&legs[0]);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn a_part_that_went_elsewhere_is_not_sent_again_when_its_old_session_ends() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    let token = rig.request(super::action::RequestKind::WriteZeroes { fua: false }, 0, 4096);
+    assert_eq!(rig.take(Kind::ForwardZero).len(), 1);
+    let second = next(&first, promote_second);
+    rig.adopted(2, 2);
+    rig.adopt(&second);
+    let again = rig.take(Kind::ForwardZero);
+    assert_eq!((again.len(), again[0].to), (1, 2));
+    rig.lane_down(1);
+    rig.wait(100, &[2]);
+    assert!(rig.take(Kind::ForwardZero).is_empty(), "it is at its new primary already");
+    rig.answer(&again[0], Kind::Reply, Status::Done);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn a_writes_buffer_is_not_given_back_while_its_old_primary_has_not_answered() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    let token = rig.write(0, 4096);
+    let old = rig.take(Kind::ForwardWrite);
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(100, &[1, 2]);
+    assert!(rig.take(Kind::ForwardWrite).is_empty(), "the frame to node 1 may still be in the buffer");
+    rig.answer(&old[0], Kind::Reply, Status::Fenced);
+    rig.wait(100, &[1, 2]);
+    let new = rig.take(Kind::ForwardWrite);
+    assert_eq!(new[0].to, 2);
+    rig.answer(&new[0], Kind::Reply, Status::Done);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn an_old_primary_that_never_answers_is_given_up() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    rig.write(0, 4096);
+    rig.take(Kind::ForwardWrite);
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(1_200, &[1, 2]);
+    assert_eq!(rig.closed, [1]);
+    assert_eq!(rig.take(Kind::ForwardWrite)[0].to, 2);
+}
+
+#[test]
+fn what_was_held_under_an_older_claim_is_never_sent_under_a_newer_one() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    rig.lane_down(1);
+    let (write, flush) = (rig.write(0, 4096), rig.flush());
+    // The claim went to node 2 and came back; this node saw the end of it only.
+    let back = claimed(&claimed(&first, 2), 3);
+    rig.adopt(&back);
+    rig.open(1, back.version);
+    assert!(rig.take(Kind::ForwardWrite).is_empty());
+    assert_eq!(rig.result(write), Some(Err(RequestError::ClaimLost)));
+    assert_eq!(rig.result(flush), Some(Err(RequestError::ClaimLost)));
+}
+
+fn forwarded(kind: Kind, epoch: u64, offset: u32) -> Header {
+    Header {
+        slice_epoch: crate::ids::SliceEpoch(epoch),
+        device: super::testing::DEVICE.0,
+        offset,
+        length: 4096,
+        ..Header::new(kind)
+    }
+}
+
+fn trailer(claim: u64, exporter_session: u64, origin: u16) -> Option<Trailer> {
+    Some(Trailer { claim, exporter_session, exporter_sequence: 1, origin })
+}
+
+#[test]
+fn exporter_sessions_are_compared_within_one_claim_only() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardZero, 1, 0), trailer(1, 7, 3));
+    assert_eq!(rig.take(Kind::Zero).len(), 1);
+    let second = claimed(&first, 2);
+    rig.adopt(&second);
+    // Node 2 registered before node 3 did, and so has a smaller number.
+    rig.frame(2, forwarded(Kind::ForwardZero, 1, 8192), trailer(2, 5, 2));
+    assert_eq!(rig.take(Kind::Zero).len(), 1);
+    rig.frame(2, forwarded(Kind::ForwardZero, 1, 8192), trailer(2, 4, 2));
+    let replies = rig.take(Kind::Reply);
+    assert_eq!(replies[0].header.flags, Status::ClaimLost as u8);
+}
+
+#[test]
+fn adoption_of_a_claim_is_reported_when_older_writes_are_done() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardWrite, 1, 0), trailer(1, 1, 3));
+    let leg = rig.take(Kind::Write);
+    rig.adopt(&claimed(&first, 2));
+    assert_eq!(rig.reports, []);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.reports, [Report::Adopted { version: crate::ids::MapVersion(2) }]);
+}
+
+#[test]
+fn a_write_whose_exporter_is_gone_is_not_read_before_every_copy_has_it() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardWrite, 1, 0), trailer(1, 1, 3));
+    let leg = rig.take(Kind::Write);
+    rig.lane_down(3);
+    // Rule 10: no new session before what came over the old one has ended.
+    rig.open(3, first.version);
+    assert!(rig.take(Kind::Open).iter().all(|open| open.to != 3));
+    rig.ack(&leg[0]);
+    assert_eq!(rig.take(Kind::Open)[0].to, 3);
+}
+
+#[test]
+fn a_flush_of_an_ended_session_does_not_hold_up_the_next() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(3, forwarded(Kind::ForwardFlush, 0, 0), trailer(1, 1, 3));
+    assert_eq!(rig.take(Kind::Flush).len(), 1);
+    rig.lane_down(3);
+    rig.open(3, first.version);
+    assert_eq!(rig.take(Kind::Open)[0].to, 3);
+}
+
+fn second_stale(span: &mut crate::map::Span) {
+    span.replicas[1].state = ReplicaState::Stale;
+}
+
+#[test]
+fn a_leg_under_way_is_not_sent_twice_when_the_epoch_changes() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::new(1, &first);
+    let token = rig.write(0, 4096);
+    let legs = rig.take(Kind::Write);
+    assert_eq!(legs.len(), 2);
+    rig.adopt(&next(&first, second_stale));
+    rig.adopted(3, 2);
+    assert!(rig.take(Kind::Write).is_empty());
+    rig.ack(&legs[1]);
+    assert_eq!(rig.result(token), None, "the frame to node 2 may still be in the buffer");
+    rig.answer(&legs[0], Kind::Ack, Status::Fenced);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn a_refused_leg_is_sent_again_under_the_new_epoch() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::new(1, &first);
+    let token = rig.write(0, 4096);
+    let legs = rig.take(Kind::Write);
+    rig.answer(&legs[1], Kind::Ack, Status::Fenced);
+    rig.answer(&legs[0], Kind::Ack, Status::Fenced);
+    rig.adopt(&next(&first, second_stale));
+    rig.adopted(3, 2);
+    let again = rig.take(Kind::Write);
+    assert_eq!(again.iter().map(|leg| (leg.to, leg.header.slice_epoch.0)).collect::<Vec<_>>(), [(3, 2)]);
+    rig.ack(&again[0]);
+    assert_eq!(rig.result(token), Some(Ok(())));
+}
+
+#[test]
+fn a_deposed_write_ends_when_its_messages_have() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.write(0, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(100, &[2]);
+    assert!(rig.take(Kind::ForwardWrite).is_empty());
+    rig.answer(&leg[0], Kind::Ack, Status::Fenced);
+    rig.wait(100, &[2]);
+    assert_eq!(rig.take(Kind::ForwardWrite).len(), 1);
+}
+
+#[test]
+fn a_member_that_is_another_process_now_is_noticed_under_a_new_map_too() {
+    let first = map(3, 2, 1);
+    // Node 2 is the primary; node 1 meets its new process before it takes over with node 2 as a member.
+    let mut before = first.clone();
+    before.devices[0].spans[0].replicas.swap(0, 1);
+    let mut rig = Rig::new(1, &before);
+    rig.lane_down(2);
+    rig.open_as(2, before.version, 22, 2);
+    assert!(rig.reports.is_empty());
+    rig.adopt(&next(&before, |span| span.replicas.swap(0, 1)));
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+}
+
+#[test]
+fn a_member_without_a_session_is_reported_by_a_primary_that_took_over() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::new(2, &first);
+    rig.lane_down(3);
+    rig.lane_down(1);
+    let second = next(&first, |span| {
+        span.replicas.rotate_left(1);
+        span.replicas[2].state = ReplicaState::Stale;
+    });
+    rig.adopt(&second);
+    rig.reports.clear();
+    rig.wait(6_000, &[]);
+    assert!(matches!(&rig.reports[0], Report::AskStale { peer, .. } if peer.0 == 3), "{:?}", rig.reports);
+}
+
+#[test]
+fn more_requests_than_the_window_holds_all_complete() {
+    let mut rig = Rig::new(1, &map(2, 2, 1));
+    let offset = |index: u32| u64::from(index % 64) * 4096 + u64::from(index / 64 % 8) * 512;
+    // Of every 512 places one write is at the secondary; zeroing what was never written has no range
+    // in common either.
+    for index in 0..512 {
+        rig.request(super::action::RequestKind::WriteZeroes { fua: false }, offset(index), 512);
+    }
+    assert_eq!(rig.take(Kind::Zero).len(), 512);
+    for _ in 0..super::session::WINDOW {
+        rig.flush();
+    }
+    let write = rig.flush();
+    let mut guard = 0;
+    while rig.result(write).is_none() {
+        let flushes = rig.take(Kind::Flush);
+        assert!(!flushes.is_empty() && guard < 10_000, "nothing is sent any more");
+        guard += 1;
+        flushes.iter().for_each(|flush| rig.ack(flush));
+    }
+}
+
+#[test]
+fn a_failed_flush_is_not_made_good_by_the_next() {
+    let first = map(2, 2, 1);
+    let alone = next(&first, second_stale);
+    let mut rig = Rig::new(1, &alone);
+    rig.fail_flush = true;
+    let failed = rig.flush();
+    rig.fail_flush = false;
+    let again = rig.flush();
+    assert_eq!(rig.result(failed), Some(Err(RequestError::Io)));
+    assert_eq!(rig.result(again), Some(Err(RequestError::Io)), "nobody knows what the disk holds");
+}
+
+#[test]
+fn a_primary_whose_disk_fails_a_flush_waits_for_the_other_copy_to_take_over() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.fail_flush = true;
+    let flush = rig.flush();
+    let leg = rig.take(Kind::Flush);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.result(flush), None);
+    let read = rig.request(super::action::RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "the disk may have lost what was acknowledged");
+    rig.adopted(2, 2);
+    rig.adopt(&next(&first, promote_second));
+    rig.wait(100, &[2]);
+    assert_eq!((rig.take(Kind::ForwardFlush).len(), rig.take(Kind::ForwardRead).len()), (1, 1));
+}
+
+#[test]
+fn a_map_is_adopted_though_a_disk_fails_meanwhile() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.fail_metadata = true;
+    rig.adopt(&next(&first, promote_second));
+    assert_eq!(rig.engine.adopted_version().0, 2);
+}
+
+#[test]
+fn an_exporter_that_survives_hears_of_lost_writes_from_one_flush() {
+    let first = map(3, 2, 3);
+    let lossy = |span: &mut crate::map::Span| {
+        second_stale(span);
+        span.loss.0 += 1;
+    };
+    let mut rig = Rig::new(3, &first);
+    let flush = |rig: &mut Rig| {
+        let token = rig.flush();
+        let sent = rig.take(Kind::ForwardFlush);
+        rig.answer(&sent[0], Kind::Reply, Status::Done);
+        rig.result(token)
+    };
+    rig.write(0, 4096);
+    let sent = rig.take(Kind::ForwardWrite);
+    rig.answer(&sent[0], Kind::Reply, Status::Done);
+    rig.adopted(1, 2);
+    let second = next(&first, lossy);
+    rig.adopt(&second);
+    assert_eq!(flush(&mut rig), Some(Err(RequestError::Io)));
+    assert_eq!(flush(&mut rig), Some(Ok(())));
+    // What a flush covered is not lost.
+    rig.adopted(1, 3);
+    rig.adopt(&next(&second, lossy));
+    assert_eq!(flush(&mut rig), Some(Ok(())));
+}
+
+#[test]
+fn an_acknowledgement_that_arrives_after_the_loss_is_none() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(3, &first);
+    let token = rig.write(0, 4096);
+    let sent = rig.take(Kind::ForwardWrite);
+    rig.adopted(1, 2);
+    rig.adopt(&next(&first, |span| span.loss.0 += 1));
+    rig.answer(&sent[0], Kind::Reply, Status::Done);
+    assert_eq!(rig.result(token), None);
+    rig.wait(100, &[1, 2]);
+    assert_eq!(rig.take(Kind::ForwardWrite)[0].header.loss.0, 1);
+}

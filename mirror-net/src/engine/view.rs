@@ -1,0 +1,194 @@
+//! The adopted map as one node needs it: for each device, who is what for which slices.
+
+use super::action::DiskIndex;
+use crate::ids::{DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch};
+use crate::map::validate::COPIES_MAX;
+use crate::map::{self, Claim, DistributionMap, ReplicaState};
+
+/// A node's index among the peers.
+pub type PeerIndex = usize;
+
+/// Other copies of a slice, at most.
+pub const LEGS_MAX: usize = COPIES_MAX - 1;
+
+/// A device as this node sees it.
+#[derive(Clone, Debug)]
+pub struct DeviceView {
+    /// Its id.
+    pub id: DeviceId,
+    /// Who may export it.
+    pub claim: Claim,
+    /// Its length in slices.
+    pub slices: u32,
+    /// Its logical block size in bytes.
+    pub block_bytes: u32,
+    /// Its spans, in order.
+    pub spans: Vec<SpanView>,
+    /// Who is primary of any slice, each once.
+    pub primaries: Vec<Place>,
+    /// Peers that hold a member or joining copy of a slice that this node is primary of.
+    pub secondaries: Vec<PeerIndex>,
+    /// This node's disks that hold copies of it.
+    pub disks: Vec<DiskIndex>,
+    /// Those from which it serves as primary.
+    pub serving_disks: Vec<DiskIndex>,
+}
+
+/// This node or another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// This node.
+    Here,
+    /// That one.
+    Peer(PeerIndex),
+}
+
+/// A run of slices with the same replica list.
+#[derive(Clone, Debug)]
+pub struct SpanView {
+    /// The first slice.
+    pub first: u32,
+    /// One past the last.
+    pub end: u32,
+    /// Its epoch.
+    pub epoch: SliceEpoch,
+    /// Its loss generation.
+    pub loss: LossGeneration,
+    /// Who is primary.
+    pub primary: Place,
+    /// Whether the map means this very process and attachment of ours, where it lists us.
+    pub intact: bool,
+    /// This node's copy.
+    pub mine: Option<Mine>,
+    /// The other copies that get every write: members and joining ones.
+    pub others: Vec<PeerIndex>,
+    /// Those of them that are members.
+    pub members: Vec<PeerIndex>,
+    /// Copies in the list, stale ones included.
+    pub copies: usize,
+}
+
+/// This node's copy of a span.
+#[derive(Clone, Copy, Debug)]
+pub struct Mine {
+    /// The disk.
+    pub disk: DiskIndex,
+    /// What it is worth.
+    pub state: ReplicaState,
+}
+
+impl SpanView {
+    /// Whether this node serves these slices, leases and waits apart.
+    pub fn serves(&self) -> bool {
+        self.primary == Place::Here && self.intact
+    }
+
+    /// Whether that peer may send us writes for these slices.
+    pub fn mirrors(&self, peer: PeerIndex) -> bool {
+        self.primary == Place::Peer(peer)
+            && self.intact
+            && self.mine.is_some_and(|mine| mine.state != ReplicaState::Stale)
+    }
+}
+
+impl DeviceView {
+    /// The span of a slice, which must be within the device.
+    pub fn span(&self, slice: u32) -> &SpanView {
+        &self.spans[self.spans.partition_point(|span| span.end <= slice)]
+    }
+
+    /// The map version from which on this claim and that span hold together.
+    pub fn fence(&self, span: &SpanView) -> MapVersion {
+        MapVersion(span.epoch.0.max(self.claim.since.0))
+    }
+}
+
+/// What the view of a node depends on besides the map.
+pub struct Viewer<'a> {
+    /// This node.
+    pub me: NodeId,
+    /// Its disks and their incarnations, in the engine's order.
+    pub disks: &'a [(DiskId, Incarnation)],
+    /// The other nodes, in the engine's order.
+    pub peers: &'a [NodeId],
+}
+
+impl Viewer<'_> {
+    /// Prepares one device of a map.
+    pub fn device(&self, map: &DistributionMap, device: &map::Device) -> DeviceView {
+        let mut view = DeviceView {
+            id: device.id,
+            claim: device.claim,
+            slices: device.slices,
+            block_bytes: device.block_bytes,
+            spans: device.spans.iter().map(|span| self.span(map, span)).collect(),
+            primaries: Vec::new(),
+            secondaries: Vec::new(),
+            disks: Vec::new(),
+            serving_disks: Vec::new(),
+        };
+        for span in &view.spans {
+            push_new(&mut view.primaries, span.primary);
+            if span.primary == Place::Here {
+                span.others.iter().for_each(|peer| push_new(&mut view.secondaries, *peer));
+            }
+            if let Some(mine) = span.mine {
+                push_new(&mut view.disks, mine.disk);
+                if span.serves() {
+                    push_new(&mut view.serving_disks, mine.disk);
+                }
+            }
+        }
+        view
+    }
+
+    fn span(&self, map: &DistributionMap, span: &map::Span) -> SpanView {
+        let mut view = SpanView {
+            first: span.first.0,
+            end: span.end(),
+            epoch: span.epoch,
+            loss: span.loss,
+            primary: Place::Here,
+            intact: false,
+            mine: None,
+            others: Vec::new(),
+            members: Vec::new(),
+            copies: span.replicas.len(),
+        };
+        for (position, replica) in span.replicas.iter().enumerate() {
+            let Some(place) = map.node_of(replica.disk).and_then(|node| self.place(node)) else { continue };
+            if position == 0 {
+                view.primary = place;
+            }
+            match place {
+                Place::Here => {
+                    // A disk that the map gives us and that we do not have leaves `mine` empty.
+                    let disk = self.disks.iter().position(|(disk, _)| *disk == replica.disk);
+                    view.mine = disk.map(|disk| Mine { disk, state: replica.state });
+                    view.intact = disk.is_some_and(|disk| self.disks[disk].1 == replica.incarnation);
+                }
+                Place::Peer(peer) if replica.state != ReplicaState::Stale => {
+                    view.others.push(peer);
+                    if replica.state == ReplicaState::InSync {
+                        view.members.push(peer);
+                    }
+                }
+                Place::Peer(_) => {}
+            }
+        }
+        view
+    }
+
+    fn place(&self, node: NodeId) -> Option<Place> {
+        if node == self.me {
+            return Some(Place::Here);
+        }
+        self.peers.iter().position(|peer| *peer == node).map(Place::Peer)
+    }
+}
+
+fn push_new<T: PartialEq>(list: &mut Vec<T>, item: T) {
+    if !list.contains(&item) {
+        list.push(item);
+    }
+}

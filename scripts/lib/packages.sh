@@ -1,0 +1,35 @@
+# shellcheck shell=bash
+# Debian packages that a script needs: installed when we are root, named otherwise.
+
+# need_packages PROGRAM:PACKAGE... - makes sure that every program (or file, if it begins with /) is there.
+need_packages() {
+    local pair missing=()
+    for pair in "$@"; do
+        local program=${pair%%:*} package=${pair#*:}
+        if [[ $program == /* ]]; then
+            [[ -e $program ]] || missing+=("$package")
+        else
+            command -v "$program" >/dev/null || missing+=("$package")
+        fi
+    done
+    ((${#missing[@]} == 0)) && return 0
+    if ((EUID != 0)); then
+        echo "$0: missing packages: ${missing[*]}; install them with: sudo apt-get install ${missing[*]}" >&2
+        return 1
+    fi
+    echo "installing ${missing[*]}" >&2
+    local apt=(apt-get --option DPkg::Lock::Timeout=300 --yes --quiet=2)
+    # The package lists of a fresh machine are empty or old.
+    DEBIAN_FRONTEND=noninteractive "${apt[@]}" install --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
+        { "${apt[@]}" update && DEBIAN_FRONTEND=noninteractive "${apt[@]}" install --no-install-recommends "${missing[@]}"; } >&2
+}
+
+# What building and the native tests need.
+need_build_packages() {
+    need_packages cc:gcc pkg-config:pkg-config /usr/include/libudev.h:libudev-dev
+}
+
+need_test_packages() {
+    need_packages fio:fio nbdinfo:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils sqlite3:sqlite3 \
+        shellcheck:shellcheck ip:iproute2
+}

@@ -1,0 +1,186 @@
+//! Whole clusters of real processes over NBD, without ublk.
+
+use mirror_net::ids::DeviceId;
+use mirror_tests::contents::slices;
+use mirror_tests::nbd::NbdClient;
+use mirror_tests::playground::{Playground, signal};
+use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+use std::process::Command;
+use std::time::Duration;
+
+/// The map gives the first device of n1 this id: devices are numbered in the file's order.
+const N1_D1: DeviceId = DeviceId(1);
+
+fn fio(uri: &str, extra: &[&str]) {
+    let status = Command::new("fio")
+        .args(["--name=verify", "--ioengine=nbd", "--size=48m", "--verify=crc32c", "--verify_fatal=1"])
+        .args(["--output=/dev/null", "--uri", uri])
+        .args(extra)
+        .status()
+        .expect("fio is installed: apt-get install fio");
+    assert!(status.success(), "fio found a difference or an error");
+}
+
+fn stamp(value: u8) -> Vec<u8> {
+    vec![value; 4096]
+}
+
+#[test]
+fn both_copies_are_equal_after_overlapping_writes() -> anyhow::Result<()> {
+    let mut play = Playground::start(2)?;
+    let uri = play.uri("n1-d1")?;
+    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=32", "--do_verify=1"]);
+    // Four writers in the same range: nothing to verify but that both copies saw them in one order.
+    let overlapping = [
+        "--name=overlap",
+        "--rw=randwrite",
+        "--bs=4k",
+        "--iodepth=32",
+        "--numjobs=4",
+        "--group_reporting",
+        "--time_based",
+        "--runtime=3",
+        "--size=1m",
+        "--verify=0",
+    ];
+    fio(&uri, &overlapping);
+    let mut client = NbdClient::connect(&uri)?;
+    client.write_zeroes(8 << 20, 3 << 20)?;
+    client.trim(20 << 20, 2 << 20)?;
+    client.write((20 << 20) + 4096, &stamp(9))?;
+    client.flush()?;
+    assert!(client.read(8 << 20, 65_536)?.iter().all(|byte| *byte == 0));
+    assert!(client.read(20 << 20, 4096)?.iter().all(|byte| *byte == 0));
+    assert_eq!(client.read((20 << 20) + 4096, 4096)?, stamp(9));
+    drop(client);
+    play.stop()?;
+    let (primary, secondary) = (slices(&play.disk("n1"), N1_D1)?, slices(&play.disk("n2"), N1_D1)?);
+    assert!(!primary.is_empty());
+    assert_eq!(primary, secondary);
+    Ok(())
+}
+
+#[test]
+fn nothing_is_acknowledged_that_the_partner_does_not_have() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    client.write(0, &stamp(1))?;
+    // Without the manager nobody can allow the primary to go on alone.
+    signal(play.manager_pid()?, SIGSTOP)?;
+    signal(play.pid("n2")?, SIGSTOP)?;
+    let cookie = client.start_write(0, &stamp(2))?;
+    client.set_patience(Duration::from_secs(4))?;
+    assert_eq!(client.reply()?, None, "acknowledged with the partner stopped");
+    signal(play.manager_pid()?, SIGCONT)?;
+    // Now the partner's copy is recorded stale, and the write is acknowledged alone.
+    client.set_patience(Duration::from_secs(60))?;
+    assert_eq!(client.reply()?.map(|reply| (reply.cookie, reply.error)), Some((cookie, 0)));
+    signal(play.pid("n2")?, SIGCONT)?;
+    assert_eq!(client.read(0, 4096)?, stamp(2));
+    play.until("status says degraded", || {
+        Ok(Some(())
+            .filter(|()| play.mirrorctl(&["status"]).is_ok_and(|output| output.status.code() == Some(1))))
+    })?;
+    Ok(())
+}
+
+#[test]
+fn the_partner_serves_after_a_failover_and_the_stale_copy_never() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let uri = play.uri("n1-d1")?;
+    let mut client = NbdClient::connect(&uri)?;
+    for index in 0..64u64 {
+        client.write(index << 20, &stamp(index as u8 + 1))?;
+    }
+    play.kill("n1")?;
+    let moved = play.until("n1's failover", || {
+        let output = play.mirrorctl(&["node", "failover", "n1", "--json"])?;
+        Ok(output.status.success().then_some(output.stdout))
+    })?;
+    assert!(!moved.is_empty());
+    let uri = play.until("n2 exports n1-d1", || {
+        let uri = play.uri("n1-d1")?;
+        Ok(Some(uri).filter(|uri| uri.contains("/n2/")))
+    })?;
+    let mut client = NbdClient::connect(&uri)?;
+    for index in 0..64u64 {
+        assert_eq!(client.read(index << 20, 4096)?, stamp(index as u8 + 1), "block {index}");
+    }
+    client.write(0, &stamp(99))?;
+    // The old primary comes back: it neither serves nor is it ever promoted again.
+    play.restart("n1")?;
+    play.until("n1 is back", || {
+        let nodes = play.json(&["status"])?;
+        let up = nodes["nodes"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|node| node["name"] == "n1" && node["up"] == true);
+        Ok(up.then_some(()))
+    })?;
+    assert_eq!(client.read(0, 4096)?, stamp(99));
+    play.kill("n2")?;
+    let refused = play.mirrorctl(&["node", "failover", "n2"])?;
+    assert!(!refused.status.success());
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(text.contains("stale"), "{text}");
+    play.until("status says unavailable", || {
+        Ok(Some(())
+            .filter(|()| play.mirrorctl(&["status"]).is_ok_and(|output| output.status.code() == Some(2))))
+    })?;
+    Ok(())
+}
+
+#[test]
+fn a_restarted_primary_forwards_to_the_promoted_partner() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    for index in 0..32u64 {
+        client.write(index << 20, &stamp(index as u8 + 1))?;
+    }
+    play.kill("n1")?;
+    play.restart("n1")?;
+    let uri = play.until("n2 is primary and n1 exports", || {
+        let map = play.json(&["map", "show"])?;
+        let device =
+            map["devices"].as_array().into_iter().flatten().find(|device| device["name"] == "n1-d1").cloned();
+        let primary = device.map(|device| device["spans"][0]["replicas"][0]["node"].clone());
+        if primary != Some("n2".into()) {
+            return Ok(None);
+        }
+        Ok(play.device("n1-d1")?["uri"].as_str().filter(|uri| uri.contains("/n1/")).map(str::to_owned))
+    })?;
+    let mut client = NbdClient::connect(&uri)?;
+    client.set_patience(Duration::from_secs(60))?;
+    for index in 0..32u64 {
+        assert_eq!(client.read(index << 20, 4096)?, stamp(index as u8 + 1), "block {index}");
+    }
+    client.write(5 << 20, &stamp(77))?;
+    client.flush()?;
+    fio(&uri, &["--rw=randwrite", "--bs=16k", "--iodepth=16", "--do_verify=1"]);
+    Ok(())
+}
+
+#[test]
+fn io_goes_on_without_the_manager_while_both_copies_are_well() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let uri = play.uri("n1-d1")?;
+    signal(play.manager_pid()?, SIGSTOP)?;
+    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=8", "--do_verify=1"]);
+    signal(play.manager_pid()?, SIGCONT)?;
+    Ok(())
+}
+
+#[test]
+fn three_nodes_make_a_ring() -> anyhow::Result<()> {
+    let mut play = Playground::start(3)?;
+    for node in ["n1", "n2", "n3"] {
+        fio(
+            &play.uri(&format!("{node}-d1"))?,
+            &["--rw=randwrite", "--bs=64k", "--iodepth=8", "--do_verify=1"],
+        );
+    }
+    play.stop()?;
+    assert_eq!(slices(&play.disk("n1"), N1_D1)?, slices(&play.disk("n2"), N1_D1)?);
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! Starting the I/O thread, and talking to it.
+
+use super::Input;
+use crate::driver::command::{Command, Event, Handle, ThreadReport, channel};
+use crate::driver::{IoThread, now};
+use crate::frontend::nbd;
+use crate::frontend::ublk::export::Export;
+use crate::ring::disk::DiskFile;
+use crate::storage::{Candidate, prepare};
+use anyhow::Context;
+use mirror_net::engine::{Engine, LocalDisk, Me};
+use mirror_net::ids::{DeviceId, ExporterSession, NodeId, ProcessId};
+use mirror_net::map::DistributionMap;
+use mirror_net::wire::header::CrcSeed;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// The I/O thread, as the agent sees it.
+pub struct IoHandle {
+    handle: Handle,
+}
+
+impl IoHandle {
+    /// Opens the node's disks and starts the thread. Disks that cannot be used are left out, and why
+    /// is returned beside.
+    pub fn start(
+        node: NodeId,
+        process: ProcessId,
+        map: &DistributionMap,
+        disks: &[Candidate],
+        inputs: mpsc::UnboundedSender<Input>,
+        buffer_bytes: usize,
+    ) -> anyhow::Result<(Self, Vec<String>)> {
+        let mut troubles = Vec::new();
+        let mut opened: Vec<(LocalDisk, DiskFile)> = Vec::new();
+        for disk in disks {
+            match prepare::open_for_service(disk, map.cluster) {
+                Ok(pair) => opened.push(pair),
+                Err(error) => troubles.push(error.to_string()),
+            }
+        }
+        let (locals, files): (Vec<LocalDisk>, Vec<DiskFile>) = opened.into_iter().unzip();
+        let engine = Engine::new(Me { node, process }, map.slice_bytes, locals, now());
+        let (handle, inbox) = channel().context("eventfd")?;
+        let (events, mut received) = mpsc::unbounded_channel::<Event>();
+        let seed = CrcSeed::new(&map.cluster);
+        let (started, start) = std::sync::mpsc::channel();
+        std::thread::Builder::new().name("io".into()).spawn(move || {
+            // The ring belongs to the thread that made it.
+            match IoThread::new(engine, files, seed, inbox, events, buffer_bytes) {
+                Ok(thread) => {
+                    let _ = started.send(Ok(()));
+                    thread.run();
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                }
+            }
+        })?;
+        start.recv()?.context("io_uring is not usable (is kernel.io_uring_disabled set?)")?;
+        tokio::spawn(async move {
+            while let Some(event) = received.recv().await {
+                if inputs.send(Input::Io(event)).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok((Self { handle }, troubles))
+    }
+
+    /// Adopt this map.
+    pub fn map(&self, map: Arc<DistributionMap>) {
+        self.handle.send(Command::Map(map));
+    }
+
+    /// The manager's number for this process as an exporter.
+    pub fn exporter_session(&self, session: ExporterSession) {
+        self.handle.send(Command::ExporterSession(session));
+    }
+
+    /// A lane stands.
+    pub fn lane(&self, peer: NodeId, session: u64, process: ProcessId, socket: OwnedFd) {
+        self.handle.send(Command::Lane { peer, session, process, socket });
+    }
+
+    /// A client finished its negotiation.
+    pub fn nbd_client(&self, device: DeviceId, socket: OwnedFd, session: nbd::Session, unread: Vec<u8>) {
+        self.handle.send(Command::NbdClient { device, socket, session, unread });
+    }
+
+    /// Close a device's NBD connections.
+    pub fn stop_nbd(&self, device: DeviceId) {
+        self.handle.send(Command::StopNbd(device));
+    }
+
+    /// A sender for the ublk control thread.
+    pub fn ublk_starter(&self) -> impl Fn(Box<Export>) + Send + use<> {
+        let handle = self.handle.clone();
+        move |export| handle.send(Command::StartUblk(export))
+    }
+
+    /// How the thread is doing; `None` if it does not answer.
+    pub async fn report(&self) -> Option<ThreadReport> {
+        let (reply, answer) = oneshot::channel();
+        self.handle.send(Command::Report(reply));
+        tokio::time::timeout(Duration::from_secs(1), answer).await.ok()?.ok()
+    }
+
+    /// End, once nothing is under way.
+    pub fn stop(&self) {
+        self.handle.send(Command::Stop);
+    }
+}

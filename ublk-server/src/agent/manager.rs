@@ -1,0 +1,82 @@
+//! The connection to the manager: made again whenever it is lost.
+
+use super::{Common, Input, nonce};
+use mirror_net::control::{ManagerMessage, NodeMessage};
+use mirror_net::wire::handshake::Purpose;
+use mirror_net::wire::transport::{self, TransportError};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+/// Between two attempts to connect.
+const RETRY: Duration = Duration::from_millis(300);
+/// For a connection and its handshake.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Keeps a connection to the manager until the agent ends.
+pub(super) fn start(address: String, common: Common, inputs: mpsc::UnboundedSender<Input>) {
+    tokio::spawn(async move {
+        let mut told = String::new();
+        while !inputs.is_closed() {
+            let reason = match tokio::time::timeout(PATIENCE, connect(&address, &common)).await {
+                Ok(Ok(stream)) => {
+                    told.clear();
+                    let reason = converse(stream, &inputs).await.to_string();
+                    if inputs.send(Input::ManagerDown(reason.clone())).is_err() {
+                        return;
+                    }
+                    reason
+                }
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "no answer".to_owned(),
+            };
+            // The same reason is said once.
+            if told != reason {
+                tracing::warn!(address, reason, "cannot reach the manager, trying on");
+                told = reason;
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    });
+}
+
+async fn connect(address: &str, common: &Common) -> Result<TcpStream, TransportError> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    transport::connect(&mut stream, &common.key, Purpose::Control, &common.identity(None), nonce()).await?;
+    Ok(stream)
+}
+
+/// Carries messages both ways until the connection ends.
+async fn converse(stream: TcpStream, inputs: &mpsc::UnboundedSender<Input>) -> TransportError {
+    let (mut reader, mut writer) = stream.into_split();
+    let (sender, mut outgoing) = mpsc::unbounded_channel::<NodeMessage>();
+    let write = async move {
+        while let Some(message) = outgoing.recv().await {
+            if let Err(error) = transport::send(&mut writer, &message).await {
+                return error;
+            }
+        }
+        TransportError::Io(std::io::ErrorKind::ConnectionAborted.into())
+    };
+    let read = async {
+        // Registered before anything that the manager says can arrive.
+        if inputs.send(Input::ManagerUp(sender)).is_err() {
+            return TransportError::Io(std::io::ErrorKind::ConnectionAborted.into());
+        }
+        loop {
+            match transport::receive::<_, ManagerMessage>(&mut reader).await {
+                Ok(message) => {
+                    if inputs.send(Input::Manager(message)).is_err() {
+                        return TransportError::Io(std::io::ErrorKind::ConnectionAborted.into());
+                    }
+                }
+                Err(error) => return error,
+            }
+        }
+    };
+    tokio::select! {
+        error = write => error,
+        error = read => error,
+    }
+}

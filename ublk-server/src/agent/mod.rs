@@ -1,0 +1,409 @@
+//! The node's agent: control traffic, and what starts and stops on the manager's word.
+//!
+//! One task owns all state and takes one input after the other; connections, the I/O thread and the
+//! ublk control thread are tasks and threads of their own that send it inputs. Nothing here is in
+//! the way of a request.
+
+mod exports;
+mod io;
+mod lanes;
+mod manager;
+mod nbd;
+mod state;
+mod ublk;
+
+pub use state::StateError;
+
+use crate::driver::command::Event;
+use crate::storage::{Candidate, DiskError, prepare};
+use anyhow::Context;
+use exports::Exports;
+use io::IoHandle;
+use lanes::Lanes;
+use mirror_net::config::{ClusterFile, Frontend, NodeFile};
+use mirror_net::control::{ExportReport, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration};
+use mirror_net::engine::action::Report;
+use mirror_net::ids::{AttachId, ClusterId, ExporterSession, MapVersion, NodeId, ProcessId};
+use mirror_net::map::DistributionMap;
+use mirror_net::wire::handshake::{ClusterKey, Identity, Role};
+use rand::TryRngCore;
+use state::StateDir;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// How a daemon was started.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The cluster file's path, for messages.
+    pub config: PathBuf,
+    /// The node's name in it.
+    pub node: String,
+    /// Overrides the file's frontend.
+    pub frontend: Option<Frontend>,
+    /// Where the newest adopted map is kept.
+    pub state_dir: PathBuf,
+    /// Where sockets and ublk records are kept: gone with a reboot.
+    pub run_dir: PathBuf,
+    /// Memory for requests under way, in bytes.
+    pub buffer_bytes: usize,
+}
+
+/// What reaches the agent.
+pub(crate) enum Input {
+    /// A connection to the manager stands.
+    ManagerUp(mpsc::UnboundedSender<NodeMessage>),
+    /// The manager said something.
+    Manager(ManagerMessage),
+    /// The connection to the manager is gone.
+    ManagerDown(String),
+    /// A lane's handshake is done.
+    Lane(lanes::NewLane),
+    /// An NBD client's negotiation is done.
+    NbdClient(nbd::NewClient),
+    /// The I/O thread said something.
+    Io(Event),
+    /// The ublk control thread said something.
+    Ublk(ublk::Done),
+}
+
+/// 32 bytes that nobody can guess.
+pub(crate) fn nonce() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    rand::rngs::OsRng.try_fill_bytes(&mut bytes).expect("the kernel has random numbers");
+    bytes
+}
+
+/// What is the same for every connection of this process.
+#[derive(Clone)]
+pub(crate) struct Common {
+    pub key: ClusterKey,
+    pub node: String,
+    pub process: ProcessId,
+}
+
+impl Common {
+    pub fn identity(&self, cluster: Option<ClusterId>) -> Identity {
+        Identity { role: Role::Node, name: self.node.clone(), cluster, process: self.process }
+    }
+}
+
+struct Agent {
+    common: Common,
+    file: NodeFile,
+    state: StateDir,
+    disks: Vec<Candidate>,
+    inputs: mpsc::UnboundedSender<Input>,
+    manager: Option<mpsc::UnboundedSender<NodeMessage>>,
+    io: Option<IoHandle>,
+    lanes: Lanes,
+    exports: Exports,
+    map: Option<Arc<DistributionMap>>,
+    exporter_session: ExporterSession,
+    adopted: MapVersion,
+    buffer_bytes: usize,
+    /// A problem of this node that the operator has to know of.
+    trouble: Option<String>,
+}
+
+/// Runs the daemon until it is told to stop.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(&options.config)
+        .with_context(|| format!("cannot read the cluster file {}", options.config.display()))?;
+    let file = ClusterFile::parse(&text, &options.config.to_string_lossy())?;
+    let names = || file.nodes.iter().map(|node| node.name.as_str()).collect::<Vec<_>>().join(", ");
+    let mut node = file.node(&options.node).cloned().with_context(|| {
+        format!(
+            "{} has no node {:?}, only {}: give one of them as --node",
+            options.config.display(),
+            options.node,
+            names()
+        )
+    })?;
+    node.frontend = options.frontend.unwrap_or(node.frontend);
+    let key_text = std::fs::read_to_string(&file.key_file).with_context(|| {
+        format!(
+            "cannot read the cluster key {}: copy it from where `mirrorctl key new` made it",
+            file.key_file.display()
+        )
+    })?;
+    let key = ClusterKey::parse(&key_text).with_context(|| format!("{}", file.key_file.display()))?;
+    let process = ProcessId(u64::from_le_bytes(*nonce().first_chunk().expect("32 bytes")));
+    let common = Common { key, node: node.name.clone(), process };
+
+    let state = StateDir::open(&options.state_dir)?;
+    let (sender, mut inputs) = mpsc::unbounded_channel();
+    let lanes = Lanes::listen(&node.address, common.clone(), sender.clone()).await?;
+    let disks = node.disks.iter().map(Candidate::open).collect::<Result<Vec<_>, DiskError>>()?;
+    let exports = Exports::new(&node, &options.run_dir, sender.clone()).await?;
+    manager::start(file.manager.clone(), common.clone(), sender.clone());
+    tracing::info!(node = node.name, %process, frontend = exports.frontend().as_str(), "started, waiting for the manager");
+
+    let mut agent = Agent {
+        common,
+        file: node,
+        state,
+        disks,
+        inputs: sender,
+        manager: None,
+        io: None,
+        lanes,
+        exports,
+        map: None,
+        exporter_session: ExporterSession(0),
+        adopted: MapVersion(0),
+        buffer_bytes: options.buffer_bytes,
+        trouble: None,
+    };
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+    let mut report = tokio::time::interval(Duration::from_millis(REPORT_MS));
+    report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            input = inputs.recv() => {
+                let Some(input) = input else { break };
+                agent.handle(input).await?;
+            }
+            _ = report.tick() => agent.report().await,
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    tracing::info!("stopping");
+    agent.stop(&mut inputs).await
+}
+
+impl Agent {
+    async fn handle(&mut self, input: Input) -> anyhow::Result<()> {
+        match input {
+            Input::ManagerUp(sender) => {
+                self.manager = Some(sender);
+                self.register();
+            }
+            Input::Manager(message) => self.manager_said(message)?,
+            Input::ManagerDown(reason) => {
+                self.manager = None;
+                tracing::warn!(
+                    reason,
+                    "no connection to the manager; I/O goes on as long as all copies are well"
+                );
+            }
+            Input::Lane(lane) => match &self.io {
+                Some(io) => self.lanes.established(lane, io),
+                // The other side tries again until the map is here.
+                None => self.lanes.closed(&lane.peer),
+            },
+            Input::NbdClient(client) => {
+                if let Some(io) = &self.io {
+                    self.exports.client(client, io);
+                }
+            }
+            Input::Io(event) => self.io_said(event)?,
+            Input::Ublk(done) => self.exports.ublk_done(done),
+        }
+        Ok(())
+    }
+
+    fn tell_manager(&self, message: NodeMessage) {
+        if let Some(manager) = &self.manager {
+            // If the connection is going down just now, the next registration tells all of it again.
+            let _ = manager.send(message);
+        }
+    }
+
+    fn register(&mut self) {
+        let disks = self.disks.iter().map(Candidate::inventory).collect();
+        self.tell_manager(NodeMessage::Register(Registration {
+            node: self.common.node.clone(),
+            process: self.common.process,
+            adopted: self.adopted,
+            address: self.file.address.clone(),
+            disks,
+        }));
+    }
+
+    fn manager_said(&mut self, message: ManagerMessage) -> anyhow::Result<()> {
+        match message {
+            ManagerMessage::Registered { exporter_session } => {
+                tracing::info!(%exporter_session, "registered with the manager");
+                self.exporter_session = exporter_session;
+                if let Some(io) = &self.io {
+                    io.exporter_session(exporter_session);
+                }
+            }
+            ManagerMessage::Format(order) => {
+                let result = if order.check_only {
+                    prepare::check(&order, &self.disks)
+                } else {
+                    prepare::format_all(&order, &self.common.node, &self.disks)
+                };
+                if let Err(error) = &result {
+                    tracing::error!(%error, "formatting was refused");
+                }
+                let attach = order.disks.iter().filter_map(|wanted| {
+                    self.disks.iter().find(|disk| disk.name == wanted.name).map(|disk| disk.attach)
+                });
+                let attach: Vec<AttachId> = attach.collect();
+                let error = result.err().map(|error| error.to_string());
+                self.tell_manager(NodeMessage::Formatted { error, attach });
+            }
+            ManagerMessage::Map { map } => self.new_map(Arc::new(*map))?,
+            ManagerMessage::Export { device, generation } => {
+                let Some(map) = self.map.clone() else { return Ok(()) };
+                let Some(io) = &self.io else { return Ok(()) };
+                self.exports.allow(device, generation, &map, io);
+            }
+            ManagerMessage::Refused { reason } => {
+                // Another process, or another cluster's disks: going on would only repeat it.
+                anyhow::bail!("the manager refused this node: {reason}");
+            }
+        }
+        Ok(())
+    }
+
+    fn new_map(&mut self, map: Arc<DistributionMap>) -> anyhow::Result<()> {
+        if self.map.as_ref().is_some_and(|mine| mine.version >= map.version) {
+            return Ok(());
+        }
+        let Some(me) = map.node_named(&self.common.node).map(|node| node.id) else {
+            tracing::info!("this node is not in the map");
+            return Ok(());
+        };
+        self.state.save_map(&map)?;
+        if self.io.is_none() && !self.start_io(me, &map) {
+            return Ok(());
+        }
+        self.lanes.follow(&map, me, &self.inputs);
+        self.map = Some(Arc::clone(&map));
+        if let Some(io) = &self.io {
+            // Claims that are gone end before the map is adopted: the report of that is the manager's
+            // word to the next exporter.
+            self.exports.follow(&map, me, io);
+            io.map(map);
+        }
+        Ok(())
+    }
+
+    /// Opens the disks and starts the I/O thread; false if no disk can be used.
+    fn start_io(&mut self, me: NodeId, map: &DistributionMap) -> bool {
+        match IoHandle::start(
+            me,
+            self.common.process,
+            map,
+            &self.disks,
+            self.inputs.clone(),
+            self.buffer_bytes,
+        ) {
+            Ok((io, troubles)) => {
+                for trouble in &troubles {
+                    tracing::error!(trouble, "a disk is left out");
+                }
+                self.trouble = troubles.into_iter().next();
+                io.exporter_session(self.exporter_session);
+                self.io = Some(io);
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "the I/O thread did not start");
+                self.trouble = Some(error.to_string());
+                false
+            }
+        }
+    }
+
+    fn io_said(&mut self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::Report(Report::Adopted { version }) => {
+                tracing::info!(%version, "map adopted");
+                self.adopted = version;
+                self.tell_manager(NodeMessage::Adopted { version });
+            }
+            Event::Report(Report::AskStale { peer, version, cause }) => {
+                let node = self.map.as_ref().map_or_else(|| peer.to_string(), |map| map.node_name(peer));
+                tracing::warn!(
+                    node,
+                    cause,
+                    "its copies may lack writes: asking the manager to record them stale"
+                );
+                self.tell_manager(NodeMessage::AskStale { peer, version, cause });
+            }
+            Event::Report(Report::DiskFailed { disk, reason }) => {
+                tracing::error!(%disk, reason, "a disk failed");
+                self.tell_manager(NodeMessage::DiskFailed { disk, reason });
+            }
+            Event::LaneClosed { peer, session, reason } => {
+                let node = self.map.as_ref().map_or_else(|| peer.to_string(), |map| map.node_name(peer));
+                tracing::warn!(node, session, reason, "session ended");
+                self.lanes.closed(&node);
+            }
+            Event::MapRefused(reason) => {
+                tracing::error!(reason, "the newest map cannot be adopted");
+                self.trouble = Some(reason);
+            }
+            Event::UblkRefused(device, errno) => {
+                tracing::error!(%device, %errno, "the kernel refused an entry of this device");
+                self.exports.stop_device(device);
+            }
+            Event::UblkDrained(device) => self.exports.drained(device),
+            Event::Ended(error) => {
+                let error = error.unwrap_or_else(|| "for no reason".to_owned());
+                anyhow::bail!("the I/O thread ended: {error}");
+            }
+        }
+        Ok(())
+    }
+
+    async fn report(&mut self) {
+        if self.manager.is_none() {
+            return;
+        }
+        let mut report =
+            NodeReport { adopted: self.adopted, exports: self.exports.reports(), ..NodeReport::default() };
+        if let Some(io) = &self.io {
+            if let Some(thread) = io.report().await {
+                for export in &mut report.exports {
+                    let found = thread.devices.iter().find(|(device, ..)| *device == export.device);
+                    if let Some((_, completed, pending)) = found {
+                        ExportReport { requests: *completed, pending: *pending, ..export.clone() }
+                            .clone_into(export);
+                    }
+                }
+                report.sessions = thread.sessions;
+                report.waiting = thread.waiting;
+            }
+        }
+        report.waiting.extend(self.trouble.clone());
+        self.tell_manager(NodeMessage::Report(report));
+    }
+
+    /// Stops devices that nobody uses, leaves the others for the next process to recover.
+    async fn stop(mut self, inputs: &mut mpsc::UnboundedReceiver<Input>) -> anyhow::Result<()> {
+        self.exports.stop_all(self.io.as_ref());
+        let Some(io) = self.io.take() else { return Ok(()) };
+        let patience = tokio::time::sleep(Duration::from_secs(10));
+        tokio::pin!(patience);
+        let mut stopped = false;
+        loop {
+            if !stopped && self.exports.all_stopped() {
+                io.stop();
+                stopped = true;
+            }
+            tokio::select! {
+                input = inputs.recv() => match input {
+                    Some(Input::Io(Event::Ended(None))) => return Ok(()),
+                    Some(Input::Io(Event::Ended(Some(error)))) => anyhow::bail!("the I/O thread ended: {error}"),
+                    Some(Input::Io(Event::UblkDrained(device))) => self.exports.drained(device),
+                    Some(Input::Ublk(done)) => self.exports.ublk_done(done),
+                    Some(_) => {}
+                    None => return Ok(()),
+                },
+                () = &mut patience => {
+                    tracing::warn!("requests are still under way; their devices are left to the next start");
+                    return Ok(());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! The ublk control thread: adds, recovers, stops and deletes devices.
+//!
+//! Control commands block, some of them until all tags are fetched or the last user is gone: they
+//! have a thread of their own. Recovery is fenced: a device that an earlier process left behind is
+//! taken over only after the manager allowed its export, and stopped if the claim went elsewhere.
+
+use super::Input;
+use crate::frontend::ublk::control::{Control, NewDevice, sync_block_device};
+use crate::frontend::ublk::export::Export;
+use crate::frontend::ublk::params::{DeviceParams, DiscardParams};
+use crate::frontend::ublk::queue::CharDevice;
+use crate::frontend::ublk::recovery::{
+    ClaimConfirmed, DeviceRecord, Records, Survivor, discard, shorten_io_timeout, survey,
+};
+use crate::frontend::ublk::{Cookie, UblkId};
+use anyhow::Context;
+use mirror_net::ids::DeviceId;
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::mpsc as blocking;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// For a control command that depends on others.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How soon the kernel notices on old kernels that a server died with all tags in flight.
+const IO_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Hands a device's queues to the I/O thread.
+pub(super) type Serve = Box<dyn Fn(Box<Export>) + Send>;
+
+/// For the control thread.
+pub(super) enum Order {
+    /// Add or recover a device; the manager allowed it.
+    Start(Start),
+    /// Stop it; what it holds back fails.
+    Stop { device: DeviceId },
+    /// Stop it if nobody has it open, otherwise leave it to the next process.
+    StopUnused { device: DeviceId },
+    /// The I/O thread has let go of it: delete it.
+    Delete { device: DeviceId },
+    /// Stop devices that an earlier process left behind and whose claim is not ours any more.
+    Fence { ours: Vec<String> },
+}
+
+/// A device to be exported.
+pub(super) struct Start {
+    pub device: DeviceId,
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    pub block_bytes: u32,
+    /// Whole ones are given back by a discard.
+    pub region_bytes: u32,
+    /// The claim's.
+    pub generation: u64,
+    /// Takes the queues.
+    pub serve: Serve,
+}
+
+/// From the control thread.
+pub(crate) enum Done {
+    /// Hosts can use it.
+    Started { device: DeviceId, path: String },
+    /// It could not be started.
+    Failed { device: DeviceId, reason: String },
+    /// It is not exported by this process any more.
+    Gone { device: DeviceId },
+}
+
+/// The control thread's handle.
+pub(super) struct UblkThread {
+    orders: blocking::Sender<Order>,
+}
+
+struct Worker {
+    control: Control,
+    records: Records,
+    running: BTreeMap<DeviceId, (UblkId, String)>,
+    inputs: mpsc::UnboundedSender<Input>,
+}
+
+impl UblkThread {
+    /// Opens the control device and starts the thread.
+    pub fn start(node: &str, run_dir: &Path, inputs: mpsc::UnboundedSender<Input>) -> anyhow::Result<Self> {
+        let control = Control::open()?;
+        let records = Records::open(run_dir, node).context("ublk records")?;
+        let (orders, received) = blocking::channel();
+        let mut worker = Worker { control, records, running: BTreeMap::new(), inputs };
+        std::thread::Builder::new().name("ublk-control".into()).spawn(move || {
+            while let Ok(order) = received.recv() {
+                worker.carry_out(order);
+            }
+        })?;
+        Ok(Self { orders })
+    }
+
+    /// Queues an order.
+    pub fn order(&self, order: Order) {
+        // The thread ends with the agent only.
+        let _ = self.orders.send(order);
+    }
+}
+
+impl Worker {
+    fn tell(&self, done: Done) {
+        // Nobody listening means that the process is ending.
+        let _ = self.inputs.send(Input::Ublk(done));
+    }
+
+    fn carry_out(&mut self, order: Order) {
+        match order {
+            Order::Start(start) => {
+                let device = start.device;
+                match self.start(&start) {
+                    Ok(id) => {
+                        self.running.insert(device, (id, start.name));
+                        self.tell(Done::Started {
+                            device,
+                            path: id.block_path().to_string_lossy().into_owned(),
+                        });
+                    }
+                    Err(error) => self.tell(Done::Failed { device, reason: format!("{error:#}") }),
+                }
+            }
+            Order::Stop { device } => self.stop(device),
+            Order::StopUnused { device } => match self.running.get(&device) {
+                Some((id, name)) if in_use(*id) => {
+                    tracing::warn!(device = name, path = %id.block_path().display(), "in use: left to the next start");
+                    self.running.remove(&device);
+                    self.tell(Done::Gone { device });
+                }
+                Some((id, _)) => {
+                    if let Err(error) = sync_block_device(*id) {
+                        tracing::warn!(%error, "flushing the block device");
+                    }
+                    self.stop(device);
+                }
+                None => self.tell(Done::Gone { device }),
+            },
+            Order::Delete { device } => self.delete(device),
+            Order::Fence { ours } => {
+                if let Err(error) = self.fence(&ours) {
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "stopping devices whose claim went elsewhere"
+                    );
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, start: &Start) -> anyhow::Result<UblkId> {
+        let Start { device, ref name, size, block_bytes, region_bytes, generation, ref serve } = *start;
+        if let Some(record) = self.record(name)? {
+            for survivor in survey(&mut self.control, vec![record])? {
+                match survivor {
+                    Survivor::Orphan(orphan) => {
+                        let claim = ClaimConfirmed { generation };
+                        let orphan = orphan.start(&mut self.control, &self.records, claim, PATIENCE)?;
+                        serve(Box::new(Export::new(device, orphan.device())?));
+                        let record = orphan.end(&mut self.control, &self.records, PATIENCE)?;
+                        tracing::info!(device = name, "recovered: its I/O goes on");
+                        return record.id.context("a recovered device has a number");
+                    }
+                    Survivor::NotStarted { info, .. } => discard(&mut self.control, info.id, PATIENCE)?,
+                    Survivor::Stale { .. } => {}
+                }
+            }
+        }
+        let cookie = Cookie::random();
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let new = NewDevice::new(processors.min(4) as u16, cookie);
+        let mut params = DeviceParams::new(size, new.buffer_bytes);
+        params.logical_block_bytes = block_bytes;
+        params.physical_block_bytes = params.physical_block_bytes.max(block_bytes);
+        // Whole regions are given back; smaller discards would be ignored.
+        params.discard = Some(DiscardParams { granularity_bytes: region_bytes, length_bytes_max: 64 << 20 });
+        params.write_zeroes_bytes_max = 64 << 20;
+        let mut record = DeviceRecord::new(name, cookie, params);
+        // Before the device: one whose record is missing could not be found again.
+        self.records.save(&record)?;
+        let info = self.control.add_dev(&new)?;
+        record.id = Some(info.id);
+        self.records.save(&record)?;
+        let started = self.control.set_params(&info, &params).map_err(anyhow::Error::from).and_then(|()| {
+            let file = CharDevice::open(&info, PATIENCE)?;
+            serve(Box::new(Export::new(device, &file)?));
+            Ok(self.control.start_dev(info.id, PATIENCE)?)
+        });
+        if let Err(error) = started {
+            discard(&mut self.control, info.id, PATIENCE)?;
+            self.records.remove(name)?;
+            return Err(error);
+        }
+        if let Err(error) = shorten_io_timeout(info.id, IO_TIMEOUT) {
+            tracing::warn!(%error, "a recovery may take half a minute to begin");
+        }
+        Ok(info.id)
+    }
+
+    fn record(&self, name: &str) -> anyhow::Result<Option<DeviceRecord>> {
+        let mut found = None;
+        for record in self.records.load()? {
+            match record {
+                Ok(record) if record.device == name => found = Some(record),
+                Ok(_) => {}
+                Err(error) => tracing::warn!(%error, "a ublk record cannot be read"),
+            }
+        }
+        Ok(found)
+    }
+
+    fn stop(&mut self, device: DeviceId) {
+        match self.running.get(&device) {
+            Some((id, name)) => {
+                if let Err(error) = self.control.stop_dev(*id, PATIENCE) {
+                    tracing::error!(device = name, %error, "stopping");
+                }
+            }
+            None => self.tell(Done::Gone { device }),
+        }
+    }
+
+    fn delete(&mut self, device: DeviceId) {
+        let Some((id, name)) = self.running.remove(&device) else { return };
+        // Whoever still has it mounted keeps the number in use; nobody waits for that.
+        if let Err(error) = self.control.del_dev_async(id, PATIENCE) {
+            tracing::error!(device = name, %error, "deleting");
+        }
+        if let Err(error) = self.records.remove(&name) {
+            tracing::error!(device = name, %error, "forgetting its record");
+        }
+        self.tell(Done::Gone { device });
+    }
+
+    fn fence(&mut self, ours: &[String]) -> anyhow::Result<()> {
+        let mut left = Vec::new();
+        for record in self.records.load()?.into_iter().flatten() {
+            let served = self.running.values().any(|(_, name)| *name == record.device);
+            if !ours.contains(&record.device) && !served {
+                left.push(record);
+            }
+        }
+        for survivor in survey(&mut self.control, left)? {
+            let name = match survivor {
+                Survivor::Orphan(orphan) => {
+                    tracing::warn!(
+                        device = orphan.record().device,
+                        "its claim is elsewhere: its waiting I/O fails"
+                    );
+                    discard(&mut self.control, orphan.info().id, PATIENCE)?;
+                    orphan.record().device.clone()
+                }
+                Survivor::NotStarted { record, info } => {
+                    discard(&mut self.control, info.id, PATIENCE)?;
+                    record.device
+                }
+                Survivor::Stale { record } => record.device,
+            };
+            self.records.remove(&name)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether somebody has the block device mounted or open for himself.
+fn in_use(id: UblkId) -> bool {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(id.block_path());
+    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+}

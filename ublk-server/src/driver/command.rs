@@ -1,0 +1,120 @@
+//! What the control thread tells the I/O thread, and what it hears from it.
+
+use crate::frontend::nbd;
+use crate::frontend::ublk::export::Export;
+use mirror_net::control::SessionReport;
+use mirror_net::engine::action::Report;
+use mirror_net::ids::{DeviceId, ExporterSession, MapVersion, NodeId, ProcessId};
+use mirror_net::map::DistributionMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+
+/// For the I/O thread.
+pub enum Command {
+    /// Adopt this map.
+    Map(Arc<DistributionMap>),
+    /// The manager's number for this process as an exporter.
+    ExporterSession(ExporterSession),
+    /// A lane stands.
+    Lane {
+        /// The node at its other end.
+        peer: NodeId,
+        /// Its number.
+        session: u64,
+        /// The other node's process.
+        process: ProcessId,
+        /// The socket.
+        socket: OwnedFd,
+    },
+    /// A client finished its negotiation.
+    NbdClient {
+        /// The device that it asked for.
+        device: DeviceId,
+        /// The socket.
+        socket: OwnedFd,
+        /// What was agreed.
+        session: nbd::Session,
+        /// What it sent already.
+        unread: Vec<u8>,
+    },
+    /// Close the connections of that device's clients: the claim is gone.
+    StopNbd(DeviceId),
+    /// Serve a ublk device's queues.
+    StartUblk(Box<Export>),
+    /// Tell how things are.
+    Report(tokio::sync::oneshot::Sender<ThreadReport>),
+    /// End, once nothing is under way.
+    Stop,
+}
+
+/// From the I/O thread.
+#[derive(Debug)]
+pub enum Event {
+    /// Something for the manager.
+    Report(Report),
+    /// A lane is gone.
+    LaneClosed {
+        /// The node at its other end.
+        peer: NodeId,
+        /// Its number.
+        session: u64,
+        /// Why.
+        reason: String,
+    },
+    /// A map could not be adopted.
+    MapRefused(String),
+    /// A ublk device's entries are refused by the kernel.
+    UblkRefused(DeviceId, nix::errno::Errno),
+    /// The kernel gave up all tags of a ublk device.
+    UblkDrained(DeviceId),
+    /// The thread ended; with an error if it had to.
+    Ended(Option<String>),
+}
+
+/// How the I/O thread is doing.
+#[derive(Clone, Debug, Default)]
+pub struct ThreadReport {
+    /// The map version that the engine acts on.
+    pub adopted: MapVersion,
+    /// Sessions with other nodes.
+    pub sessions: Vec<SessionReport>,
+    /// What requests wait for.
+    pub waiting: Vec<String>,
+    /// Device, requests completed, requests pending.
+    pub devices: Vec<(DeviceId, u64, u64)>,
+}
+
+/// The control thread's end.
+#[derive(Clone)]
+pub struct Handle {
+    commands: mpsc::Sender<Command>,
+    wake: Arc<OwnedFd>,
+}
+
+/// The I/O thread's end.
+pub struct Inbox {
+    /// What was sent.
+    pub commands: mpsc::Receiver<Command>,
+    /// Becomes readable when something was.
+    pub wake: Arc<OwnedFd>,
+}
+
+/// The two ends of a channel that can wake a ring.
+pub fn channel() -> io::Result<(Handle, Inbox)> {
+    let wake = nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_CLOEXEC)?;
+    let wake = Arc::new(OwnedFd::from(wake));
+    let (sender, commands) = mpsc::channel();
+    Ok((Handle { commands: sender, wake: Arc::clone(&wake) }, Inbox { commands, wake }))
+}
+
+impl Handle {
+    /// Sends a command; it is lost only if the thread has ended, which it tells as an event.
+    pub fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            // A full counter wakes as well.
+            let _ = nix::unistd::write(self.wake.as_fd(), &1u64.to_ne_bytes());
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! An NBD connection after its negotiation, on the ring.
+
+use super::reply;
+use super::transmission::{Bad, Command, Refusal, Request, RequestParser};
+use super::{NbdError, Session};
+use crate::frontend::Answer;
+use crate::ring::buffers::Buffers;
+use crate::ring::stream::{Incoming, Outgoing, OutgoingBody, Short, Stream};
+use mirror_net::engine::action::{BufferRange, RequestError, RequestKind};
+use mirror_net::ids::DeviceId;
+use slab::Slab;
+use std::os::fd::OwnedFd;
+
+/// Requests of one connection under way, at most; beyond that nothing is received.
+const REQUESTS_MAX: usize = 1024;
+
+struct Pending {
+    request: Request,
+    buffer: Option<BufferRange>,
+}
+
+/// One client.
+pub struct Connection {
+    /// The device it uses.
+    pub device: DeviceId,
+    /// The socket.
+    pub stream: Stream<RequestParser>,
+    session: Session,
+    pending: Slab<Pending>,
+    refused: Option<Refusal>,
+    /// Room for the data of the read whose header was just seen.
+    read_room: Option<BufferRange>,
+    /// The client said that it is leaving.
+    leaving: bool,
+}
+
+/// What to ask the engine for, on behalf of a client.
+pub struct Ask {
+    /// Names the request within its connection.
+    pub slot: usize,
+    /// What to do.
+    pub kind: RequestKind,
+    /// Byte offset on the device.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u32,
+    /// Its data, or room for it.
+    pub buffer: Option<BufferRange>,
+}
+
+impl Connection {
+    /// Takes a connection; `unread` came with the end of its negotiation.
+    pub fn new(device: DeviceId, fd: OwnedFd, session: Session, unread: &[u8]) -> Self {
+        Self {
+            device,
+            stream: Stream::new(fd, RequestParser, unread),
+            session,
+            pending: Slab::new(),
+            refused: None,
+            read_room: None,
+            leaving: false,
+        }
+    }
+
+    /// The next request for the engine; `None` until something was received, completed or released.
+    pub fn next(&mut self, buffers: &mut Buffers) -> Result<Option<Ask>, Bad> {
+        loop {
+            if self.leaving || self.pending.len() >= REQUESTS_MAX {
+                return Ok(None);
+            }
+            match self.stream.next(buffers)? {
+                Incoming::Starved => return Ok(None),
+                Incoming::Header(request, length) => {
+                    if !self.place(&request, length, buffers) {
+                        return Ok(None);
+                    }
+                }
+                Incoming::Frame(request) => match self.refused.take() {
+                    Some(refusal) => self.answer(&reply::refusal(&self.session, &request, refusal), buffers),
+                    None => {
+                        if let Some(ask) = self.begin(request, buffers) {
+                            return Ok(Some(ask));
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    /// Finds a place for a request's data; false while no buffer is free.
+    fn place(&mut self, request: &Request, payload: usize, buffers: &mut Buffers) -> bool {
+        if let Err(refusal) = request.check(&self.session) {
+            self.refused = Some(refusal);
+            self.stream.skip();
+            return true;
+        }
+        if !matches!(request.command, Command::Read | Command::Write) {
+            self.stream.accept_small(payload);
+            return true;
+        }
+        let Some(buffer) = buffers.allocate(request.length as usize) else { return false };
+        let range = BufferRange { buffer, offset: 0, length: request.length };
+        if request.command == Command::Write {
+            self.stream.accept(range);
+        } else {
+            // Room for the answer is found before the request is taken.
+            self.stream.accept_small(payload);
+            self.read_room = Some(range);
+        }
+        true
+    }
+
+    fn begin(&mut self, request: Request, buffers: &mut Buffers) -> Option<Ask> {
+        let fua = request.flags.fua();
+        let (kind, buffer) = match request.command {
+            Command::Read => (RequestKind::Read, self.read_room.take()),
+            Command::Write => (RequestKind::Write { fua }, self.stream.taken()),
+            Command::WriteZeroes => (RequestKind::WriteZeroes { fua }, None),
+            Command::Trim => (RequestKind::Discard, None),
+            Command::Flush => (RequestKind::Flush, None),
+            Command::BlockStatus => {
+                // Everything counts as data: where holes are is known to the primaries only.
+                let all = reply::Extent { length: u64::from(request.length), hole: false, zero: false };
+                let status = reply::block_status(&request, [all]);
+                self.stream.queue(
+                    Outgoing {
+                        head: Short::new(&[]),
+                        body: OutgoingBody::Bytes(status.to_vec()),
+                        tail: Short::new(&[]),
+                    },
+                    buffers,
+                );
+                return None;
+            }
+            Command::Disconnect => {
+                self.leaving = true;
+                return None;
+            }
+            // Refused by the check before.
+            _ => return None,
+        };
+        let (offset, length) =
+            if kind == RequestKind::Flush { (0, 0) } else { (request.offset, request.length) };
+        let slot = self.pending.insert(Pending { request, buffer });
+        Some(Ask { slot, kind, offset, length, buffer })
+    }
+
+    fn answer(&mut self, head: &[u8], buffers: &mut Buffers) {
+        self.stream.queue(Outgoing::head(head), buffers);
+    }
+
+    /// The engine is done with a request.
+    pub fn complete(
+        &mut self,
+        slot: usize,
+        result: Result<(), RequestError>,
+        buffers: &mut Buffers,
+    ) -> Answer {
+        let Some(Pending { request, buffer }) = self.pending.try_remove(slot) else { return Answer::Unknown };
+        if let (Ok(()), Command::Read, Some(range)) = (&result, request.command, buffer) {
+            let head = Short::new(&reply::read_head(&self.session, &request));
+            self.stream
+                .queue(Outgoing { head, body: OutgoingBody::Release(range), tail: Short::new(&[]) }, buffers);
+            return Answer::Given;
+        }
+        if let Some(range) = buffer {
+            buffers.release(range.buffer);
+        }
+        match result {
+            Ok(()) => self.answer(&reply::success(&request), buffers),
+            Err(error) => {
+                let code = match error {
+                    RequestError::Invalid => NbdError::Invalid,
+                    RequestError::Io | RequestError::NoQuorum => NbdError::Io,
+                    RequestError::ClaimLost => NbdError::Shutdown,
+                };
+                self.answer(&reply::failure(&self.session, &request, code, &error.to_string()), buffers);
+            }
+        }
+        Answer::Given
+    }
+
+    /// Whether the client left and everything it asked for is answered and sent.
+    pub fn is_finished(&self) -> bool {
+        self.leaving && self.pending.is_empty() && self.stream.backlog() == 0
+    }
+
+    /// Requests that the engine has not completed.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Gives back every buffer; only once the stream is idle and nothing is pending.
+    pub fn release_all(&mut self, buffers: &mut Buffers) {
+        if let Some(range) = self.stream.unfinished().or(self.read_room.take()) {
+            buffers.release(range.buffer);
+        }
+        self.stream.release_all(buffers);
+    }
+}

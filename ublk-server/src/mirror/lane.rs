@@ -1,0 +1,159 @@
+//! A lane: one connection to another node, cut into frames.
+
+use crate::ring::buffers::Buffers;
+use crate::ring::reassembly::FrameParser;
+use crate::ring::stream::{Incoming, Outgoing, OutgoingBody, Short, Stream};
+use mirror_net::engine::action::{Body, BufferId, BufferRange};
+use mirror_net::ids::NodeId;
+use mirror_net::wire::header::{
+    BadFrame, CrcSeed, HEADER_BYTES, Header, Kind, PIECE_BYTES_MAX, TRAILER_BYTES, Trailer,
+};
+use std::os::fd::OwnedFd;
+
+/// Longest body that is control content: what `Open` says of a node's disks.
+const SMALL_BYTES_MAX: usize = 64 << 10;
+
+/// Reads our wire's headers.
+pub struct LaneParser {
+    seed: CrcSeed,
+}
+
+impl FrameParser for LaneParser {
+    const HEADER_BYTES: usize = HEADER_BYTES;
+    type Header = Header;
+    type Error = BadFrame;
+
+    fn parse(&mut self, header: &[u8]) -> Result<(Header, usize), BadFrame> {
+        let header = header.try_into().map_err(|_| BadFrame::Content("half a header"))?;
+        let header = Header::decode(header, self.seed)?;
+        Ok((header, header.body_bytes as usize))
+    }
+}
+
+/// One connection to another node.
+pub struct Lane {
+    /// The node at the other end.
+    pub peer: NodeId,
+    /// The number that both ends know it by.
+    pub session: u64,
+    /// The socket.
+    pub stream: Stream<LaneParser>,
+    seed: CrcSeed,
+    /// Where the data of a forwarded read will go, found when its header came.
+    read_buffer: Option<BufferId>,
+}
+
+/// A message, checked.
+pub struct Message {
+    /// Its header.
+    pub header: Header,
+    /// On whose behalf, if it was forwarded.
+    pub trailer: Option<Trailer>,
+    /// Its data, or room for the data that it asks for.
+    pub buffer: Option<BufferId>,
+}
+
+impl Lane {
+    /// Takes a connection whose handshake is done.
+    pub fn new(peer: NodeId, session: u64, fd: OwnedFd, seed: CrcSeed) -> Self {
+        Self { peer, session, stream: Stream::new(fd, LaneParser { seed }, &[]), seed, read_buffer: None }
+    }
+
+    /// The next message that is complete; `None` until more was received or a buffer is free.
+    pub fn next(&mut self, buffers: &mut Buffers) -> Result<Option<Message>, BadFrame> {
+        loop {
+            match self.stream.next(buffers)? {
+                Incoming::Starved => return Ok(None),
+                Incoming::Header(header, length) => {
+                    if !self.place(&header, length, buffers)? {
+                        return Ok(None);
+                    }
+                }
+                Incoming::Frame(header) => return self.complete(header, buffers).map(Some),
+            }
+        }
+    }
+
+    /// Finds the place of a body; false while no buffer is free.
+    fn place(&mut self, header: &Header, length: usize, buffers: &mut Buffers) -> Result<bool, BadFrame> {
+        let carries_data = match header.kind {
+            Kind::Write | Kind::ForwardWrite => true,
+            Kind::Reply => length > 0,
+            _ => false,
+        };
+        if carries_data {
+            let Some(buffer) = buffers.allocate(length.max(1)) else { return Ok(false) };
+            self.stream.accept(BufferRange { buffer, offset: 0, length: length as u32 });
+            return Ok(true);
+        }
+        if length > SMALL_BYTES_MAX {
+            return Err(BadFrame::BodyTooLong(length as u32));
+        }
+        if header.kind == Kind::ForwardRead {
+            if header.length > PIECE_BYTES_MAX {
+                return Err(BadFrame::Content("a read longer than a piece"));
+            }
+            let Some(buffer) = buffers.allocate(header.length.max(1) as usize) else { return Ok(false) };
+            self.read_buffer = Some(buffer);
+        }
+        self.stream.accept_small(length);
+        Ok(true)
+    }
+
+    fn complete(&mut self, header: Header, buffers: &mut Buffers) -> Result<Message, BadFrame> {
+        let in_buffer = self.stream.taken();
+        let body = match in_buffer {
+            Some(range) => buffers.bytes(range),
+            None => self.stream.small(),
+        };
+        let mut result =
+            if self.seed.body([body, &[]]) == header.body_crc { Ok(None) } else { Err(BadFrame::BodyCrc) };
+        if header.kind.is_forwarded() && result.is_ok() {
+            let trailer =
+                body.last_chunk::<TRAILER_BYTES>().ok_or(BadFrame::Content("forwarded without a trailer"));
+            result = trailer.map(|bytes| Some(Trailer::decode(bytes)));
+        }
+        let buffer = in_buffer.map(|range| range.buffer).or(self.read_buffer.take());
+        match result {
+            Ok(trailer) => Ok(Message { header, trailer, buffer }),
+            Err(error) => {
+                if let Some(buffer) = buffer {
+                    buffers.release(buffer);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Queues a message of the engine's.
+    pub fn send(&mut self, mut header: Header, trailer: Option<Trailer>, body: Body, buffers: &mut Buffers) {
+        let tail = trailer.map(|trailer| trailer.encode());
+        let tail = tail.as_ref().map_or(&[][..], |tail| &tail[..]);
+        let body = match body {
+            Body::None => OutgoingBody::None,
+            Body::Buffer(range) => OutgoingBody::Keep(range),
+            Body::Release(range) => OutgoingBody::Release(range),
+            Body::Bytes(bytes) => OutgoingBody::Bytes(bytes),
+        };
+        let bytes = match &body {
+            OutgoingBody::None => &[][..],
+            OutgoingBody::Keep(range) | OutgoingBody::Release(range) => buffers.bytes(*range),
+            OutgoingBody::Bytes(bytes) => bytes,
+        };
+        header.body_bytes = (bytes.len() + tail.len()) as u32;
+        header.body_crc = self.seed.body([bytes, tail]);
+        let head = Short::new(&header.encode(self.seed));
+        self.stream.queue(Outgoing { head, body, tail: Short::new(tail) }, buffers);
+    }
+
+    /// Gives back every buffer that the lane still holds; only once its stream is idle.
+    pub fn release_all(&mut self, buffers: &mut Buffers) {
+        if let Some(range) = self.stream.unfinished() {
+            buffers.release(range.buffer);
+        }
+        if let Some(buffer) = self.read_buffer.take() {
+            buffers.release(buffer);
+        }
+        self.stream.release_all(buffers);
+    }
+}

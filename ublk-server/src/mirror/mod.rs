@@ -1,0 +1,3 @@
+//! The mirror manager's connections: lanes to other nodes.
+
+pub mod lane;

@@ -1,0 +1,192 @@
+//! A disk of the cluster file, opened for this process alone and looked at.
+
+use super::foreign;
+use mirror_net::config;
+use mirror_net::control::{DiskContent, DiskInventory};
+use mirror_net::format::recovery::{OpenError, Opened};
+use mirror_net::format::{ReadFailed, open};
+use mirror_net::ids::AttachId;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, FlockArg};
+use std::fs::{File, OpenOptions};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum DiskError {
+    #[error("disk {name}: {path}: {source}")]
+    Open { name: String, path: PathBuf, source: io::Error },
+    #[error("disk {name}: {path} does not exist; give its `size` in the cluster file to have a file created")]
+    Missing { name: String, path: PathBuf },
+    #[error("disk {name}: {path} is in use (mounted, or another ublk-server has it)")]
+    InUse { name: String, path: PathBuf },
+    #[error("disk {name}: {path} is neither a block device nor a file")]
+    NotADisk { name: String, path: PathBuf },
+    #[error("disk {name}: the file {path} has {found} bytes, the cluster file says {wanted}")]
+    OtherSize { name: String, path: PathBuf, found: u64, wanted: u64 },
+    #[error("disk {name}: {path}: {source}")]
+    Format { name: String, path: PathBuf, source: OpenError },
+    #[error("disk {name}: {path}: {what}")]
+    Unsuitable { name: String, path: PathBuf, what: String },
+    #[error("disk {name}: {path} holds {what}; formatting would destroy it: give --force if that is meant")]
+    Foreign { name: String, path: PathBuf, what: String },
+}
+
+/// A disk that is open and belongs to this process alone.
+pub struct Candidate {
+    /// Its name in the cluster file.
+    pub name: String,
+    /// Its path.
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The smallest direct write, in bytes: 512 or 4096.
+    pub block_bytes: u32,
+    /// Its attachment.
+    pub attach: AttachId,
+    /// On a file system on which io_uring would hand every write to a worker.
+    pub in_memory: bool,
+    /// A regular file, which can be made to read as zeros at once.
+    pub is_file: bool,
+    file: Flock<File>,
+}
+
+impl Candidate {
+    /// Opens the disk, creating a file that is missing.
+    pub fn open(disk: &config::DiskFile) -> Result<Self, DiskError> {
+        let (name, path) = (disk.name.clone(), disk.path.clone());
+        let failed = |source: io::Error| DiskError::Open { name: name.clone(), path: path.clone(), source };
+        if !path.exists() {
+            let Some(bytes) = disk.bytes else { return Err(DiskError::Missing { name, path }) };
+            create(&path, bytes).map_err(failed)?;
+        }
+        let kind = std::fs::metadata(&path).map_err(failed)?.file_type();
+        if !kind.is_block_device() && !kind.is_file() {
+            return Err(DiskError::NotADisk { name, path });
+        }
+        // On a block device O_EXCL means: nobody else who asks for it alone, no mounted file system.
+        let exclusive = if kind.is_block_device() { libc::O_EXCL } else { 0 };
+        let file = open_direct(&path, exclusive).map_err(|error| {
+            match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+                Errno::EBUSY => DiskError::InUse { name: name.clone(), path: path.clone() },
+                _ => failed(error),
+            }
+        })?;
+        let in_memory = nix::sys::statfs::fstatfs(&file)
+            .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
+        // Held until the process has ended and its I/O with it: whoever gets it finds the disk quiet.
+        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| DiskError::InUse { name: name.clone(), path: path.clone() })?;
+        let metadata = file.metadata().map_err(failed)?;
+        let bytes = if kind.is_file() { metadata.len() } else { device_bytes(&file).map_err(failed)? };
+        if let Some(wanted) = disk.bytes.filter(|wanted| kind.is_file() && *wanted != bytes) {
+            return Err(DiskError::OtherSize { name, path, found: bytes, wanted });
+        }
+        let block_bytes = block_bytes(&file, bytes);
+        let attach = attach_id(&metadata).map_err(failed)?;
+        Ok(Self { name, path, bytes, block_bytes, attach, in_memory, is_file: kind.is_file(), file })
+    }
+
+    /// A further descriptor of the same open disk.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
+    }
+
+    /// The open disk.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Reads the metadata, whatever is there.
+    pub fn read_metadata(&self) -> Result<Opened, OpenError> {
+        let mut read =
+            |offset, buffer: &mut [u8]| self.file.read_exact_at(buffer, offset).map_err(|_| ReadFailed);
+        open(&mut read, self.bytes)
+    }
+
+    /// Says what is on the disk.
+    pub fn inventory(&self) -> DiskInventory {
+        let content = match self.read_metadata() {
+            // Nobody knows which regions hold data: such a copy serves nothing.
+            Ok(opened) if opened.report.is_loss() => DiskContent::Unusable {
+                why: "its slot tables are lost: replace the disk, or format it again".into(),
+            },
+            Ok(opened) => {
+                DiskContent::Ours { cluster: opened.superblock.cluster, disk: opened.superblock.disk }
+            }
+            Err(OpenError::NotOurs) => match foreign::identify(&self.path, &self.file, self.bytes) {
+                Ok(None) => DiskContent::Blank,
+                Ok(Some(what)) => DiskContent::Foreign { what },
+                Err(error) => DiskContent::Unusable { why: error.to_string() },
+            },
+            Err(OpenError::FormatInterrupted) => DiskContent::Blank,
+            Err(error) => DiskContent::Unusable { why: error.to_string() },
+        };
+        DiskInventory {
+            name: self.name.clone(),
+            path: self.path.to_string_lossy().into_owned(),
+            bytes: self.bytes,
+            block_bytes: self.block_bytes,
+            attach: self.attach,
+            content,
+        }
+    }
+}
+
+fn create(path: &Path, bytes: u64) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let made = nix::fcntl::fallocate(&file, FallocateFlags::empty(), 0, bytes as i64);
+    if let Err(error) = made {
+        // Half a disk would be found, and taken for a whole one, next time.
+        std::fs::remove_file(path)?;
+        return Err(error.into());
+    }
+    file.sync_all()?;
+    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+}
+
+fn open_direct(path: &Path, flags: i32) -> io::Result<File> {
+    let open =
+        |flags| OpenOptions::new().read(true).write(true).custom_flags(flags | libc::O_CLOEXEC).open(path);
+    // Some file systems know no direct I/O; what they promise about a flush holds all the same.
+    match open(flags | libc::O_DIRECT) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(flags),
+        other => other,
+    }
+}
+
+fn device_bytes(file: &File) -> io::Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    file.seek(SeekFrom::End(0))
+}
+
+/// The smallest aligned direct read that works.
+fn block_bytes(file: &File, bytes: u64) -> u32 {
+    let mut block = crate::ring::buffers::AlignedBlock::new(4096);
+    if bytes >= 512 && file.read_exact_at(&mut block[..512], 0).is_ok() { 512 } else { 4096 }
+}
+
+/// New at every boot, and for another disk at the same path.
+fn attach_id(metadata: &std::fs::Metadata) -> io::Result<AttachId> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let mut hasher = DefaultHasher::new();
+    boot.hash(&mut hasher);
+    if metadata.file_type().is_block_device() {
+        metadata.rdev().hash(&mut hasher);
+        // Counts the disks that the kernel has seen: a disk pulled and plugged in again has another. A
+        // partition has its disk's.
+        let device = udev::Device::from_devnum(udev::DeviceType::Block, metadata.rdev())?;
+        let sequence =
+            |device: &udev::Device| device.attribute_value("diskseq").map(|value| value.to_owned());
+        sequence(&device).or_else(|| sequence(&device.parent()?)).hash(&mut hasher);
+    } else {
+        (metadata.dev(), metadata.ino()).hash(&mut hasher);
+    }
+    Ok(AttachId(hasher.finish()))
+}
