@@ -4,7 +4,7 @@ use super::action::{Action, Body, BufferId, BufferRange, Io, Report, Request, Re
 use super::{Engine, LocalDisk, Me, Nanos};
 use crate::format::alloc::Allocator;
 use crate::format::create::{FormatOptions, format};
-use crate::format::{Geometry, MetadataIo, Plan, PlanStep, Shares, SlotOrder, ZoneProfile, open};
+use crate::format::{Geometry, MetadataIo, Plan, PlanStep, SlotOrder, ZoneProfile, open};
 use crate::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, Incarnation, LossGeneration,
     MapVersion, NodeId, ProcessId, SliceEpoch, SliceIndex, SlotIndex,
@@ -124,6 +124,8 @@ pub(super) struct Rig {
 }
 
 fn formatted(disk: u32) -> LocalDisk {
+    let geometry = Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).unwrap();
+    let half = geometry.slots / 2;
     let options = FormatOptions {
         cluster: ClusterId::default(),
         disk: DiskId(disk),
@@ -131,8 +133,8 @@ fn formatted(disk: u32) -> LocalDisk {
         format: uuid::Uuid::from_u128(1),
         node_name: "n".into(),
         disk_name: "d".into(),
-        geometry: Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).unwrap(),
-        shares: Shares { primary: 50, secondary: 50, unmirrored: 0 },
+        segments: SegmentSlots { primary: geometry.slots - half, secondary: half, unmirrored: 0 },
+        geometry,
         slot_order: SlotOrder::Address,
         zone_profile: ZoneProfile::default(),
         known_zero: true,
