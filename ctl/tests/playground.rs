@@ -66,10 +66,10 @@ fn gone(pid: &Value) -> bool {
 fn wait_for(program: &Path, dir: &str, verdict: &str) -> Value {
     for _ in 0..100 {
         let (_, out, _) = mirrorctl(program, &["status", "--json", "--dir", dir]);
-        if let Ok(status) = serde_json::from_str::<Value>(&out) {
-            if status["verdict"] == verdict {
-                return status;
-            }
+        if let Ok(status) = serde_json::from_str::<Value>(&out)
+            && status["verdict"] == verdict
+        {
+            return status;
         }
         std::thread::sleep(std::time::Duration::from_millis(100));
     }

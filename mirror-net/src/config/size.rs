@@ -28,7 +28,7 @@ pub fn format_bytes(bytes: u64) -> String {
     for (name, shift) in UNITS {
         let unit = 1u64 << shift;
         if bytes >= unit {
-            return if bytes % unit == 0 {
+            return if bytes.is_multiple_of(unit) {
                 format!("{} {name}iB", bytes / unit)
             } else {
                 format!("{:.1} {name}iB", bytes as f64 / unit as f64)

@@ -61,7 +61,7 @@ pub enum LayoutError {
 
 /// For each node, the index of the node that mirrors it.
 fn partners(count: usize) -> Vec<usize> {
-    let paired = if count % 2 == 0 { count } else { count - 3 };
+    let paired = if count.is_multiple_of(2) { count } else { count - 3 };
     (0..count).map(|node| if node < paired { node ^ 1 } else { paired + (node - paired + 1) % 3 }).collect()
 }
 

@@ -100,7 +100,7 @@ impl World {
             sessions: 0,
             nodes,
             acknowledged: BTreeMap::new(),
-            disks_may_fail: seed % 4 == 0,
+            disks_may_fail: seed.is_multiple_of(4),
             failovers: 0,
         }
     }
