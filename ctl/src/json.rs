@@ -278,7 +278,9 @@ impl NodeJson {
             let (name, path) = (disk.name.clone(), disk.path.clone());
             DiskJson { name, path, bytes: disk.bytes, state, detail }
         });
-        let sessions = node.report.iter().flat_map(|report| &report.sessions).map(|session| SessionJson {
+        // Of a node that is down, what it said last says nothing any more.
+        let report = node.report.as_ref().filter(|_| node.up);
+        let sessions = report.into_iter().flat_map(|report| &report.sessions).map(|session| SessionJson {
             peer: map.map_or_else(|| session.peer.to_string(), |map| map.node_name(session.peer)),
             open: session.open,
             last_error: session.last_error.clone(),

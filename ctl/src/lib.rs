@@ -17,6 +17,8 @@ mod node;
 mod output;
 pub mod playground;
 
+#[cfg(test)]
+mod snapshots;
 mod status;
 
 use clap::Parser;

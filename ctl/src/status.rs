@@ -30,7 +30,8 @@ fn exit_code(status: &ClusterStatus) -> u8 {
     }
 }
 
-fn text(status: &ClusterStatus) -> String {
+/// The verdict, the tables, and what to do.
+pub(crate) fn text(status: &ClusterStatus) -> String {
     let json = StatusJson::of(status);
     let mut text = json.summary.clone() + "\n";
     if let (Some(cluster), Some(version)) = (&json.cluster, json.version) {
@@ -75,6 +76,3 @@ fn text(status: &ClusterStatus) -> String {
     }
     text
 }
-
-#[cfg(test)]
-mod tests;

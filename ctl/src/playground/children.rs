@@ -92,11 +92,11 @@ impl Process {
 
     /// How it ended, if it has ended.
     pub(super) fn ended(&mut self) -> Option<ExitStatus> {
-        if let Some(child) = &mut self.child {
-            if let Ok(Some(status)) = child.try_wait() {
-                self.ended = Some(status);
-                self.child = None;
-            }
+        if let Some(child) = &mut self.child
+            && let Ok(Some(status)) = child.try_wait()
+        {
+            self.ended = Some(status);
+            self.child = None;
         }
         self.ended
     }
@@ -135,12 +135,12 @@ impl Process {
 
     /// Waits for it to end, and kills it if it takes too long.
     pub(super) async fn wait(&mut self, limit: Duration) {
-        if let Some(child) = &mut self.child {
-            if let Ok(Ok(status)) = timeout(limit, child.wait()).await {
-                self.ended = Some(status);
-                self.child = None;
-                return;
-            }
+        if let Some(child) = &mut self.child
+            && let Ok(Ok(status)) = timeout(limit, child.wait()).await
+        {
+            self.ended = Some(status);
+            self.child = None;
+            return;
         }
         self.kill().await;
     }

@@ -14,8 +14,8 @@ pub use error::ConfigError;
 pub use size::{format_bytes, parse_bytes};
 
 use crate::map::SegmentSlots;
+use core::net::SocketAddr;
 use std::fmt;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// Bytes in a slice unless the file says otherwise.

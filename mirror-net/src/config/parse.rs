@@ -5,10 +5,10 @@ use super::{
     Segments, format_bytes, parse_bytes,
 };
 use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
+use core::net::{IpAddr, SocketAddr};
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use toml::Spanned;
 

@@ -1,7 +1,7 @@
 //! The manager as a state machine.
 
 use super::create::{Creation, Progress};
-use super::registry::Registry;
+use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
 use super::stale::ask_stale;
 use super::{Change, ConnectionId, Input, Output, Proposal, Ticket, export, failover, findings};
@@ -10,13 +10,15 @@ use crate::control::{
 };
 use crate::ids::{ClusterId, ExporterSession, MapVersion};
 use crate::map::DistributionMap;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// The system manager: see the module's description.
 #[derive(Debug)]
 pub struct Manager {
     map: Option<DistributionMap>,
     registry: Registry,
+    /// Nodes that know a newer map than we do, with what to say about each.
+    outdated: BTreeMap<String, String>,
     /// Questions of primaries that have not been decided: who asks, about whom.
     asks: VecDeque<(ConnectionId, crate::ids::NodeId, String)>,
     failovers: VecDeque<(Ticket, String)>,
@@ -40,6 +42,7 @@ impl Manager {
         Self {
             map,
             registry: Registry::default(),
+            outdated: BTreeMap::new(),
             asks: VecDeque::new(),
             failovers: VecDeque::new(),
             creation: None,
@@ -86,7 +89,7 @@ impl Manager {
                 }
             })
             .collect();
-        let findings = findings::findings(self.map.as_ref(), &self.registry, now_ms);
+        let findings = findings::findings(self.map.as_ref(), &self.registry, &self.outdated, now_ms);
         ClusterStatus { map: self.map.clone(), nodes, findings }
     }
 
@@ -151,14 +154,23 @@ impl Manager {
         cluster: Option<ClusterId>,
         mut registration: Registration,
     ) {
-        if let Err(reason) = self.registry.admit(self.map.as_ref(), cluster, &registration, now_ms) {
-            self.log(format!("refused: {reason}"));
-            self.outputs.push_back(Output::Send { connection, message: ManagerMessage::Refused { reason } });
-            self.outputs.push_back(Output::Close { connection });
-            return;
+        match self.registry.admit(self.map.as_ref(), cluster, &registration, now_ms) {
+            Ok(()) => drop(self.outdated.remove(&registration.node)),
+            Err(Refusal::Wrong(reason)) => {
+                self.log(format!("refused: {reason}"));
+                let message = ManagerMessage::Refused { reason };
+                self.outputs.push_back(Output::Send { connection, message });
+                self.outputs.push_back(Output::Close { connection });
+                return;
+            }
+            Err(Refusal::Outdated(reason)) => {
+                self.turn_away(connection, registration.node, reason);
+                return;
+            }
         }
         // What a node adopted as a member of no cluster, or of one that is no more, is not ours.
-        if cluster.is_none() || cluster != self.map.as_ref().map(|map| map.cluster) {
+        let ours = |map: &DistributionMap| cluster == Some(map.cluster) || own_disks(map, &registration);
+        if !self.map.as_ref().is_some_and(ours) {
             registration.adopted = MapVersion(0);
         }
         let line = format!("node {} registered with {}", registration.node, registration.process);
@@ -170,6 +182,17 @@ impl Manager {
         }
         self.log(line);
         self.outputs.push_back(Output::GiveSession { connection });
+    }
+
+    /// A node knows more than we do: nothing that we decide about it could be right.
+    fn turn_away(&mut self, connection: ConnectionId, node: String, reason: String) {
+        // It tries again and again; once is enough for the log.
+        if self.outdated.get(&node) != Some(&reason) {
+            self.log(reason.clone());
+            self.outdated.insert(node, reason);
+        }
+        self.disconnected(connection);
+        self.outputs.push_back(Output::Close { connection });
     }
 
     fn session(&mut self, connection: ConnectionId, session: ExporterSession) {
@@ -197,17 +220,22 @@ impl Manager {
             NodeMessage::Register(registration) => {
                 self.log(format!("node {} registered twice on one connection: ignored", registration.node));
             }
-            NodeMessage::Adopted { version } if version <= newest => {
-                entry.adopted = entry.adopted.max(version);
-            }
+            // Before there is a cluster, what it says of maps is about another one.
             NodeMessage::Adopted { version } => {
-                self.log(format!("node {name} says it adopted {version}, which does not exist: ignored"));
+                if version <= newest {
+                    entry.adopted = entry.adopted.max(version);
+                } else if self.map.is_some() {
+                    self.turn_away(connection, name.clone(), outdated(&name, version, newest));
+                }
             }
             NodeMessage::Report(report) => {
-                if report.adopted <= newest {
-                    entry.adopted = entry.adopted.max(report.adopted);
-                }
+                let theirs = report.adopted;
                 entry.report = Some(report);
+                if theirs <= newest {
+                    entry.adopted = entry.adopted.max(theirs);
+                } else if self.map.is_some() {
+                    self.turn_away(connection, name.clone(), outdated(&name, theirs, newest));
+                }
             }
             NodeMessage::AskStale { peer, cause, .. } => {
                 // Asked again before it was decided, it is the same question.

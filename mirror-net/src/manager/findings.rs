@@ -5,10 +5,27 @@ use super::repair::{SpanPlan, plan_span};
 use super::{Lines, export, failover};
 use crate::control::{DiskContent, Finding, Severity};
 use crate::map::{Device, DistributionMap, Node, ReplicaState, Span};
+use std::collections::BTreeMap;
 
 /// Everything worth telling an operator, the worst first.
-pub fn findings(map: Option<&DistributionMap>, registry: &Registry, now_ms: u64) -> Vec<Finding> {
-    let mut found = Vec::new();
+pub fn findings(
+    map: Option<&DistributionMap>,
+    registry: &Registry,
+    outdated: &BTreeMap<String, String>,
+    now_ms: u64,
+) -> Vec<Finding> {
+    let mut found: Vec<Finding> = outdated
+        .iter()
+        .map(|(node, what)| Finding {
+            severity: Severity::Unavailable,
+            device: None,
+            node: Some(node.clone()),
+            what: what.clone(),
+            todo: "stop the manager and bring back the newest copy of its state directory (or, if the node's state \
+                   directory is of an earlier cluster, empty that)"
+                .into(),
+        })
+        .collect();
     let Some(map) = map else {
         found.push(Finding {
             severity: Severity::Unavailable,
@@ -17,6 +34,7 @@ pub fn findings(map: Option<&DistributionMap>, registry: &Registry, now_ms: u64)
             what: "no cluster has been created yet".into(),
             todo: "start ublk-server on every node, then type: mirrorctl cluster create --file FILE".into(),
         });
+        found.extend(registry.iter().filter_map(|(name, entry)| member_of_another(name, entry)));
         return found;
     };
     for device in &map.devices {
@@ -29,6 +47,23 @@ pub fn findings(map: Option<&DistributionMap>, registry: &Registry, now_ms: u64)
     }
     found.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     found
+}
+
+/// A manager that lost its state looks like a new one, but the nodes' disks tell.
+fn member_of_another(name: &str, entry: &Registered) -> Option<Finding> {
+    let cluster = entry.disks.iter().find_map(|disk| match disk.content {
+        DiskContent::Ours { cluster, .. } => Some(cluster),
+        _ => None,
+    })?;
+    Some(Finding {
+        severity: Severity::Unavailable,
+        device: None,
+        node: Some(name.to_owned()),
+        what: format!("the disks of {name} belong to cluster {cluster}, which this manager does not know"),
+        todo: "stop the manager and bring back its state directory; only if that cluster is history: mirrorctl cluster \
+               create --force"
+            .into(),
+    })
 }
 
 struct View<'a> {

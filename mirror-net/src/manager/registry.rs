@@ -160,79 +160,93 @@ impl Registry {
         if up { Standing::Intact } else { Standing::Away }
     }
 
-    /// Judges a registration before it is entered; the error is a sentence for the node's log.
+    /// Judges a registration before it is entered.
     pub fn admit(
         &self,
         map: Option<&DistributionMap>,
         cluster: Option<ClusterId>,
         registration: &Registration,
         now_ms: u64,
-    ) -> Result<(), String> {
+    ) -> Result<(), Refusal> {
         let name = &registration.node;
         let Some(map) = map else { return Ok(()) };
-        let Some(node) = map.node_named(name) else {
+        if map.node_named(name).is_none() {
             let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
-            return Err(format!(
+            return Err(Refusal::Wrong(format!(
                 "there is no node {name:?} in cluster {}, its nodes are {}: check --node and the cluster file",
                 map.cluster_name,
                 names.join(", ")
-            ));
-        };
+            )));
+        }
         if let Some(other) = cluster.filter(|cluster| *cluster != map.cluster) {
-            return Err(format!(
+            return Err(Refusal::Wrong(format!(
                 "node {name} belongs to cluster {other}, this manager's cluster {} is {}: check `manager` in its \
                  cluster file, or give the node an empty state directory if the other cluster is history",
                 map.cluster_name, map.cluster
-            ));
+            )));
         }
-        if cluster.is_some() && registration.adopted > map.version {
-            return Err(format!(
-                "node {name} has adopted map {}, the manager's newest is {}: the manager's state directory is older \
-                 than the cluster; bring its newest one back",
-                registration.adopted, map.version
-            ));
+        let own = own_disks(map, registration);
+        // Of a node without a disk of ours nobody knows which cluster's map it has adopted.
+        if registration.adopted > map.version && (cluster.is_some() || own) {
+            return Err(Refusal::Outdated(outdated(name, registration.adopted, map.version)));
         }
-        let own = |disk: &DiskInventory| match disk.content {
-            DiskContent::Ours { cluster, disk } => {
-                cluster == map.cluster && map.node_of(disk) == Some(node.id)
-            }
-            _ => false,
-        };
-        if registration.disks.iter().any(own) {
+        if own {
             return Ok(());
         }
         for disk in &registration.disks {
-            match disk.content {
-                DiskContent::Ours { cluster, .. } if cluster != map.cluster => {
-                    return Err(format!(
-                        "node {name}: disk {} ({}) belongs to cluster {cluster}, not to {} ({}), and no other disk \
-                         of the node belongs here: check the paths in the cluster file",
-                        disk.name, disk.path, map.cluster_name, map.cluster
-                    ));
-                }
-                DiskContent::Ours { disk: id, .. } => {
-                    return Err(format!(
-                        "node {name}: disk {} ({}) is {}, and no disk of {name} is there: check --node and the \
-                         paths in the cluster file",
-                        disk.name,
-                        disk.path,
-                        map.disk_name(id)
-                    ));
-                }
-                _ => {}
+            if let DiskContent::Ours { cluster, disk: id } = disk.content {
+                let what = if cluster == map.cluster {
+                    format!("is {}, and no disk of {name} is there", map.disk_name(id))
+                } else {
+                    format!(
+                        "belongs to cluster {cluster}, not to {} ({}), and no other disk of the node belongs here",
+                        map.cluster_name, map.cluster
+                    )
+                };
+                return Err(Refusal::Wrong(format!(
+                    "node {name}: disk {} ({}) {what}: check --node and the paths in the cluster file",
+                    disk.name, disk.path
+                )));
             }
         }
         // A second daemon started by mistake finds the disks in use; it must not push out the first.
         match self.get(name) {
             Some(old) if old.is_up(now_ms) && old.process != registration.process && old.has_disks(map) => {
-                Err(format!(
+                Err(Refusal::Wrong(format!(
                     "node {name} is already connected, with its disks, and the newcomer has none of them: a second \
                      ublk-server for it seems to have been started; stop one of the two"
-                ))
+                )))
             }
             _ => Ok(()),
         }
     }
+}
+
+/// Why a node is not let in.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// It is not one of ours: it is told so.
+    Wrong(String),
+    /// It knows a newer map than we do. The fault is ours, so it is not told to stop: it goes on
+    /// without us.
+    Outdated(String),
+}
+
+/// What an operator is told when a node knows a newer map than the manager.
+pub(super) fn outdated(node: &str, theirs: MapVersion, ours: MapVersion) -> String {
+    format!(
+        "node {node} works with map {theirs}, the manager's newest is {ours}: the manager's state directory is older \
+         than the cluster"
+    )
+}
+
+/// Whether any disk of a registration is one that the map has on that node.
+pub(super) fn own_disks(map: &DistributionMap, registration: &Registration) -> bool {
+    let node = map.node_named(&registration.node).map(|node| node.id);
+    registration.disks.iter().any(|disk| match disk.content {
+        DiskContent::Ours { cluster, disk } => cluster == map.cluster && map.node_of(disk) == node,
+        _ => false,
+    })
 }
 
 impl Registered {

@@ -101,9 +101,10 @@ impl FileStore {
     }
 
     /// The history is for people: that it could not be written is no reason to stop.
-    fn remember(&self, version: MapVersion) {
+    fn remember(&self, version: MapVersion, text: &str) {
         let history = self.dir.join("history");
-        let _ = std::fs::hard_link(self.map_path(), history.join(format!("{:012}.json", version.0)));
+        // A copy, no link: damage to one must not be damage to both.
+        let _ = std::fs::write(history.join(format!("{:012}.json", version.0)), text);
         let Ok(entries) = std::fs::read_dir(&history) else { return };
         let mut names: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
         names.sort();
@@ -166,7 +167,7 @@ impl Store for FileStore {
         let text = encode(next, why).map_err(|error| self.corrupt(&path, error))?;
         self.replace(&path, text.as_bytes())?;
         self.version = Some(next.version);
-        self.remember(next.version);
+        self.remember(next.version, &text);
         Ok(Swapped::Stored)
     }
 

@@ -18,7 +18,7 @@ pub enum StoreError {
     InUse { path: PathBuf },
     #[error(
         "{}: damaged: {why}; copy the newest intact file of {} over it, but only if no later map was ever sent to a \
-         node (a node that has adopted a newer one will be refused)",
+         node (one that has adopted a newer map is turned away)",
         path.display(), history.display()
     )]
     Corrupt { path: PathBuf, history: PathBuf, why: String },

@@ -315,11 +315,6 @@ fn unknown_nodes_and_wrong_disks_are_turned_away_with_a_sentence() {
     bench.register_as(registration);
     assert!(refusal(&bench).contains("disk d1 (/dev/sda) is n2/d1"), "{}", refusal(&bench));
 
-    let mut registration = bench.registration(1, incarnation(1));
-    registration.adopted = MapVersion(9);
-    bench.register_as(registration);
-    assert!(refusal(&bench).contains("the manager's state directory is older than the cluster"));
-
     let registration = bench.registration(1, incarnation(1));
     let connection = ConnectionId(99);
     bench.input(Input::Register { connection, cluster: Some(foreign), registration });
@@ -382,4 +377,33 @@ fn another_managers_map_is_taken_over_and_decided_upon_anew() {
     assert_eq!(bench.map().version, MapVersion(5));
     bench.failover("n1");
     assert_eq!(bench.map().version, MapVersion(6));
+}
+
+#[test]
+fn a_node_that_knows_more_than_the_manager_goes_on_without_it() {
+    let mut bench = Bench::up(&map_of(2));
+    let mut registration = bench.registration(1, restarted(1));
+    registration.adopted = MapVersion(9);
+    bench.sent.clear();
+    let connection = bench.register_as(registration);
+    assert_eq!(bench.sent, [], "it is not told to stop");
+    assert_eq!(bench.closed, [connection]);
+    let status = bench.manager.status(bench.now_ms);
+    assert!(status.findings[0].what.starts_with("node n1 works with map v9, the manager's newest is v1"));
+    // It says so later, having registered before its map was read.
+    bench.say(2, NodeMessage::Adopted { version: MapVersion(9) });
+    assert!(!bench.manager.registry().is_up("n2", bench.now_ms));
+    assert!(bench.stored.is_empty());
+    bench.register(1, incarnation(1));
+    bench.register(2, incarnation(2));
+    let status = bench.manager.status(bench.now_ms);
+    assert!(!status.findings.iter().any(|finding| finding.what.contains("works with map")), "{status:?}");
+}
+
+#[test]
+fn what_was_adopted_counts_for_a_node_that_names_its_cluster_by_its_disks_only() {
+    let mut bench = Bench::new(Some(map_of(2)));
+    let registration = bench.registration(1, incarnation(1));
+    bench.input(Input::Register { connection: ConnectionId(50), cluster: None, registration });
+    assert_eq!(bench.manager.registry().get("n1").unwrap().adopted, MapVersion(1));
 }

@@ -95,3 +95,13 @@ fn nothing_is_known_before_a_cluster_was_created() {
     assert_eq!(status.findings.len(), 1);
     assert_eq!(status.nodes[0].name, "n1");
 }
+
+#[test]
+fn a_manager_that_lost_its_state_is_told_from_a_new_one() {
+    let cluster = Bench::new(Some(map_of(2)));
+    let registration = cluster.registration(1, incarnation(1));
+    let mut bench = Bench::new(None);
+    bench.register_as(registration);
+    let found = findings(&bench);
+    assert!(found[1].what.starts_with("the disks of n1 belong to cluster 00000000"), "{found:?}");
+}

@@ -12,9 +12,34 @@ use crate::manager::repair::{SpanPlan, plan_span};
 use crate::manager::{ConnectionId, Input, Manager, Output, Proposal, Ticket};
 use crate::map::verbs::Verb;
 use crate::map::{DistributionMap, ReplicaState, Span};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::{Range, RangeInclusive};
+
+/// SplitMix64: the same seed gives the same world on every machine.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, range: Range<u64>) -> u64 {
+        range.start + self.next() % (range.end - range.start)
+    }
+
+    fn within(&mut self, range: RangeInclusive<u32>) -> u32 {
+        self.below(u64::from(*range.start())..u64::from(*range.end()) + 1) as u32
+    }
+
+    /// True once in so many times.
+    fn once_in(&mut self, times: u64) -> bool {
+        self.below(0..times) == 0
+    }
+}
 
 struct Node {
     id: NodeId,
@@ -33,7 +58,7 @@ struct Node {
 }
 
 struct World {
-    random: StdRng,
+    random: Random,
     now_ms: u64,
     next: u64,
     store: DistributionMap,
@@ -67,7 +92,7 @@ impl World {
             })
             .collect();
         Self {
-            random: StdRng::seed_from_u64(seed),
+            random: Random(seed),
             now_ms: 1_000,
             next: 10_000,
             manager: Manager::new(Some(map.clone())),
@@ -96,7 +121,7 @@ impl World {
                 Output::Store(proposal) => {
                     self.check(&proposal);
                     self.store = (*proposal.next).clone();
-                    if self.random.random_ratio(1, 20) {
+                    if self.random.once_in(20) {
                         // It dies between the store and the word that it is stored.
                         self.restart_manager();
                         return;
@@ -269,7 +294,7 @@ impl World {
 
     fn crash(&mut self, index: usize, power: bool) {
         let (attach, process) = (self.fresh(), self.fresh());
-        let keep = self.random.random_bool(0.5);
+        let keep = self.random.once_in(2);
         let node = &mut self.nodes[index];
         node.alive = false;
         node.incarnation.process = ProcessId(process);
@@ -282,7 +307,7 @@ impl World {
         node.arriving.clear();
         if let Some(connection) = node.connection.take() {
             // The manager may learn of it now, or only from the next registration.
-            if self.random.random_bool(0.7) {
+            if !self.random.once_in(3) {
                 self.feed(Input::Disconnected { connection });
             }
         }
@@ -325,7 +350,7 @@ impl World {
                 || !peer.disk_works
                 || theirs.epoch != span.epoch
                 || attach != peer.incarnation.attach
-                || self.random.random_ratio(1, 10)
+                || self.random.once_in(10)
         });
         let number = self.fresh();
         let key = (device, slice);
@@ -353,9 +378,9 @@ impl World {
     }
 
     fn step(&mut self) {
-        self.now_ms += self.random.random_range(0..200);
-        let index = self.random.random_range(0..self.nodes.len());
-        match self.random.random_range(0..100) {
+        self.now_ms += self.random.below(0..200);
+        let index = self.random.below(0..self.nodes.len() as u64) as usize;
+        match self.random.below(0..100) {
             0..4 => self.crash(index, false),
             4..6 => self.crash(index, true),
             6..20 => self.nodes[index].alive = true,
@@ -377,10 +402,10 @@ impl World {
             60..70 => self.say(index, NodeMessage::Report(NodeReport::default())),
             70..72 => self.feed(Input::Tick),
             _ => {
-                let device = DeviceId(self.random.random_range(1..=self.store.devices.len() as u32));
+                let device = DeviceId(self.random.within(1..=self.store.devices.len() as u32));
                 let slices = self.store.device(device).unwrap().slices;
-                let slice = self.random.random_range(0..slices.min(3));
-                let flush = self.random.random_ratio(1, 4);
+                let slice = self.random.within(0..=slices.min(3) - 1);
+                let flush = self.random.once_in(4);
                 self.write(index, device, slice, flush);
             }
         }

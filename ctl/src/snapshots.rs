@@ -1,0 +1,127 @@
+//! What people and programs read, word for word: a change here is a change for them.
+//!
+//! `UPDATE_SNAPSHOTS=1 cargo test -p ctl` writes the files anew.
+
+use crate::json::{DeviceJson, MapJson, StatusJson};
+use crate::{device, map, output, status};
+use mirror_net::control::{
+    ClusterStatus, DiskContent, DiskInventory, ExportReport, Finding, NodeReport, NodeStatus, SessionReport,
+    Severity,
+};
+use mirror_net::ids::{AttachId, ClusterId, Incarnation, MapVersion, NodeId, ProcessId};
+use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
+use mirror_net::map::verbs::{Run, Verb};
+use mirror_net::map::{DistributionMap, ReplicaState, SegmentSlots};
+use std::path::Path;
+
+fn check(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("snapshots").join(name);
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+        std::fs::write(&path, text).unwrap();
+    }
+    let wanted = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(wanted == text, "{} says\n{wanted}\nand now it is\n{text}", path.display());
+}
+
+fn first_map() -> DistributionMap {
+    let node = |index: u64| NodeSpec {
+        name: format!("n{index}"),
+        address: format!("10.0.0.{index}:7301"),
+        power: Some(format!("feed-{index}")),
+        switch: None,
+        disks: vec![DiskSpec {
+            name: "d1".into(),
+            slots: SegmentSlots { primary: 7, secondary: 7, unmirrored: 1 },
+            block_bytes: 512,
+            incarnation: Incarnation { attach: AttachId(index), process: ProcessId(index) },
+        }],
+        spare: false,
+    };
+    pairs(ClusterId(uuid::Uuid::from_u128(1)), "lab", 64 << 20, &[node(1), node(2)]).unwrap()
+}
+
+/// n1 is gone and was failed over.
+fn failed_over() -> ClusterStatus {
+    let map = first_map();
+    let device = &map.devices[0];
+    let run = Run { device: device.id, first: device.spans[0].first, count: device.slices };
+    let [old, new] = [map.disks[0].id, map.disks[1].id];
+    let map = map
+        .apply(&[
+            Verb::Promote { run, disk: new },
+            Verb::Mark { run, disk: old, state: ReplicaState::Stale, incarnation: None },
+            Verb::MoveClaim { device: device.id, node: NodeId(2) },
+        ])
+        .unwrap()
+        .unwrap();
+    let exports =
+        map.devices.iter().filter(|device| device.claim.node == NodeId(2)).map(|device| ExportReport {
+            device: device.id,
+            path: (device.id.0 == 1).then(|| "/dev/ublkb0".to_owned()),
+            uri: (device.id.0 != 1).then(|| format!("nbd+unix:///{}?socket=/run/x.sock", device.name)),
+            error: None,
+            requests: 17,
+            pending: 0,
+        });
+    let report = NodeReport {
+        adopted: map.version,
+        sessions: vec![SessionReport { peer: NodeId(1), open: false, last_error: Some("no answer".into()) }],
+        exports: exports.collect(),
+        waiting: Vec::new(),
+    };
+    let disk = DiskInventory {
+        name: "d1".into(),
+        path: "/dev/disk/by-id/two".into(),
+        bytes: 1 << 30,
+        block_bytes: 512,
+        attach: AttachId(2),
+        content: DiskContent::Ours { cluster: map.cluster, disk: new },
+    };
+    let finding = |severity, device: Option<&str>, node: Option<&str>, what: &str, todo: &str| Finding {
+        severity,
+        device: device.map(str::to_owned),
+        node: node.map(str::to_owned),
+        what: what.into(),
+        todo: todo.into(),
+    };
+    let findings = vec![
+        finding(
+            Severity::Unavailable,
+            Some("n1-d1-unmirrored"),
+            Some("n1"),
+            "n1-d1-unmirrored: cannot be read or written: n1/d1 is not connected",
+            "start ublk-server on n1",
+        ),
+        finding(Severity::Degraded, Some("n1-d1"), None, "n1-d1: 1 of 2 copies in sync: n1/d1 is stale", ""),
+        finding(Severity::Note, None, Some("n2"), "node n2 has not adopted map v3 yet, it has v2", ""),
+    ];
+    let node = |name: &str, up: bool, adopted: u64, disks, report| NodeStatus {
+        name: name.into(),
+        up,
+        process: Some(ProcessId(1)),
+        adopted: MapVersion(adopted),
+        disks,
+        report,
+    };
+    let nodes = vec![node("n1", false, 1, Vec::new(), None), node("n2", true, 2, vec![disk], Some(report))];
+    ClusterStatus { map: Some(map), nodes, findings }
+}
+
+#[test]
+fn json() {
+    let status = failed_over();
+    let map = status.map.as_ref().unwrap();
+    check("map.json", &output::to_json(&MapJson::of(map)).unwrap());
+    check("status.json", &output::to_json(&StatusJson::of(&status)).unwrap());
+    check("devices.json", &output::to_json(&DeviceJson::of_status(&status)).unwrap());
+    let none = ClusterStatus { map: None, nodes: Vec::new(), findings: Vec::new() };
+    check("status-none.json", &output::to_json(&StatusJson::of(&none)).unwrap());
+}
+
+#[test]
+fn tables() {
+    let status = failed_over();
+    check("map.txt", &map::text(status.map.as_ref().unwrap()));
+    check("status.txt", &status::text(&status));
+    check("devices.txt", &device::text(&DeviceJson::of_status(&status)));
+}
