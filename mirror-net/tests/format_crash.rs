@@ -136,10 +136,10 @@ impl Machine {
     /// What the disk may be after a crash: writes in flight reached its cache, or did not.
     fn crash(mut self, rng: &mut StdRng, power: bool) -> (SimulatedDisk, Vec<State>) {
         for (_, io) in &self.in_flight {
-            if let MetadataIo::Write { offset, block, .. } = io {
-                if rng.random() {
-                    self.disk.write(*offset, &block.0);
-                }
+            if let MetadataIo::Write { offset, block, .. } = io
+                && rng.random()
+            {
+                self.disk.write(*offset, &block.0);
             }
         }
         if power {

@@ -171,10 +171,11 @@ impl Checkpoint {
 
     /// The flush may begin only when every write before it is complete.
     fn settle(&mut self) {
-        if let Phase::Pages { copy, next } = self.phase {
-            if next == self.pages.len() && self.writes.is_empty() {
-                self.phase = Phase::Flush { copy, flush: None };
-            }
+        if let Phase::Pages { copy, next } = self.phase
+            && next == self.pages.len()
+            && self.writes.is_empty()
+        {
+            self.phase = Phase::Flush { copy, flush: None };
         }
     }
 }

@@ -366,7 +366,9 @@ impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
         match units.iter().find(|(_, shift)| self.0 >> shift != 0) {
-            Some((unit, shift)) if self.0 % (1 << shift) == 0 => write!(f, "{} {unit}", self.0 >> shift),
+            Some((unit, shift)) if self.0.is_multiple_of(1 << shift) => {
+                write!(f, "{} {unit}", self.0 >> shift)
+            }
             Some((unit, shift)) => write!(f, "{:.1} {unit}", self.0 as f64 / (1u64 << shift) as f64),
             None => write!(f, "{} bytes", self.0),
         }

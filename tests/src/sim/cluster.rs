@@ -771,10 +771,10 @@ impl Cluster {
                 None => self.checker.violations.push(format!("n{node} sends {range:?}, which it gave back")),
             },
         }
-        if let Body::Release(range) = body {
-            if let Some(wrong) = self.process(node).and_then(|process| process.free(range.buffer)) {
-                self.checker.violations.push(format!("n{node}: {wrong}"));
-            }
+        if let Body::Release(range) = body
+            && let Some(wrong) = self.process(node).and_then(|process| process.free(range.buffer))
+        {
+            self.checker.violations.push(format!("n{node}: {wrong}"));
         }
         if let Some(trailer) = trailer {
             content.extend(trailer.encode());
@@ -872,12 +872,10 @@ impl Cluster {
                 }
             }
             DiskIo::Write { offset, data, buffer, durable, metadata } => {
-                if let Some(range) = buffer {
-                    if self.process(node).and_then(|process| process.bytes(range)) != Some(&data[..]) {
-                        self.checker
-                            .violations
-                            .push(format!("n{node}: {range:?} changed while it was written"));
-                    }
+                if let Some(range) = buffer
+                    && self.process(node).and_then(|process| process.bytes(range)) != Some(&data[..])
+                {
+                    self.checker.violations.push(format!("n{node}: {range:?} changed while it was written"));
                 }
                 if if metadata { faults.metadata } else { faults.write } {
                     result = Err("input/output error".to_owned());

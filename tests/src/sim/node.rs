@@ -187,10 +187,10 @@ impl Node {
         let mut ios: Vec<_> = process.ios.into_iter().collect();
         ios.sort_by_key(|(number, _)| *number);
         for (_, (_, io)) in ios {
-            if let DiskIo::Write { offset, data, durable, .. } = io {
-                if random.one_in(2) {
-                    self.disk.write(offset, &data, durable && random.one_in(2));
-                }
+            if let DiskIo::Write { offset, data, durable, .. } = io
+                && random.one_in(2)
+            {
+                self.disk.write(offset, &data, durable && random.one_in(2));
             }
         }
         if power {

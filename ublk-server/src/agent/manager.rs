@@ -2,8 +2,10 @@
 
 use super::{Common, Input, nonce};
 use mirror_net::control::{ManagerMessage, NodeMessage};
+use mirror_net::ids::ClusterId;
 use mirror_net::wire::handshake::Purpose;
 use mirror_net::wire::transport::{self, TransportError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -13,12 +15,34 @@ const RETRY: Duration = Duration::from_millis(300);
 /// For a connection and its handshake.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// The cluster that this node belongs to, once it knows.
+#[derive(Clone, Default)]
+pub(super) struct Membership(Arc<Mutex<Option<ClusterId>>>);
+
+impl Membership {
+    pub fn get(&self) -> Option<ClusterId> {
+        *self.0.lock().expect("never poisoned")
+    }
+
+    pub fn set(&self, cluster: Option<ClusterId>) {
+        *self.0.lock().expect("never poisoned") = cluster;
+    }
+}
+
 /// Keeps a connection to the manager until the agent ends.
-pub(super) fn start(address: String, common: Common, inputs: mpsc::UnboundedSender<Input>) {
+///
+/// `cluster` is the one that this node belongs to, as far as it knows at each attempt.
+pub(super) fn start(
+    address: String,
+    common: Common,
+    cluster: Membership,
+    inputs: mpsc::UnboundedSender<Input>,
+) {
     tokio::spawn(async move {
         let mut told = String::new();
         while !inputs.is_closed() {
-            let reason = match tokio::time::timeout(PATIENCE, connect(&address, &common)).await {
+            let reason = match tokio::time::timeout(PATIENCE, connect(&address, &common, cluster.get())).await
+            {
                 Ok(Ok(stream)) => {
                     told.clear();
                     let reason = converse(stream, &inputs).await.to_string();
@@ -40,10 +64,15 @@ pub(super) fn start(address: String, common: Common, inputs: mpsc::UnboundedSend
     });
 }
 
-async fn connect(address: &str, common: &Common) -> Result<TcpStream, TransportError> {
+async fn connect(
+    address: &str,
+    common: &Common,
+    cluster: Option<ClusterId>,
+) -> Result<TcpStream, TransportError> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    transport::connect(&mut stream, &common.key, Purpose::Control, &common.identity(None), nonce()).await?;
+    transport::connect(&mut stream, &common.key, Purpose::Control, &common.identity(cluster), nonce())
+        .await?;
     Ok(stream)
 }
 

@@ -20,14 +20,18 @@ use anyhow::Context;
 use exports::Exports;
 use io::IoHandle;
 use lanes::Lanes;
+use manager::Membership;
 use mirror_net::config::{ClusterFile, Frontend, NodeFile};
-use mirror_net::control::{ExportReport, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration};
+use mirror_net::control::{
+    ExportReport, FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
+};
 use mirror_net::engine::action::Report;
-use mirror_net::ids::{AttachId, ClusterId, ExporterSession, MapVersion, NodeId, ProcessId};
+use mirror_net::ids::{AttachId, ClusterId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
 use mirror_net::wire::handshake::{ClusterKey, Identity, Role};
 use rand::TryRngCore;
 use state::StateDir;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,6 +95,7 @@ impl Common {
 
 struct Agent {
     common: Common,
+    membership: Membership,
     file: NodeFile,
     state: StateDir,
     disks: Vec<Candidate>,
@@ -103,6 +108,8 @@ struct Agent {
     exporter_session: ExporterSession,
     adopted: MapVersion,
     buffer_bytes: usize,
+    /// Disks that failed in this process's life, and why.
+    failed_disks: BTreeMap<DiskId, String>,
     /// A problem of this node that the operator has to know of.
     trouble: Option<String>,
 }
@@ -133,15 +140,20 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let common = Common { key, node: node.name.clone(), process };
 
     let state = StateDir::open(&options.state_dir)?;
+    let (adopted, cluster) =
+        state.kept().map_or((MapVersion(0), None), |map| (map.version, Some(map.cluster)));
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let lanes = Lanes::listen(&node.address, common.clone(), sender.clone()).await?;
     let disks = node.disks.iter().map(Candidate::open).collect::<Result<Vec<_>, DiskError>>()?;
     let exports = Exports::new(&node, &options.run_dir, sender.clone()).await?;
-    manager::start(file.manager.clone(), common.clone(), sender.clone());
+    let membership = Membership::default();
+    membership.set(cluster);
+    manager::start(file.manager.clone(), common.clone(), membership.clone(), sender.clone());
     tracing::info!(node = node.name, %process, frontend = exports.frontend().as_str(), "started, waiting for the manager");
 
     let mut agent = Agent {
         common,
+        membership,
         file: node,
         state,
         disks,
@@ -152,8 +164,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         exports,
         map: None,
         exporter_session: ExporterSession(0),
-        adopted: MapVersion(0),
+        adopted,
         buffer_bytes: options.buffer_bytes,
+        failed_disks: BTreeMap::new(),
         trouble: None,
     };
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -232,21 +245,22 @@ impl Agent {
                 if let Some(io) = &self.io {
                     io.exporter_session(exporter_session);
                 }
+                // A manager that was restarted does not know what the one before was told; requests for
+                // stale copies are repeated by the engine until the map has them.
+                for (disk, reason) in self.failed_disks.clone() {
+                    self.tell_manager(NodeMessage::DiskFailed { disk, reason });
+                }
             }
             ManagerMessage::Format(order) => {
-                let result = if order.check_only {
-                    prepare::check(&order, &self.disks)
-                } else {
-                    prepare::format_all(&order, &self.common.node, &self.disks)
-                };
+                let result = self.format(&order);
                 if let Err(error) = &result {
-                    tracing::error!(%error, "formatting was refused");
+                    tracing::error!(error = format!("{error:#}"), "formatting was refused");
                 }
                 let attach = order.disks.iter().filter_map(|wanted| {
                     self.disks.iter().find(|disk| disk.name == wanted.name).map(|disk| disk.attach)
                 });
                 let attach: Vec<AttachId> = attach.collect();
-                let error = result.err().map(|error| error.to_string());
+                let error = result.err().map(|error| format!("{error:#}"));
                 self.tell_manager(NodeMessage::Formatted { error, attach });
             }
             ManagerMessage::Map { map } => self.new_map(Arc::new(*map))?,
@@ -263,15 +277,39 @@ impl Agent {
         Ok(())
     }
 
+    fn format(&mut self, order: &FormatOrder) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.io.is_none(),
+            "its disks are in use for the cluster that it serves: stop the daemon, empty its state directory, start it again"
+        );
+        if order.check_only {
+            return Ok(prepare::check(order, &self.disks)?);
+        }
+        // What is known of a cluster that these disks were part of is history now.
+        self.state.forget()?;
+        self.membership.set(None);
+        self.adopted = MapVersion(0);
+        Ok(prepare::format_all(order, &self.common.node, &self.disks)?)
+    }
+
     fn new_map(&mut self, map: Arc<DistributionMap>) -> anyhow::Result<()> {
-        if self.map.as_ref().is_some_and(|mine| mine.version >= map.version) {
-            return Ok(());
+        if let Some(mine) = &self.map {
+            // A cluster made anew needs a daemon that has nothing of the old one in its memory.
+            anyhow::ensure!(
+                mine.cluster == map.cluster,
+                "the manager's map is of another cluster ({}) than this daemon has served: restart it",
+                map.cluster
+            );
+            if mine.version >= map.version {
+                return Ok(());
+            }
         }
         let Some(me) = map.node_named(&self.common.node).map(|node| node.id) else {
             tracing::info!("this node is not in the map");
             return Ok(());
         };
         self.state.save_map(&map)?;
+        self.membership.set(Some(map.cluster));
         if self.io.is_none() && !self.start_io(me, &map) {
             return Ok(());
         }
@@ -331,6 +369,7 @@ impl Agent {
             }
             Event::Report(Report::DiskFailed { disk, reason }) => {
                 tracing::error!(%disk, reason, "a disk failed");
+                self.failed_disks.insert(disk, reason.clone());
                 self.tell_manager(NodeMessage::DiskFailed { disk, reason });
             }
             Event::LaneClosed { peer, session, reason } => {
@@ -361,18 +400,18 @@ impl Agent {
         }
         let mut report =
             NodeReport { adopted: self.adopted, exports: self.exports.reports(), ..NodeReport::default() };
-        if let Some(io) = &self.io {
-            if let Some(thread) = io.report().await {
-                for export in &mut report.exports {
-                    let found = thread.devices.iter().find(|(device, ..)| *device == export.device);
-                    if let Some((_, completed, pending)) = found {
-                        ExportReport { requests: *completed, pending: *pending, ..export.clone() }
-                            .clone_into(export);
-                    }
+        if let Some(io) = &self.io
+            && let Some(thread) = io.report().await
+        {
+            for export in &mut report.exports {
+                let found = thread.devices.iter().find(|(device, ..)| *device == export.device);
+                if let Some((_, completed, pending)) = found {
+                    ExportReport { requests: *completed, pending: *pending, ..export.clone() }
+                        .clone_into(export);
                 }
-                report.sessions = thread.sessions;
-                report.waiting = thread.waiting;
             }
+            report.sessions = thread.sessions;
+            report.waiting = thread.waiting;
         }
         report.waiting.extend(self.trouble.clone());
         self.tell_manager(NodeMessage::Report(report));

@@ -43,6 +43,21 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
+    /// The map that was kept, if one was.
+    pub fn kept(&self) -> Option<DistributionMap> {
+        serde_json::from_slice(&std::fs::read(self.path.join(MAP_FILE)).ok()?).ok()
+    }
+
+    /// Forgets the kept map.
+    pub fn forget(&self) -> Result<(), StateError> {
+        match std::fs::remove_file(self.path.join(MAP_FILE)) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(StateError::Io { path: self.path.join(MAP_FILE), source })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Keeps a map, durably and whole.
     pub fn save_map(&self, map: &DistributionMap) -> Result<(), StateError> {
         self.replace(map).map_err(|source| StateError::Io { path: self.path.join(MAP_FILE), source })

@@ -10,10 +10,11 @@ use crate::frontend::ublk::export::Export;
 use crate::frontend::ublk::params::{DeviceParams, DiscardParams};
 use crate::frontend::ublk::queue::CharDevice;
 use crate::frontend::ublk::recovery::{
-    ClaimConfirmed, DeviceRecord, Records, Survivor, discard, shorten_io_timeout, survey,
+    ClaimConfirmed, DeviceRecord, Records, RecoveryError, Survivor, discard, shorten_io_timeout, survey,
 };
 use crate::frontend::ublk::{Cookie, UblkId};
 use anyhow::Context;
+use kmod::abi::Features;
 use mirror_net::ids::DeviceId;
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -25,6 +26,8 @@ use tokio::sync::mpsc;
 
 /// For a control command that depends on others.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Hardware queues of a device, at most: one thread serves them all.
+const QUEUES_MAX: usize = 4;
 /// How soon the kernel notices on old kernels that a server died with all tags in flight.
 const IO_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -158,8 +161,18 @@ impl Worker {
             for survivor in survey(&mut self.control, vec![record])? {
                 match survivor {
                     Survivor::Orphan(orphan) => {
+                        let old = orphan.info().id;
                         let claim = ClaimConfirmed { generation };
-                        let orphan = orphan.start(&mut self.control, &self.records, claim, PATIENCE)?;
+                        let orphan = match orphan.start(&mut self.control, &self.records, claim, PATIENCE) {
+                            Ok(orphan) => orphan,
+                            Err(error @ RecoveryError::Unrecoverable { .. }) => {
+                                // Its I/O would wait for ever: it fails, and a new device takes its place.
+                                tracing::error!(%error, "discarded");
+                                discard(&mut self.control, old, PATIENCE)?;
+                                continue;
+                            }
+                            Err(error) => return Err(error.into()),
+                        };
                         serve(Box::new(Export::new(device, orphan.device())?));
                         let record = orphan.end(&mut self.control, &self.records, PATIENCE)?;
                         tracing::info!(device = name, "recovered: its I/O goes on");
@@ -171,8 +184,8 @@ impl Worker {
             }
         }
         let cookie = Cookie::random();
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let new = NewDevice::new(processors.min(4) as u16, cookie);
+        let queues = self.queues()?;
+        let new = NewDevice::new(queues, cookie);
         let mut params = DeviceParams::new(size, new.buffer_bytes);
         params.logical_block_bytes = block_bytes;
         params.physical_block_bytes = params.physical_block_bytes.max(block_bytes);
@@ -199,6 +212,14 @@ impl Worker {
             tracing::warn!(%error, "a recovery may take half a minute to begin");
         }
         Ok(info.id)
+    }
+
+    /// Kernels before 6.16 crash when a server dies in the middle of a recovery, unless the device has
+    /// a single queue (`kmod/README.md`).
+    fn queues(&mut self) -> anyhow::Result<u16> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let sound = self.control.features()?.contains(Features::PER_IO_DAEMON);
+        Ok(if sound { processors.min(QUEUES_MAX) as u16 } else { 1 })
     }
 
     fn record(&self, name: &str) -> anyhow::Result<Option<DeviceRecord>> {

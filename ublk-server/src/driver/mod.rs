@@ -258,13 +258,11 @@ impl IoThread {
     fn carry_out(&mut self, action: Action) -> io::Result<()> {
         match action {
             Action::Read { io, disk, slot, offset, buffer } => {
-                let io =
-                    self.disks[disk].transfer(io, disk, (slot, offset), buffer, false, false, &self.buffers);
+                let io = self.disks[disk].read(io, disk, (slot, offset), buffer, &self.buffers);
                 self.start_disk_io(io)
             }
             Action::Write { io, disk, slot, offset, buffer, fua } => {
-                let io =
-                    self.disks[disk].transfer(io, disk, (slot, offset), buffer, true, fua, &self.buffers);
+                let io = self.disks[disk].write(io, disk, (slot, offset), buffer, fua, &self.buffers);
                 self.start_disk_io(io)
             }
             Action::Zero { io, disk, slot, offset, length, fua } => {
@@ -383,17 +381,17 @@ impl IoThread {
     /// An error ends the lane's session.
     fn lane_outcome(&mut self, index: usize, outcome: io::Result<()>) {
         let lane = &mut self.lanes[index];
-        if let Err(error) = outcome {
-            if !lane.stream.is_closed() {
-                let (peer, session) = (lane.peer, lane.session);
-                lane.stream.close();
-                let reason = match error.kind() {
-                    io::ErrorKind::UnexpectedEof => "closed by the other side".to_owned(),
-                    _ => error.to_string(),
-                };
-                self.engine.handle_lane_down(now(), peer, session, &reason);
-                self.tell(Event::LaneClosed { peer, session, reason });
-            }
+        if let Err(error) = outcome
+            && !lane.stream.is_closed()
+        {
+            let (peer, session) = (lane.peer, lane.session);
+            lane.stream.close();
+            let reason = match error.kind() {
+                io::ErrorKind::UnexpectedEof => "closed by the other side".to_owned(),
+                _ => error.to_string(),
+            };
+            self.engine.handle_lane_down(now(), peer, session, &reason);
+            self.tell(Event::LaneClosed { peer, session, reason });
         }
         self.drop_lane_if_idle(index);
     }

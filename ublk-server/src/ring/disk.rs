@@ -76,15 +76,38 @@ impl DiskFile {
         Self { fd, geometry, inline, writes_zeros: false }
     }
 
-    /// The data of a slot.
-    pub fn transfer(
+    /// Reads a piece of a slot into a buffer.
+    pub fn read(
         &self,
         io: Io,
         disk: usize,
         place: (u32, u32),
         buffer: BufferRange,
-        write: bool,
+        buffers: &Buffers,
+    ) -> DiskIo {
+        self.transfer(io, disk, place, buffer, (false, false), buffers)
+    }
+
+    /// Writes a buffer to a piece of a slot; `durable`: through to stable storage.
+    pub fn write(
+        &self,
+        io: Io,
+        disk: usize,
+        place: (u32, u32),
+        buffer: BufferRange,
         durable: bool,
+        buffers: &Buffers,
+    ) -> DiskIo {
+        self.transfer(io, disk, place, buffer, (true, durable), buffers)
+    }
+
+    fn transfer(
+        &self,
+        io: Io,
+        disk: usize,
+        place: (u32, u32),
+        buffer: BufferRange,
+        (write, durable): (bool, bool),
         buffers: &Buffers,
     ) -> DiskIo {
         let pointer = buffers.pointer(buffer).as_ptr();
