@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use ublk_server::agent::{self, Options};
 use ublk_server::driver::BUFFER_BYTES;
+use ublk_server::frontend::ublk::process::prepare_process;
 
 /// Exit code for a command line that makes no sense (EX_USAGE).
 const USAGE: u8 = 64;
@@ -88,5 +89,11 @@ fn start(run: Run) -> anyhow::Result<()> {
         buffer_bytes: run.buffers << 20,
         node,
     };
+    // Whether there will be ublk devices is known later; threads, which must not be there yet, are needed to know.
+    if options.frontend != Some(Frontend::Nbd) && kmod::probe::probe().is_ok_and(|verdict| verdict.usable()) {
+        for trouble in prepare_process() {
+            tracing::warn!(trouble, "not protected against waiting for its own devices");
+        }
+    }
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(agent::run(options))
 }

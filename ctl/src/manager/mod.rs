@@ -20,7 +20,11 @@ use tracing_subscriber::EnvFilter;
 pub async fn run(config: &Path, state_dir: &Path) -> Result<u8, Failure> {
     let filter = EnvFilter::try_from_env("UBLK_MIRROR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A library user may have set one up; then that is used.
-    let _ = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_env_filter(filter).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_env_filter(filter)
+        .try_init();
     let (file, _) = load_file(config)?;
     let key = key::load(&file.key_file)?;
     let store = FileStore::open(state_dir).map_err(|error| Failure::new(error.to_string()))?;

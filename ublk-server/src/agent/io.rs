@@ -32,6 +32,7 @@ impl IoHandle {
         disks: &[Candidate],
         inputs: mpsc::UnboundedSender<Input>,
         buffer_bytes: usize,
+        serves_ublk: bool,
     ) -> anyhow::Result<(Self, Vec<String>)> {
         let mut troubles = Vec::new();
         let mut opened: Vec<(LocalDisk, DiskFile)> = Vec::new();
@@ -48,6 +49,9 @@ impl IoHandle {
         let seed = CrcSeed::new(&map.cluster);
         let (started, start) = std::sync::mpsc::channel();
         std::thread::Builder::new().name("io".into()).spawn(move || {
+            if serves_ublk {
+                super::ublk::prepare_thread_or_warn();
+            }
             // The ring belongs to the thread that made it.
             match IoThread::new(engine, files, seed, inbox, events, buffer_bytes) {
                 Ok(thread) => {

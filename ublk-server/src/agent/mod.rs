@@ -333,6 +333,7 @@ impl Agent {
             &self.disks,
             self.inputs.clone(),
             self.buffer_bytes,
+            self.exports.frontend() == Frontend::Ublk,
         ) {
             Ok((io, troubles)) => {
                 for trouble in &troubles {

@@ -8,6 +8,7 @@ use super::Input;
 use crate::frontend::ublk::control::{Control, NewDevice, sync_block_device};
 use crate::frontend::ublk::export::Export;
 use crate::frontend::ublk::params::{DeviceParams, DiscardParams};
+use crate::frontend::ublk::process::prepare_thread;
 use crate::frontend::ublk::queue::CharDevice;
 use crate::frontend::ublk::recovery::{
     ClaimConfirmed, DeviceRecord, Records, RecoveryError, Survivor, discard, shorten_io_timeout, survey,
@@ -93,6 +94,7 @@ impl UblkThread {
         let (orders, received) = blocking::channel();
         let mut worker = Worker { control, records, running: BTreeMap::new(), inputs };
         std::thread::Builder::new().name("ublk-control".into()).spawn(move || {
+            prepare_thread_or_warn();
             while let Ok(order) = received.recv() {
                 worker.carry_out(order);
             }
@@ -104,6 +106,13 @@ impl UblkThread {
     pub fn order(&self, order: Order) {
         // The thread ends with the agent only.
         let _ = self.orders.send(order);
+    }
+}
+
+/// For threads that requests of our own devices wait for.
+pub(super) fn prepare_thread_or_warn() {
+    if let Err(error) = prepare_thread() {
+        tracing::warn!(%error, "this thread may wait for its own devices when memory is short");
     }
 }
 

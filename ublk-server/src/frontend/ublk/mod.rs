@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 pub mod control;
 pub mod export;
 pub mod params;
+pub mod process;
 pub mod queue;
 pub mod recovery;
 
