@@ -247,6 +247,7 @@ impl Engine {
             self.check_incarnation(peer);
             self.open_if_quiet(peer);
             self.send_adopted(peer);
+            self.ping_soon(peer);
         }
         for device in changed {
             self.restart_flushes(device);
