@@ -402,3 +402,42 @@ fn leases_are_renewed_at_once_when_a_map_is_adopted_here_or_there() {
     let to: Vec<u16> = rig.take(Kind::Ping).iter().map(|ping| ping.to).collect();
     assert_eq!(to, [3]);
 }
+
+/// The versions between need not be seen: what the map says now is that it was away and joins.
+#[test]
+fn a_lost_member_that_joins_again_in_the_next_map_seen_is_not_lost() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.lane_down(2);
+    assert!(matches!(rig.reports[..], [Report::AskStale { .. }]), "{:?}", rig.reports);
+    let stale = next(&first, second_stale);
+    let joining = next(&stale, |span| span.replicas[1].state = ReplicaState::Syncing);
+    rig.open(2, joining.version);
+    rig.reports.clear();
+    rig.adopt(&joining);
+    rig.wait(2_000, &[2]);
+    assert!(rig.reports.iter().all(|report| matches!(report, Report::Adopted { .. })), "{:?}", rig.reports);
+    rig.write(0, 4096);
+    assert_eq!(rig.take(Kind::Write).len(), 1);
+    // A joining copy that is lost stays so when only the epoch changes.
+    rig.lane_down(2);
+    rig.open(2, joining.version);
+    rig.reports.clear();
+    rig.adopted(2, 4);
+    rig.adopt(&next(&joining, |span| span.loss.0 += 1));
+    rig.wait(1_200, &[2]);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+}
+
+/// The same for one that is another incarnation than the one that joins.
+#[test]
+fn a_joining_copy_of_another_incarnation_is_lost_anew() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.lane_down(2);
+    let joining = next(&next(&first, second_stale), |span| span.replicas[1].state = ReplicaState::Syncing);
+    rig.open_as(2, joining.version, 22, 2);
+    rig.reports.clear();
+    rig.adopt(&joining);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+}
