@@ -4,7 +4,7 @@ use super::action::{Action, OpKey, Report};
 use super::loss::Unflushed;
 use super::op::{Legs, Local, Part};
 use super::session::Peer;
-use super::view::{DeviceView, Place, Viewer};
+use super::view::{DeviceView, PeerIndex, Place, SpanView, Viewer};
 use super::{Device, Engine, Nanos, Slice};
 use crate::format::alloc::Segment;
 use crate::format::journal::{Change, Ticket};
@@ -22,6 +22,19 @@ pub(super) struct Adoption {
     views: Vec<DeviceView>,
     /// For each disk, what must be durable.
     tickets: Vec<Ticket>,
+}
+
+/// Whether a peer that was lost before this change of a device's view still has to be recorded stale.
+///
+/// A member that joins now was stale in between, in a map that this node need not have seen. One that
+/// was joining before may be joining still.
+fn still_counts_on(peer: PeerIndex, before: &DeviceView, after: &DeviceView) -> bool {
+    after.spans.iter().filter(|span| span.serves() && span.others.contains(&peer)).any(|span| {
+        let overlaps = |old: &&SpanView| old.first < span.end && span.first < old.end;
+        let mut old = before.spans.iter().filter(overlaps);
+        let joined_before = |old: &SpanView| old.others.contains(&peer) && !old.members.contains(&peer);
+        span.members.contains(&peer) || old.any(|old| old.serves() && joined_before(old))
+    })
 }
 
 /// Why a map is not adopted.
@@ -210,6 +223,7 @@ impl Engine {
     fn make_effective(&mut self, adoption: Adoption) {
         let mut took_over = false;
         let mut changed = Vec::new();
+        let mut counted = vec![false; self.peers.len()];
         for view in adoption.views {
             let Some(index) = self.by_device.get(&view.id).copied() else { continue };
             let before = std::mem::replace(&mut self.devices[index].view, view);
@@ -220,6 +234,9 @@ impl Engine {
             }
             self.note_losses(index);
             let view = &self.devices[index].view;
+            for (peer, counted) in counted.iter_mut().enumerate() {
+                *counted |= still_counts_on(peer, &before, view);
+            }
             let serves_more = view.spans.iter().filter(|span| span.serves()).any(|span| {
                 // A slice that was not ours to serve until now may be under somebody's read lease.
                 let mut old = before.spans.iter().filter(|old| old.first < span.end && span.first < old.end);
@@ -239,14 +256,15 @@ impl Engine {
             self.serve_after = self.serve_after.max(until);
         }
         self.fit_operations();
-        for peer in 0..self.peers.len() {
-            // The map does not count on it any more: its absence is on record.
-            if !self.counts_on(peer) {
+        for (peer, counted) in counted.into_iter().enumerate() {
+            // The map does not count any more on what it had then: its absence is on record.
+            if !counted {
                 self.peers[peer].lost = None;
             }
             self.check_incarnation(peer);
             self.open_if_quiet(peer);
             self.send_adopted(peer);
+            self.ping_soon(peer);
         }
         for device in changed {
             self.restart_flushes(device);

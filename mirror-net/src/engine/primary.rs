@@ -114,8 +114,8 @@ impl Engine {
 
     /// Whether every current copy lets this node read (rule 12).
     pub(super) fn may_read(&self, op: &Op) -> bool {
-        let others = &self.devices[op.device].view.span(op.slice).others;
-        others.iter().all(|peer| self.peers[*peer].leases_until() > self.now)
+        let span = self.devices[op.device].view.span(op.slice);
+        span.others.iter().all(|peer| self.peers[*peer].leases_until(span.epoch) > self.now)
     }
 
     fn start_read(&mut self, key: OpKey) {

@@ -99,6 +99,14 @@ struct Session {
     attached: Vec<(DiskId, AttachId)>,
 }
 
+/// A read lease that a peer granted.
+#[derive(Clone, Copy, Default, Debug)]
+struct Lease {
+    until: Nanos,
+    /// The map version that its grantor had adopted.
+    version: MapVersion,
+}
+
 /// Another node.
 #[derive(Debug)]
 pub(super) struct Peer {
@@ -112,8 +120,8 @@ pub(super) struct Peer {
     /// Since when there is no session although we count on its copies.
     missed_since: Option<Nanos>,
     ask_after: Nanos,
-    /// Until when we may read under its lease.
-    lease_until: Nanos,
+    /// The newest lease that it granted.
+    lease: Lease,
     /// Until when we may not serve what it was primary of.
     granted_until: Nanos,
     /// Operations and flushes of it that have not come to their end, of whatever session.
@@ -130,7 +138,7 @@ impl Peer {
             ever_open: false,
             missed_since: None,
             ask_after: 0,
-            lease_until: 0,
+            lease: Lease::default(),
             // After a start a node assumes that it had just granted a lease to everybody (rule 13).
             granted_until: now + LEASE,
             serving: 0,
@@ -152,8 +160,12 @@ impl Peer {
         self.session.as_ref().filter(|_| self.is_open()).map_or(MapVersion(0), |session| session.adopted)
     }
 
-    pub fn leases_until(&self) -> Nanos {
-        self.lease_until
+    /// Until when its lease lets us read slices of that epoch; 0 if it is none for them.
+    ///
+    /// A grantor that has not adopted the epoch may never do so: if it was primary before and is
+    /// again under the map after, it sees no role come to it and waits for nobody's lease.
+    pub fn leases_until(&self, epoch: SliceEpoch) -> Nanos {
+        if self.lease.version.0 >= epoch.0 { self.lease.until } else { 0 }
     }
 
     pub fn granted_until(&self) -> Nanos {
@@ -497,7 +509,16 @@ impl Engine {
         {
             session.adopted = version;
             self.resume_after(peer);
+            self.ping_soon(peer);
         }
+    }
+
+    /// A map was adopted here or there: leases granted before may be worth nothing now.
+    pub(super) fn ping_soon(&mut self, peer: PeerIndex) {
+        if let Some(session) = self.peers[peer].session.as_mut() {
+            session.next_ping = self.now;
+        }
+        self.ping_if_due(peer);
     }
 
     // ---- lease ----
@@ -523,8 +544,7 @@ impl Engine {
         session.pings.drain(..=index);
         let version = MapVersion(header.slice_epoch.0);
         if version <= mine {
-            let entry = &mut self.peers[peer];
-            entry.lease_until = entry.lease_until.max(sent + LEASE);
+            self.peers[peer].lease = Lease { until: sent + LEASE, version };
             self.retry_parked();
         }
         self.on_adopted(peer, version);

@@ -367,3 +367,77 @@ fn writes_that_both_need_a_whole_region_do_not_wait_for_each_other() {
     }
     assert_eq!([discard, a, b].map(|token| rig.result(token)), [Some(Ok(())); 3]);
 }
+
+/// Node 2 is the primary of map 1 again in map 3; it saw nothing of map 2 and waits for no lease.
+#[test]
+fn a_lease_of_a_grantor_that_lacks_the_slices_epoch_is_none() {
+    let mut first = map(2, 2, 1);
+    first.devices[0].spans[0].replicas.swap(0, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.adopt(&next(&first, |span| span.replicas.swap(0, 1)));
+    rig.wait(600, &[]);
+    let pings = rig.take(Kind::Ping);
+    let pong = |rig: &mut Rig, ping: &Header, version: u64| {
+        let slice_epoch = crate::ids::SliceEpoch(version);
+        rig.frame(2, Header { sequence: ping.sequence, slice_epoch, ..Header::new(Kind::Pong) }, None);
+    };
+    assert!(pings.len() >= 2, "{pings:?}");
+    let latest = &pings[pings.len() - 2..];
+    pong(&mut rig, &latest[0].header, 1);
+    let read = rig.request(super::action::RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "node 2 may serve under map 3 without a wait");
+    pong(&mut rig, &latest[1].header, 2);
+    assert_eq!(rig.result(read), Some(Ok(())));
+}
+
+#[test]
+fn leases_are_renewed_at_once_when_a_map_is_adopted_here_or_there() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.wait(100, &[2, 3]);
+    rig.adopt(&next(&first, second_stale));
+    rig.pong(2);
+    rig.take(Kind::Ping);
+    rig.adopted(3, 2);
+    let to: Vec<u16> = rig.take(Kind::Ping).iter().map(|ping| ping.to).collect();
+    assert_eq!(to, [3]);
+}
+
+/// The versions between need not be seen: what the map says now is that it was away and joins.
+#[test]
+fn a_lost_member_that_joins_again_in_the_next_map_seen_is_not_lost() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.lane_down(2);
+    assert!(matches!(rig.reports[..], [Report::AskStale { .. }]), "{:?}", rig.reports);
+    let stale = next(&first, second_stale);
+    let joining = next(&stale, |span| span.replicas[1].state = ReplicaState::Syncing);
+    rig.open(2, joining.version);
+    rig.reports.clear();
+    rig.adopt(&joining);
+    rig.wait(2_000, &[2]);
+    assert!(rig.reports.iter().all(|report| matches!(report, Report::Adopted { .. })), "{:?}", rig.reports);
+    rig.write(0, 4096);
+    assert_eq!(rig.take(Kind::Write).len(), 1);
+    // A joining copy that is lost stays so when only the epoch changes.
+    rig.lane_down(2);
+    rig.open(2, joining.version);
+    rig.reports.clear();
+    rig.adopted(2, 4);
+    rig.adopt(&next(&joining, |span| span.loss.0 += 1));
+    rig.wait(1_200, &[2]);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+}
+
+/// The same for one that is another incarnation than the one that joins.
+#[test]
+fn a_joining_copy_of_another_incarnation_is_lost_anew() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.lane_down(2);
+    let joining = next(&next(&first, second_stale), |span| span.replicas[1].state = ReplicaState::Syncing);
+    rig.open_as(2, joining.version, 22, 2);
+    rig.reports.clear();
+    rig.adopt(&joining);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+}

@@ -1,7 +1,7 @@
 //! An operator moves everything away from a node.
 
 use super::registry::{Registry, Standing};
-use super::{Lines, run_of};
+use super::{Lines, left_behind_text, promotion, run_of};
 use crate::ids::NodeId;
 use crate::map::verbs::Verb;
 use crate::map::{Device, DistributionMap, ReplicaState, Span};
@@ -61,11 +61,12 @@ fn move_device(
         let serving = if map.node_of(old.disk) == Some(node) {
             match successor(map, registry, now_ms, node, span) {
                 Ok(disk) => {
-                    let (run, state) = (run_of(device.id, span), ReplicaState::Stale);
-                    plan.batch.push(Verb::Promote { run, disk });
-                    plan.batch.push(Verb::Mark { run, disk: old.disk, state, incarnation: None });
-                    moved
-                        .add(span, format!("primary {} -> {}", map.disk_name(old.disk), map.disk_name(disk)));
+                    plan.batch.extend(promotion(span, run_of(device.id, span), disk));
+                    let others = left_behind_text(map, span, disk);
+                    moved.add(
+                        span,
+                        format!("primary {} -> {}{others}", map.disk_name(old.disk), map.disk_name(disk)),
+                    );
                     map.node_of(disk)
                 }
                 Err(why) => {

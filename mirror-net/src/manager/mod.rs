@@ -28,9 +28,9 @@ pub use self::core::Manager;
 
 use crate::config::ClusterFile;
 use crate::control::{ManagerMessage, NodeMessage, OperatorReply, Registration};
-use crate::ids::{ClusterId, DeviceId, ExporterSession, MapVersion};
+use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion};
 use crate::map::verbs::{Run, Verb};
-use crate::map::{DistributionMap, Span};
+use crate::map::{DistributionMap, Replica, ReplicaState, Span};
 
 /// Names one connection of a node's agent; never used again.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -169,6 +169,32 @@ impl Change {
 /// The run of slices that a span covers.
 fn run_of(device: DeviceId, span: &Span) -> Run {
     Run { device, first: span.first, count: span.count }
+}
+
+/// The steps that make `disk` the primary of a span.
+///
+/// Every other copy becomes stale, not the old primary's only: the old primary may have died with
+/// writes under way that some of them have and some have not, and until a new session reconciles
+/// them (rule 11), which is not built yet, nobody would ever make them equal again.
+fn promotion(span: &Span, run: Run, disk: DiskId) -> Vec<Verb> {
+    let state = ReplicaState::Stale;
+    let others = span.replicas.iter().filter(|other| other.disk != disk && other.state != state);
+    let mark = |other: &Replica| Verb::Mark { run, disk: other.disk, state, incarnation: None };
+    std::iter::once(Verb::Promote { run, disk }).chain(others.map(mark)).collect()
+}
+
+/// The copies besides the old primary's that a promotion makes stale, for people; nothing if there
+/// are none.
+fn left_behind_text(map: &DistributionMap, span: &Span, disk: DiskId) -> String {
+    let others: Vec<String> = span.replicas[1..]
+        .iter()
+        .filter(|other| other.disk != disk && other.state != ReplicaState::Stale)
+        .map(|other| map.disk_name(other.disk))
+        .collect();
+    if others.is_empty() {
+        return String::new();
+    }
+    format!("; also stale: {}, since copies cannot be reconciled yet", others.join(", "))
 }
 
 /// Runs of slices of one device for people: `slices 0-7, 12`; nothing for the whole of it.

@@ -92,9 +92,7 @@ pub fn repair(map: &DistributionMap, registry: &Registry, now_ms: u64) -> Change
                 SpanPlan::Wait => {}
                 SpanPlan::Served => give_up_failed(map, registry, span, run, &mut change, &mut lines),
                 SpanPlan::Promote { disk } => {
-                    let state = ReplicaState::Stale;
-                    change.batch.push(Verb::Promote { run, disk });
-                    change.batch.push(Verb::Mark { run, disk: old, state, incarnation: None });
+                    change.batch.extend(super::promotion(span, run, disk));
                     let why = match registry.standing(map, span.primary(), now_ms) {
                         Standing::Gone => "is gone",
                         _ => "is another incarnation",
@@ -105,7 +103,7 @@ pub fn repair(map: &DistributionMap, registry: &Registry, now_ms: u64) -> Change
                             "{} is primary now and {} stale, since it {why}",
                             map.disk_name(disk),
                             map.disk_name(old)
-                        ),
+                        ) + &super::left_behind_text(map, span, disk),
                     );
                 }
                 SpanPlan::Readmit { disk, incarnation, lost } => {

@@ -101,6 +101,34 @@ fn a_primary_that_restarted_is_replaced_by_an_intact_member() {
     assert_eq!(bench.stored.len(), 1, "all in one batch");
 }
 
+/// Nodes 1 to 3, whose first mirrored device has a third copy on node 3.
+fn three_copies() -> crate::map::DistributionMap {
+    let mut map = map_of(3);
+    let third = map.disks[2].id;
+    map.disks[2].slots.secondary *= 4;
+    let device = map.devices.iter_mut().find(|device| device.name == "n1-d1").unwrap();
+    device.copies = 3;
+    for span in &mut device.spans {
+        let replica = crate::map::Replica { disk: third, incarnation: incarnation(3), ..span.replicas[1] };
+        span.replicas.push(replica);
+    }
+    map.validate().unwrap();
+    map
+}
+
+#[test]
+fn of_three_copies_a_promotion_keeps_one() {
+    // Node 1 may have died between sending a write to node 2 and sending it to node 3.
+    let mut bench = Bench::up(&three_copies());
+    bench.register(1, restarted(1));
+    assert_eq!(bench.copies("n1-d1"), "n2+ n1- n3-");
+    // A hand-over may end the same way: what was under way is at some copies only.
+    let mut bench = Bench::up(&three_copies());
+    let OperatorReply::FailedOver { moved, .. } = bench.failover("n1") else { panic!() };
+    assert_eq!(bench.copies("n1-d1"), "n2+ n1- n3-");
+    assert!(moved[0].contains("n1/d1 -> n2/d1; also stale: n3/d1"), "{moved:?}");
+}
+
 #[test]
 fn the_exporter_waits_for_the_new_primary_to_know_its_claim() {
     let mut bench = Bench::up(&map_of(2));

@@ -1,0 +1,355 @@
+//! The world: nodes, network, manager and users on one queue of events.
+
+mod control;
+mod driver;
+mod faults;
+mod first_map;
+mod users;
+
+pub use self::faults::Fault;
+
+use crate::sim::checker::Checker;
+use crate::sim::manager::{Heartbeat, Manager};
+use crate::sim::network::{Frame, Network};
+use crate::sim::node::{Node, Process};
+use crate::sim::scheduler::{MS, Nanos, Queue, Random};
+use crate::sim::workload::Asked;
+use mirror_net::ids::{ClusterId, NodeId, ProcessId};
+use mirror_net::map::DistributionMap;
+use mirror_net::wire::header::CrcSeed;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Between two words of a node to the manager.
+const HEARTBEAT: Nanos = 100 * MS;
+
+/// A time, for people.
+pub fn clock(now: Nanos) -> String {
+    format!("{}.{:06} s", now / 1_000_000_000, now / 1_000 % 1_000_000)
+}
+
+/// What happens. Those of a node name its process: they are void if it is another one by then.
+#[derive(Debug)]
+enum Event {
+    Tick { node: u16, process: u64 },
+    Io { node: u16, process: u64, number: u64 },
+    Frame { from: u16, to: u16, process: u64, session: u64, frame: Frame },
+    LaneUp { node: u16, process: u64, peer: u16, session: u64, of: u64 },
+    LaneDown { node: u16, process: u64, peer: u16, session: u64 },
+    Map { node: u16, process: u64, map: Arc<DistributionMap> },
+    Heartbeat(Heartbeat),
+    AskStale { node: u16, incarnation: mirror_net::ids::Incarnation, peer: NodeId },
+    Housekeeping,
+    Ask { device: usize },
+    Fault(Fault),
+}
+
+/// How large and how busy.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Nodes.
+    pub nodes: u16,
+    /// Copies of every device.
+    pub copies: u16,
+    /// Devices.
+    pub devices: usize,
+    /// Requests at a time, of each device's user.
+    pub depth: usize,
+    /// Whether users discard.
+    pub discards: bool,
+}
+
+/// The world.
+pub struct Cluster {
+    /// Virtual time.
+    pub now: Nanos,
+    /// The only source of chance.
+    pub random: Random,
+    /// What is wrong.
+    pub checker: Checker,
+    /// The manager.
+    pub manager: Manager,
+    /// The network.
+    pub network: Network,
+    /// Requests that completed.
+    pub completed: u64,
+    /// A hash over everything that happened.
+    pub hash: u64,
+    /// Print the story.
+    pub trace: bool,
+    /// Whether users go on asking.
+    pub busy: bool,
+    /// No slower I/O, no waits between requests.
+    nodes: Vec<Node>,
+    queue: Queue<Event>,
+    cut_off: Vec<bool>,
+    asked: BTreeMap<u64, Asked>,
+    /// Requests of exporters that are gone, by device.
+    orphans: Vec<Vec<usize>>,
+    exporting: Vec<Option<(u16, u64)>>,
+    /// Exporters before, by device: they may not know it yet, and their users go on reading.
+    former: Vec<(usize, (u16, u64))>,
+    shape: Shape,
+    next_token: u64,
+    next_process: u64,
+    next_stamp: u64,
+    seed: CrcSeed,
+    /// Results by token, for scenarios.
+    pub results: BTreeMap<u64, Result<Vec<u64>, String>>,
+    /// A disk lost acknowledged data by itself: a read may return anything.
+    pub tainted: bool,
+}
+
+impl Cluster {
+    /// A cluster that has just been created, all nodes running.
+    pub fn new(seed: u64, shape: Shape, trace: bool) -> Self {
+        let nodes: Vec<Node> = (1..=shape.nodes).map(Node::new).collect();
+        let map = first_map::first_map(shape, &nodes);
+        map.validate().expect("the first map is valid");
+        let mut cluster = Self {
+            now: 0,
+            random: Random::new(seed),
+            checker: Checker::default(),
+            manager: Manager::new(map),
+            network: Network::default(),
+            completed: 0,
+            hash: 0xcbf2_9ce4_8422_2325,
+            trace,
+            busy: true,
+            cut_off: vec![false; nodes.len()],
+            next_process: nodes.len() as u64,
+            nodes,
+            queue: Queue::default(),
+            asked: BTreeMap::new(),
+            orphans: vec![Vec::new(); shape.devices],
+            exporting: vec![None; shape.devices],
+            former: Vec::new(),
+            shape,
+            next_token: 0,
+            next_stamp: 0,
+            seed: CrcSeed::new(&ClusterId::default()),
+            results: BTreeMap::new(),
+            tainted: false,
+        };
+        for node in 1..=shape.nodes {
+            cluster.launch(node);
+        }
+        cluster.queue.push(MS, Event::Housekeeping);
+        for device in 0..shape.devices {
+            for _ in 0..shape.depth {
+                cluster.queue.push(1_000 * MS, Event::Ask { device });
+            }
+        }
+        cluster
+    }
+
+    /// Says something, if a story is wanted.
+    fn say(&self, text: impl FnOnce() -> String) {
+        if self.trace {
+            println!("{:>12}  {}", clock(self.now), text());
+        }
+    }
+
+    fn note(&mut self, what: u64) {
+        for word in [self.now, what] {
+            self.hash = (self.hash ^ word).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
+    /// That node.
+    pub fn node(&self, id: u16) -> &Node {
+        &self.nodes[usize::from(id) - 1]
+    }
+
+    fn node_mut(&mut self, id: u16) -> &mut Node {
+        &mut self.nodes[usize::from(id) - 1]
+    }
+
+    fn process(&mut self, id: u16) -> Option<&mut Process> {
+        self.node_mut(id).process.as_mut()
+    }
+
+    /// Goes on until that time.
+    pub fn run_until(&mut self, end: Nanos) {
+        while self.now < end && self.checker.violations.is_empty() {
+            let Some((at, event)) = self.queue.pop() else { return };
+            self.now = at.max(self.now);
+            self.handle(event);
+        }
+    }
+
+    fn alive(&self, node: u16, process: u64) -> bool {
+        let node = self.node(node);
+        node.process.is_some() && node.process_id == process
+    }
+
+    fn handle(&mut self, event: Event) {
+        let owner = match &event {
+            Event::Tick { node, process }
+            | Event::Io { node, process, .. }
+            | Event::LaneUp { node, process, .. }
+            | Event::LaneDown { node, process, .. }
+            | Event::Map { node, process, .. } => Some((*node, *process)),
+            Event::Frame { to, process, .. } => Some((*to, *process)),
+            _ => None,
+        };
+        if let Some((node, process)) = owner {
+            if !self.alive(node, process) {
+                return;
+            }
+            let paused = self.node(node).paused_until;
+            if paused > self.now {
+                self.queue.push(paused, event);
+                return;
+            }
+        }
+        let now = self.now;
+        match event {
+            Event::Tick { node, process } => {
+                let Some(running) = self.process(node) else { return };
+                running.engine.handle_tick(now);
+                let next = running.engine.next_tick().max(now + MS);
+                self.queue.push(next, Event::Tick { node, process });
+                self.drain(node);
+            }
+            Event::Io { node, number, .. } => self.io_done(node, number),
+            Event::Frame { from, to, session, frame, process } => {
+                if self.network.is_silent(from, to) {
+                    let again = Event::Frame { from, to, session, frame, process };
+                    // Kept in order: they all wait for the same moments.
+                    self.queue.push(now / (10 * MS) * (10 * MS) + 10 * MS, again);
+                    return;
+                }
+                if self.network.session(from, to) == Some(session) {
+                    self.deliver(from, to, session, frame);
+                }
+            }
+            Event::LaneUp { node, peer, session, of, .. } => {
+                self.say(|| format!("n{node}: lane {session} to n{peer}"));
+                let Some(running) = self.process(node) else { return };
+                running.engine.handle_lane_up(now, NodeId(peer), session, ProcessId(of));
+                self.drain(node);
+            }
+            Event::LaneDown { node, peer, session, process } => {
+                if self.network.is_silent(peer, node) {
+                    self.queue.push(now + 10 * MS, Event::LaneDown { node, peer, session, process });
+                    return;
+                }
+                let Some(running) = self.process(node) else { return };
+                running.engine.handle_lane_down(now, NodeId(peer), session, "reset");
+                self.drain(node);
+            }
+            Event::Map { node, map, .. } => {
+                self.say(|| format!("n{node}: gets map {}", map.version));
+                let Some(running) = self.process(node) else { return };
+                if let Err(error) = running.engine.handle_map(now, map) {
+                    self.checker.violations.push(format!("n{node} refuses a map: {error}"));
+                }
+                self.drain(node);
+            }
+            Event::Heartbeat(beat) => {
+                let node = beat.node.0;
+                let (adopted, process) = (beat.adopted, beat.incarnation.process.0);
+                self.manager.heard(now, beat);
+                if adopted < self.manager.map.version
+                    && self.alive(node, process)
+                    && !self.cut_off[usize::from(node) - 1]
+                {
+                    let map = Arc::clone(&self.manager.map);
+                    let at = now + self.random.range(100_000, 3 * MS);
+                    self.queue.push(at, Event::Map { node, process, map });
+                }
+            }
+            Event::AskStale { node, incarnation, peer } => {
+                let before = Arc::clone(&self.manager.map);
+                if self.manager.ask_stale(NodeId(node), incarnation, peer) {
+                    self.publish(&before);
+                }
+            }
+            Event::Housekeeping => self.housekeeping(),
+            Event::Ask { device } => self.ask(device),
+            Event::Fault(fault) => self.fault(fault),
+        }
+    }
+
+    fn launch(&mut self, node: u16) {
+        let now = self.now;
+        let process = self.node(node).process_id;
+        if let Err(error) = self.node_mut(node).start(now) {
+            self.checker.violations.push(error);
+            return;
+        }
+        let session = self.manager.exporter_session();
+        let adopted_before = Arc::clone(&self.manager.map);
+        if let Some(running) = self.process(node) {
+            running.engine.set_exporter_session(session);
+        }
+        let _ = adopted_before;
+        self.queue.push(now, Event::Tick { node, process });
+    }
+
+    fn housekeeping(&mut self) {
+        let now = self.now;
+        let before = Arc::clone(&self.manager.map);
+        for index in 0..self.nodes.len() {
+            let node = &self.nodes[index];
+            let Some(process) = &node.process else { continue };
+            if self.cut_off[index] || node.paused_until > now {
+                continue;
+            }
+            let beat = Heartbeat {
+                node: node.id,
+                incarnation: node.incarnation(),
+                adopted: process.adopted,
+                disk_failed: process.disk_failed,
+            };
+            let at = now + self.random.range(100_000, 5 * MS);
+            self.queue.push(at, Event::Heartbeat(beat));
+        }
+        if self.manager.tick(now) {
+            self.publish(&before);
+        }
+        for a in 1..=self.nodes.len() as u16 {
+            for b in a + 1..=self.nodes.len() as u16 {
+                let up = self.node(a).process.is_some() && self.node(b).process.is_some();
+                if !up {
+                    continue;
+                }
+                let Some(session) = self.network.connect(a, b) else { continue };
+                for (node, peer) in [(a, b), (b, a)] {
+                    let at = self.network.arrival(now, peer, node, session, &mut self.random).unwrap_or(now);
+                    let (process, of) = (self.node(node).process_id, self.node(peer).process_id);
+                    self.queue.push(at, Event::LaneUp { node, process, peer, session, of });
+                }
+            }
+        }
+        for device in 0..self.shape.devices {
+            self.export(device);
+        }
+        self.queue.push(now + HEARTBEAT, Event::Housekeeping);
+    }
+
+    /// Compares the members' contents; for a cluster at rest.
+    pub fn compare_copies(&mut self) {
+        let map = Arc::clone(&self.manager.map);
+        for device in &map.devices {
+            for span in &device.spans {
+                let members: Vec<u16> = span.members().map(|member| member.disk.0 as u16).collect();
+                for slice in span.first.0..span.end() {
+                    let copies: Vec<_> =
+                        members.iter().map(|node| self.node(*node).slice(device.id.0, slice)).collect();
+                    let Some(Some((first, _))) = copies.first() else { continue };
+                    for (node, copy) in members.iter().zip(&copies).skip(1) {
+                        let same = copy.as_ref().is_some_and(|(bytes, _)| bytes == first);
+                        if !same {
+                            self.checker.violations.push(format!(
+                                "{} slice {slice}: n{} and n{node} are in sync and differ",
+                                device.name, members[0]
+                            ));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

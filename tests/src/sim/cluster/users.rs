@@ -1,0 +1,245 @@
+//! The users of the devices: they follow the claims, ask, and tell the checker what they see.
+
+use super::{Cluster, Event};
+use crate::sim::disk::SECTOR;
+use crate::sim::node::SLICE;
+use crate::sim::scheduler::MS;
+use crate::sim::workload::{Asked, Wish, fill, stamp, wish};
+use mirror_net::engine::action::{BufferId, BufferRange, Request, RequestKind, RequestToken};
+use mirror_net::ids::{DeviceId, SliceIndex};
+use mirror_net::map::DistributionMap;
+
+impl Cluster {
+    /// Users follow the claim, when the manager lets its holder start.
+    pub(super) fn export(&mut self, device: usize) {
+        let Some((node, process)) = self.manager.may_export(device) else { return };
+        let exporter = (node.0, process);
+        if self.exporting[device] == Some(exporter) || !self.alive(node.0, process) {
+            return;
+        }
+        self.say(|| format!("n{}: exports dev{}", node.0, device + 1));
+        let now = self.now;
+        if let Some(old) = self.exporting[device].replace(exporter) {
+            self.former.push((device, old));
+            // Whatever the one before left behind has happened by now, or never will.
+            let left: Vec<u64> = self
+                .asked
+                .iter()
+                .filter(|(_, asked)| asked.device == device && asked.exporter == old)
+                .map(|(token, _)| *token)
+                .collect();
+            for token in left {
+                if let Some(asked) = self.asked.get_mut(&token) {
+                    asked.replaced = true;
+                    self.orphans[device].extend(&asked.writes);
+                }
+                if !self.alive(old.0, old.1) {
+                    self.asked.remove(&token);
+                }
+                self.queue.push(now + MS, Event::Ask { device });
+            }
+        }
+        for write in std::mem::take(&mut self.orphans[device]) {
+            self.checker.end(now, write);
+        }
+        self.checker.exporter_changed(device);
+    }
+
+    pub(super) fn ask(&mut self, device: usize) {
+        if !self.busy {
+            return;
+        }
+        let wish = wish(&mut self.random, self.shape.discards);
+        if wish.kind == RequestKind::Read && self.random.one_in(2) {
+            let former = self.former.iter().rev().find(|(of, old)| *of == device && self.alive(old.0, old.1));
+            if let Some((_, old)) = former.copied() {
+                self.submit_to(device, old, wish);
+                return;
+            }
+        }
+        if self.submit(device, wish).is_none() {
+            self.queue.push(self.now + 50 * MS, Event::Ask { device });
+        }
+    }
+
+    /// Gives a request to the device's exporter; its token, or `None` if nobody exports.
+    pub fn submit(&mut self, device: usize, wish: Wish) -> Option<u64> {
+        let exporter = self.exporting[device].filter(|(node, process)| {
+            self.alive(*node, *process) && self.node(*node).paused_until <= self.now
+        })?;
+        self.submit_to(device, exporter, wish)
+    }
+
+    pub(super) fn submit_to(
+        &mut self,
+        device: usize,
+        (node, process): (u16, u64),
+        wish: Wish,
+    ) -> Option<u64> {
+        let now = self.now;
+        self.next_token += 1;
+        let token = self.next_token;
+        let (first, count) = ((wish.offset / SECTOR as u64) as usize, wish.length as usize / SECTOR);
+        let mut writes = Vec::new();
+        let data = match wish.kind {
+            RequestKind::Read => Some(vec![0xee; wish.length as usize]),
+            RequestKind::Write { .. } => {
+                self.next_stamp += 1;
+                writes.push(self.checker.begin_write(now, device, first, count, self.next_stamp));
+                Some(fill(self.next_stamp, wish.length))
+            }
+            RequestKind::WriteZeroes { .. } => {
+                writes.push(self.checker.begin_write(now, device, first, count, 0));
+                None
+            }
+            RequestKind::Discard => {
+                // Whole regions may become zeros.
+                let region = SLICE as usize / 64 / SECTOR;
+                let start = first.div_ceil(region) * region;
+                let end = (first + count) / region * region;
+                if start < end {
+                    writes.push(self.checker.begin_write(now, device, start, end - start, 0));
+                }
+                None
+            }
+            RequestKind::Flush => None,
+        };
+        self.say(|| {
+            format!("n{node}: request {token} dev{} {wish:?} stamp {:x}", device + 1, self.next_stamp)
+        });
+        let running = self.process(node)?;
+        let buffer = data.map(|data| running.allocate(data));
+        let length = wish.length;
+        let request = Request {
+            token: RequestToken(token),
+            device: DeviceId(device as u32 + 1),
+            kind: wish.kind,
+            offset: wish.offset,
+            length,
+            buffer: buffer.map(|buffer| BufferRange { buffer, offset: 0, length }),
+        };
+        running.engine.handle_request(now, &request);
+        self.asked.insert(
+            token,
+            Asked {
+                device,
+                kind: wish.kind,
+                offset: wish.offset,
+                length,
+                buffer: buffer.map(|buffer| buffer.0),
+                began: now,
+                writes,
+                exporter: (node, process),
+                replaced: false,
+            },
+        );
+        self.drain(node);
+        Some(token)
+    }
+
+    /// Requests without an answer, at exporters that live.
+    pub fn unanswered(&self) -> Vec<String> {
+        self.asked
+            .iter()
+            .filter(|(_, asked)| self.alive(asked.exporter.0, asked.exporter.1))
+            .map(|(token, asked)| format!("request {token}: {asked:?}"))
+            .collect()
+    }
+
+    /// What every node's requests wait for.
+    pub fn waiting(&self) -> Vec<String> {
+        let lines = self.nodes.iter().filter_map(|node| {
+            let process = node.process.as_ref()?;
+            Some(format!(
+                "n{}: {:?} {:?}",
+                node.id.0,
+                process.engine.waiting(),
+                process.engine.session_reports()
+            ))
+        });
+        lines.collect()
+    }
+
+    pub(super) fn complete(&mut self, node: u16, token: u64, result: Result<(), String>) {
+        let now = self.now;
+        let Some(asked) = self.asked.remove(&token) else {
+            self.checker.violations.push(format!("n{node}: request {token} completed twice, or never asked"));
+            return;
+        };
+        self.say(|| format!("n{node}: request {token} {result:?}"));
+        self.note(token);
+        self.completed += 1;
+        let (device, first) = (asked.device, (asked.offset / SECTOR as u64) as usize);
+        let mut stamps = Vec::new();
+        if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, asked.buffer) {
+            let data = self
+                .process(node)
+                .and_then(|process| process.buffers.get(&buffer))
+                .cloned()
+                .unwrap_or_default();
+            for (index, sector) in data.chunks(SECTOR).enumerate() {
+                match stamp(sector) {
+                    Some(stamp) => {
+                        stamps.push(stamp);
+                        if !self.tainted {
+                            self.checker.read(asked.began, now, device, first + index, stamp);
+                        }
+                    }
+                    None => self
+                        .checker
+                        .violations
+                        .push(format!("request {token}: a torn sector {:x?}", &sector[..32])),
+                }
+            }
+        }
+        if let Some(buffer) = asked.buffer {
+            let freed = self.process(node).and_then(|process| process.free(BufferId(buffer)));
+            if let Some(wrong) = freed {
+                self.checker.violations.push(format!("n{node}: request {token}: {wrong}"));
+            }
+        }
+        match (&result, asked.kind) {
+            (Ok(()), RequestKind::Flush) => self.checker.flushed(device, asked.began, now),
+            (Err(_), RequestKind::Flush) => self.checker.flush_failed(device),
+            (Ok(()), RequestKind::Discard) => {
+                for id in &asked.writes {
+                    self.checker.end(now, *id);
+                }
+            }
+            (Ok(()), kind) => {
+                let fua =
+                    matches!(kind, RequestKind::Write { fua: true } | RequestKind::WriteZeroes { fua: true });
+                let slice = (asked.offset / u64::from(SLICE)) as u32;
+                let lost = self.loss_unseen(node, device, slice)
+                    || self.loss_unseen(
+                        node,
+                        device,
+                        ((asked.offset + u64::from(asked.length) - 1) / u64::from(SLICE)) as u32,
+                    );
+                for id in &asked.writes {
+                    self.checker.acknowledge(now, *id, fua, lost);
+                }
+            }
+            (Err(_), _) => self.orphans[device].extend(&asked.writes),
+        }
+        if !stamps.is_empty() {
+            self.say(|| format!("n{node}: request {token} read {stamps:x?}"));
+        }
+        self.results.insert(token, result.map(|()| stamps));
+        // Bursts, and silence between them.
+        let longest = if self.random.one_in(3) { MS } else { 250 * MS };
+        let pause = self.random.range(10_000, longest);
+        if !asked.replaced {
+            self.queue.push(now + pause, Event::Ask { device });
+        }
+    }
+
+    /// Whether the manager knows of a loss in that slice which the exporter has not heard of.
+    pub(super) fn loss_unseen(&mut self, node: u16, device: usize, slice: u32) -> bool {
+        let Some(process) = self.process(node) else { return false };
+        let version = process.engine.adopted_version();
+        let loss = |map: &DistributionMap| map.devices[device].span(SliceIndex(slice)).map(|span| span.loss);
+        let seen = self.manager.history.get(&version.0).and_then(|map| loss(map));
+        seen != loss(&self.manager.map)
+    }
+}
