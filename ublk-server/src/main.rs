@@ -66,6 +66,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
+    ublk_server::abort::on_panic();
     let Command::Run(run) = arguments.command;
     match start(run) {
         Ok(()) => ExitCode::SUCCESS,

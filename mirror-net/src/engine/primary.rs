@@ -7,6 +7,7 @@ use super::session::Awaited;
 use super::view::PeerIndex;
 use super::{Engine, Nanos};
 use crate::ids::{ExporterSession, SliceEpoch};
+use crate::region::masks::covered;
 use crate::wire::header::{BadFrame, FLAG_FUA, Header, Kind, Status, Trailer};
 
 use super::action::{BufferId, BufferRange, Report};
@@ -270,10 +271,12 @@ impl Engine {
     /// Answers and forgets the operation, and lets those behind it go on.
     pub(super) fn finish(&mut self, key: OpKey, status: Status) {
         let Some(op) = self.ops.remove(key) else { return };
-        let slice = &mut self.devices[op.device].slices[op.slice as usize];
-        slice.lock.release(key);
-        while let Some(next) = slice.lock.pop_ready() {
-            self.ready.push_back(next);
+        // What is refused may be of a device that this node has no part in.
+        if let Some(slice) = self.devices[op.device].slices.get_mut(op.slice as usize) {
+            slice.lock.release(key);
+            while let Some(next) = slice.lock.pop_ready() {
+                self.ready.push_back(next);
+            }
         }
         match op.origin {
             Origin::Part(part) => {
@@ -404,6 +407,9 @@ impl Engine {
             Kind::Discard | Kind::ForwardDiscard => OpKind::Discard,
             _ => OpKind::Read,
         };
+        if kind == OpKind::Discard && covered(header.offset, header.length, self.region_bytes()) == 0 {
+            return Err(BadFrame::Content("a discard of no whole region"));
+        }
         Ok((device, kind))
     }
 

@@ -441,3 +441,24 @@ fn a_joining_copy_of_another_incarnation_is_lost_anew() {
     rig.adopt(&joining);
     assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
 }
+
+#[test]
+fn what_comes_for_a_device_that_is_not_ours_is_refused() {
+    let mut rig = Rig::new(3, &map(3, 2, 1));
+    rig.frame(1, forwarded(Kind::ForwardZero, 1, 0), trailer(1, 7, 1));
+    rig.frame(1, Header { kind: Kind::Zero, ..forwarded(Kind::Zero, 1, 0) }, None);
+    let statuses: Vec<Status> =
+        rig.sent.iter().filter(|sent| sent.to == 1).map(|sent| Status::parse(sent.header.flags)).collect();
+    assert_eq!(statuses, [Status::Fenced; 2]);
+}
+
+#[test]
+fn a_discard_that_covers_no_region_ends_its_session() {
+    for kind in [Kind::ForwardDiscard, Kind::Discard] {
+        let (me, peer) = if kind == Kind::Discard { (2, 1) } else { (1, 2) };
+        let mut rig = Rig::new(me, &map(2, 2, 2));
+        let trailer = (kind == Kind::ForwardDiscard).then(|| trailer(1, 7, 2)).flatten();
+        rig.frame(peer, Header { length: 512, ..forwarded(kind, 1, 512) }, trailer);
+        assert_eq!(rig.closed, [peer]);
+    }
+}
