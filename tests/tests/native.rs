@@ -184,3 +184,28 @@ fn three_nodes_make_a_ring() -> anyhow::Result<()> {
     assert_eq!(slices(&play.disk("n1"), N1_D1)?, slices(&play.disk("n2"), N1_D1)?);
     Ok(())
 }
+
+/// What `nbdinfo --map` makes of the export: (bytes with data, bytes of holes).
+fn allocation(uri: &str) -> anyhow::Result<(u64, u64)> {
+    let output = Command::new("nbdinfo").args(["--map", "--json", uri]).output()?;
+    let extents: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let (mut data, mut holes) = (0, 0);
+    for extent in extents.as_array().into_iter().flatten() {
+        let length = extent["length"].as_u64().unwrap_or(0);
+        if extent["type"] == 0 { data += length } else { holes += length }
+    }
+    Ok((data, holes))
+}
+
+#[test]
+fn clients_see_where_data_is() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let uri = play.uri("n1-d1")?;
+    let mut client = NbdClient::connect(&uri)?;
+    client.write(5 << 20, &stamp(1))?;
+    client.write(100 << 20, &stamp(1))?;
+    assert_eq!(allocation(&uri)?, (2 << 20, client.size - (2 << 20)), "one region a write");
+    client.trim(5 << 20, 1 << 20)?;
+    assert_eq!(allocation(&uri)?.0, 1 << 20);
+    Ok(())
+}

@@ -13,6 +13,7 @@
 pub mod action;
 mod adopt;
 mod exporter;
+mod extents;
 mod flush;
 mod local;
 mod loss;
@@ -26,6 +27,7 @@ mod tests;
 mod view;
 
 pub use adopt::AdoptError;
+pub use extents::Extent;
 
 use crate::control::SessionReport;
 use crate::format::alloc::Allocator;

@@ -7,7 +7,7 @@ pub mod command;
 mod tokens;
 
 use crate::frontend::Answer;
-use crate::frontend::nbd::connection::Connection;
+use crate::frontend::nbd::connection::{Connection, Wanted};
 use crate::frontend::ublk::export::{Arrived, Export};
 use crate::mirror::lane::Lane;
 use crate::ring::buffers::{AlignedBlock, Buffers};
@@ -437,7 +437,11 @@ impl IoThread {
     fn read_client(&mut self, index: usize) -> io::Result<()> {
         while let Some(client) = self.clients.get_mut(index).filter(|client| !client.stream.is_closed()) {
             match client.next(&mut self.buffers) {
-                Ok(Some(ask)) => {
+                Ok(Some(Wanted::Status(request))) => {
+                    let extents = self.engine.extents(client.device, request.offset, request.length.into());
+                    client.status(&request, extents, &mut self.buffers);
+                }
+                Ok(Some(Wanted::Request(ask))) => {
                     let request = Request {
                         token: Asker::Client { index, slot: ask.slot }.encode(),
                         device: client.device,

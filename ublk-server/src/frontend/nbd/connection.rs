@@ -6,6 +6,7 @@ use super::{NbdError, Session};
 use crate::frontend::Answer;
 use crate::ring::buffers::Buffers;
 use crate::ring::stream::{Incoming, Outgoing, OutgoingBody, Short, Stream};
+use mirror_net::engine::Extent;
 use mirror_net::engine::action::{BufferRange, RequestError, RequestKind};
 use mirror_net::ids::DeviceId;
 use slab::Slab;
@@ -32,6 +33,14 @@ pub struct Connection {
     read_room: Option<BufferRange>,
     /// The client said that it is leaving.
     leaving: bool,
+}
+
+/// What a client wants.
+pub enum Wanted {
+    /// Something that the engine does.
+    Request(Ask),
+    /// Which parts hold data: answered with [`Connection::status`].
+    Status(Request),
 }
 
 /// What to ask the engine for, on behalf of a client.
@@ -63,7 +72,7 @@ impl Connection {
     }
 
     /// The next request for the engine; `None` until something was received, completed or released.
-    pub fn next(&mut self, buffers: &mut Buffers) -> Result<Option<Ask>, Bad> {
+    pub fn next(&mut self, buffers: &mut Buffers) -> Result<Option<Wanted>, Bad> {
         loop {
             if self.leaving || self.pending.len() >= REQUESTS_MAX {
                 return Ok(None);
@@ -78,8 +87,8 @@ impl Connection {
                 Incoming::Frame(request) => match self.refused.take() {
                     Some(refusal) => self.answer(&reply::refusal(&self.session, &request, refusal), buffers),
                     None => {
-                        if let Some(ask) = self.begin(request, buffers) {
-                            return Ok(Some(ask));
+                        if let Some(wanted) = self.begin(request) {
+                            return Ok(Some(wanted));
                         }
                     }
                 },
@@ -110,7 +119,7 @@ impl Connection {
         true
     }
 
-    fn begin(&mut self, request: Request, buffers: &mut Buffers) -> Option<Ask> {
+    fn begin(&mut self, request: Request) -> Option<Wanted> {
         let fua = request.flags.fua();
         let (kind, buffer) = match request.command {
             Command::Read => (RequestKind::Read, self.read_room.take()),
@@ -118,20 +127,7 @@ impl Connection {
             Command::WriteZeroes => (RequestKind::WriteZeroes { fua }, None),
             Command::Trim => (RequestKind::Discard, None),
             Command::Flush => (RequestKind::Flush, None),
-            Command::BlockStatus => {
-                // Everything counts as data: where holes are is known to the primaries only.
-                let all = reply::Extent { length: u64::from(request.length), hole: false, zero: false };
-                let status = reply::block_status(&request, [all]);
-                self.stream.queue(
-                    Outgoing {
-                        head: Short::new(&[]),
-                        body: OutgoingBody::Bytes(status.to_vec()),
-                        tail: Short::new(&[]),
-                    },
-                    buffers,
-                );
-                return None;
-            }
+            Command::BlockStatus => return Some(Wanted::Status(request)),
             Command::Disconnect => {
                 self.leaving = true;
                 return None;
@@ -142,7 +138,24 @@ impl Connection {
         let (offset, length) =
             if kind == RequestKind::Flush { (0, 0) } else { (request.offset, request.length) };
         let slot = self.pending.insert(Pending { request, buffer });
-        Some(Ask { slot, kind, offset, length, buffer })
+        Some(Wanted::Request(Ask { slot, kind, offset, length, buffer }))
+    }
+
+    /// Answers a question for extents, which begin where it does.
+    pub fn status(
+        &mut self,
+        request: &Request,
+        extents: impl Iterator<Item = Extent>,
+        buffers: &mut Buffers,
+    ) {
+        let extents = extents.map(|extent| reply::Extent {
+            length: extent.length,
+            hole: !extent.data,
+            zero: !extent.data,
+        });
+        let bytes = reply::block_status(request, extents).to_vec();
+        let (head, tail) = (Short::new(&[]), Short::new(&[]));
+        self.stream.queue(Outgoing { head, body: OutgoingBody::Bytes(bytes), tail }, buffers);
     }
 
     fn answer(&mut self, head: &[u8], buffers: &mut Buffers) {

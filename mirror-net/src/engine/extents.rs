@@ -1,0 +1,55 @@
+//! Which parts of a device hold data: for clients that copy or show only those.
+
+use super::Engine;
+use super::view::Place;
+use crate::ids::{DeviceId, SlotIndex};
+
+/// A part of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// In bytes.
+    pub length: u64,
+    /// Something may be stored there; otherwise it reads as zeros.
+    pub data: bool,
+}
+
+impl Engine {
+    /// The extents of a range, one after the other.
+    ///
+    /// Only what this node could read at this moment is ever called empty (PROTOCOL.md rule 12);
+    /// slices whose primary is another node count as data.
+    pub fn extents(&self, device: DeviceId, offset: u64, length: u64) -> impl Iterator<Item = Extent> {
+        let region = u64::from(self.region_bytes());
+        let end = offset.saturating_add(length);
+        let device = self.by_device.get(&device).copied();
+        let mut at = offset;
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let next = ((at / region + 1) * region).min(end);
+            let extent = Extent {
+                length: next - at,
+                data: device.is_none_or(|device| self.may_hold_data(device, at)),
+            };
+            at = next;
+            Some(extent)
+        })
+    }
+
+    fn may_hold_data(&self, device: usize, at: u64) -> bool {
+        let slice = at / u64::from(self.slice_bytes);
+        let offset = (at % u64::from(self.slice_bytes)) as u32;
+        let device = &self.devices[device];
+        let Some(entry) = device.slices.get(slice as usize) else { return true };
+        let span = device.view.span(slice as u32);
+        let leased = span.others.iter().all(|peer| self.peers[*peer].leases_until(span.epoch) > self.now);
+        if span.primary != Place::Here || !span.serves() || self.now < self.serve_after || !leased {
+            return true;
+        }
+        entry.place.is_none_or(|(disk, slot)| {
+            let readable = self.disks[disk].journal.masks(SlotIndex(slot)).readable();
+            readable >> (offset / self.region_bytes()) & 1 == 1
+        })
+    }
+}
