@@ -1,7 +1,6 @@
 //! Which parts of a device hold data: for clients that copy or show only those.
 
 use super::Engine;
-use super::view::Place;
 use crate::ids::{DeviceId, SlotIndex};
 
 /// A part of a device.
@@ -43,8 +42,7 @@ impl Engine {
         let device = &self.devices[device];
         let Some(entry) = device.slices.get(slice as usize) else { return true };
         let span = device.view.span(slice as u32);
-        let leased = span.others.iter().all(|peer| self.peers[*peer].leases_until(span.epoch) > self.now);
-        if span.primary != Place::Here || !span.serves() || self.now < self.serve_after || !leased {
+        if !span.serves() || self.now < self.serve_after || !self.holds_leases(span) {
             return true;
         }
         entry.place.is_none_or(|(disk, slot)| {

@@ -4,7 +4,7 @@ use super::action::{Action, Body, OpKey};
 use super::local::LocalStart;
 use super::op::{LegState, Legs, Local, Op, OpKind, Origin, Part, Sender};
 use super::session::Awaited;
-use super::view::PeerIndex;
+use super::view::{PeerIndex, SpanView};
 use super::{Engine, Nanos};
 use crate::ids::{ExporterSession, SliceEpoch};
 use crate::region::masks::covered;
@@ -115,7 +115,11 @@ impl Engine {
 
     /// Whether every current copy lets this node read (rule 12).
     pub(super) fn may_read(&self, op: &Op) -> bool {
-        let span = self.devices[op.device].view.span(op.slice);
+        self.holds_leases(self.devices[op.device].view.span(op.slice))
+    }
+
+    /// Whether every current copy of the span lets this node read.
+    pub(super) fn holds_leases(&self, span: &SpanView) -> bool {
         span.others.iter().all(|peer| self.peers[*peer].leases_until(span.epoch) > self.now)
     }
 
