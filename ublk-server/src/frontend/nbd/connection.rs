@@ -11,7 +11,8 @@ use mirror_net::ids::DeviceId;
 use slab::Slab;
 use std::os::fd::OwnedFd;
 
-/// Requests of one connection under way, at most; beyond that nothing is received.
+/// Requests of one connection under way, and replies that it has not taken, at most; beyond that
+/// nothing is received.
 const REQUESTS_MAX: usize = 1024;
 
 struct Pending {
@@ -65,7 +66,8 @@ impl Connection {
     /// The next request for the engine; `None` until something was received, completed or released.
     pub fn next(&mut self, buffers: &mut Buffers) -> Result<Option<Ask>, Bad> {
         loop {
-            if self.leaving || self.pending.len() >= REQUESTS_MAX {
+            if self.leaving || self.pending.len() + self.stream.backlog() >= REQUESTS_MAX {
+                self.stream.hold();
                 return Ok(None);
             }
             match self.stream.next(buffers)? {
