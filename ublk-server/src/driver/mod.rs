@@ -131,6 +131,9 @@ impl IoThread {
             while let Some(action) = self.engine.poll_action() {
                 self.carry_out(action)?;
             }
+            if let Some(error) = self.engine.take_refused_map() {
+                self.tell(Event::MapRefused(error.to_string()));
+            }
             if self.late_answers {
                 self.late_answers = false;
                 self.answer_late()?;
@@ -485,8 +488,7 @@ impl IoThread {
         let mut waiting = VecDeque::new();
         while let Some(client) = self.queued_clients.pop_front() {
             let device = client.device;
-            let drains =
-                |(_, other): (usize, &Connection)| other.device == device && other.stream.is_closed();
+            let drains = |(_, other): (usize, &Connection)| other.device == device && other.is_leaving();
             if self.clients.iter().any(drains) {
                 waiting.push_back(client);
             } else {

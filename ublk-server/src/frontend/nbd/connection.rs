@@ -187,6 +187,11 @@ impl Connection {
         self.leaving && self.pending.is_empty() && self.stream.backlog() == 0
     }
 
+    /// Whether it will send no more requests; what it asked for may still be under way.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving || self.stream.is_closed()
+    }
+
     /// Requests that the engine has not completed.
     pub fn pending(&self) -> usize {
         self.pending.len()
