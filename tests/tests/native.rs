@@ -14,6 +14,7 @@ const N1_D1: DeviceId = DeviceId(1);
 fn fio(uri: &str, extra: &[&str]) {
     let status = Command::new("fio")
         .args(["--name=verify", "--ioengine=nbd", "--size=48m", "--verify=crc32c", "--verify_fatal=1"])
+        .arg("--verify_state_save=0")
         .args(["--output=/dev/null", "--uri", uri])
         .args(extra)
         .status()
