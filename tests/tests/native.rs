@@ -14,6 +14,7 @@ const N1_D1: DeviceId = DeviceId(1);
 fn fio(uri: &str, extra: &[&str]) {
     let status = Command::new("fio")
         .args(["--name=verify", "--ioengine=nbd", "--size=48m", "--verify=crc32c", "--verify_fatal=1"])
+        .arg("--verify_state_save=0")
         .args(["--output=/dev/null", "--uri", uri])
         .args(extra)
         .status()
@@ -158,6 +159,35 @@ fn a_restarted_primary_forwards_to_the_promoted_partner() -> anyhow::Result<()> 
     client.write(5 << 20, &stamp(77))?;
     client.flush()?;
     fio(&uri, &["--rw=randwrite", "--bs=16k", "--iodepth=16", "--do_verify=1"]);
+    // Every read that waits for its answer has a buffer, and the answers need buffers as well.
+    fio(&uri, &[&["--rw=read"], &MUCH[..]].concat());
+    Ok(())
+}
+
+/// More data under way than the buffers of a node hold.
+const MUCH: [&str; 8] = [
+    "--bs=1m",
+    "--iodepth=64",
+    "--numjobs=3",
+    "--group_reporting",
+    "--time_based",
+    "--runtime=4",
+    "--verify=0",
+    "--size=48m",
+];
+
+#[test]
+fn two_nodes_that_fill_each_others_buffers_do_not_wait_for_each_other() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let uris = [play.uri("n1-d1")?, play.uri("n2-d1")?];
+    std::thread::scope(|scope| {
+        for uri in &uris {
+            scope.spawn(|| fio(uri, &[&["--rw=write"], &MUCH[..]].concat()));
+        }
+    });
+    // Nobody was taken for dead meanwhile.
+    let status = play.mirrorctl(&["status"])?;
+    assert_eq!(status.status.code(), Some(0), "{}{}", String::from_utf8_lossy(&status.stdout), play.logs());
     Ok(())
 }
 

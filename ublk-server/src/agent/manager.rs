@@ -71,6 +71,10 @@ async fn connect(
 ) -> Result<TcpStream, TransportError> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
+    // A manager's machine that is gone says nothing: without this the kernel would try for a quarter
+    // of an hour before we look for it again.
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::TcpUserTimeout, &5_000)
+        .map_err(std::io::Error::from)?;
     transport::connect(&mut stream, &common.key, Purpose::Control, &common.identity(cluster), nonce())
         .await?;
     Ok(stream)

@@ -131,6 +131,9 @@ impl IoThread {
             while let Some(action) = self.engine.poll_action() {
                 self.carry_out(action)?;
             }
+            if let Some(error) = self.engine.take_refused_map() {
+                self.tell(Event::MapRefused(error.to_string()));
+            }
             if self.late_answers {
                 self.late_answers = false;
                 self.answer_late()?;
@@ -414,16 +417,11 @@ impl IoThread {
 
     /// Everything queued goes out, everything that can be received is asked for.
     fn send_all(&mut self) -> io::Result<()> {
-        for index in self.lanes.iter().map(|(index, _)| index).collect::<Vec<_>>() {
-            // Frames that waited for a free buffer.
-            self.read_lane(index)?;
-        }
+        // First, since it leads to more that is to be sent.
+        while self.read_clients()? {}
         for (index, lane) in &mut self.lanes {
             lane.stream.send(&mut self.ring, &self.buffers, Token::LaneSend(index).encode())?;
             lane.stream.receive(&mut self.ring, &mut self.buffers, Token::LaneReceive(index).encode())?;
-        }
-        for index in self.clients.iter().map(|(index, _)| index).collect::<Vec<_>>() {
-            self.read_client(index)?;
         }
         for (index, client) in &mut self.clients {
             client.stream.send(&mut self.ring, &self.buffers, Token::ClientSend(index).encode())?;
@@ -434,7 +432,18 @@ impl IoThread {
 
     // ---- NBD ----
 
-    fn read_client(&mut self, index: usize) -> io::Result<()> {
+    /// Requests that waited for a free buffer, or for the answers to earlier ones; true if any did.
+    fn read_clients(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        for index in 0..self.clients.capacity() {
+            any |= self.clients.contains(index) && self.read_client(index)?;
+        }
+        Ok(any)
+    }
+
+    /// Takes a client's requests; true if there were any.
+    fn read_client(&mut self, index: usize) -> io::Result<bool> {
+        let mut any = false;
         while let Some(client) = self.clients.get_mut(index).filter(|client| !client.stream.is_closed()) {
             match client.next(&mut self.buffers) {
                 Ok(Some(Wanted::Status(request))) => {
@@ -452,6 +461,7 @@ impl IoThread {
                     };
                     self.engine.handle_request(now(), &request);
                     self.settle()?;
+                    any = true;
                 }
                 Ok(None) => break,
                 Err(error) => {
@@ -460,7 +470,8 @@ impl IoThread {
                 }
             }
         }
-        self.drop_client_if_done(index)
+        self.drop_client_if_done(index)?;
+        Ok(any)
     }
 
     fn drop_client_if_done(&mut self, index: usize) -> io::Result<()> {
@@ -481,8 +492,7 @@ impl IoThread {
         let mut waiting = VecDeque::new();
         while let Some(client) = self.queued_clients.pop_front() {
             let device = client.device;
-            let drains =
-                |(_, other): (usize, &Connection)| other.device == device && other.stream.is_closed();
+            let drains = |(_, other): (usize, &Connection)| other.device == device && other.is_leaving();
             if self.clients.iter().any(drains) {
                 waiting.push_back(client);
             } else {

@@ -59,32 +59,28 @@ impl Lane {
         Self { peer, session, stream: Stream::new(fd, LaneParser { seed }, &[]), seed, read_buffer: None }
     }
 
-    /// The next message that is complete; `None` until more was received or a buffer is free.
+    /// The next message that is complete; `None` until more was received.
     pub fn next(&mut self, buffers: &mut Buffers) -> Result<Option<Message>, BadFrame> {
         loop {
             match self.stream.next(buffers)? {
                 Incoming::Starved => return Ok(None),
-                Incoming::Header(header, length) => {
-                    if !self.place(&header, length, buffers)? {
-                        return Ok(None);
-                    }
-                }
+                Incoming::Header(header, length) => self.place(&header, length, buffers)?,
                 Incoming::Frame(header) => return self.complete(header, buffers).map(Some),
             }
         }
     }
 
-    /// Finds the place of a body; false while no buffer is free.
-    fn place(&mut self, header: &Header, length: usize, buffers: &mut Buffers) -> Result<bool, BadFrame> {
+    /// Finds the place of a body.
+    fn place(&mut self, header: &Header, length: usize, buffers: &mut Buffers) -> Result<(), BadFrame> {
         let carries_data = match header.kind {
             Kind::Write | Kind::ForwardWrite => true,
             Kind::Reply => length > 0,
             _ => false,
         };
         if carries_data {
-            let Some(buffer) = buffers.allocate(length.max(1)) else { return Ok(false) };
+            let buffer = buffers.allocate_for_peer(length.max(1));
             self.stream.accept(BufferRange { buffer, offset: 0, length: length as u32 });
-            return Ok(true);
+            return Ok(());
         }
         if length > SMALL_BYTES_MAX {
             return Err(BadFrame::BodyTooLong(length as u32));
@@ -93,11 +89,10 @@ impl Lane {
             if header.length > PIECE_BYTES_MAX {
                 return Err(BadFrame::Content("a read longer than a piece"));
             }
-            let Some(buffer) = buffers.allocate(header.length.max(1) as usize) else { return Ok(false) };
-            self.read_buffer = Some(buffer);
+            self.read_buffer = Some(buffers.allocate_for_peer(header.length.max(1) as usize));
         }
         self.stream.accept_small(length);
-        Ok(true)
+        Ok(())
     }
 
     fn complete(&mut self, header: Header, buffers: &mut Buffers) -> Result<Message, BadFrame> {

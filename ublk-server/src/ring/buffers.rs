@@ -19,6 +19,8 @@ struct Entry {
     length: usize,
     kind: Kind,
     free: bool,
+    /// Counts against the limit.
+    limited: bool,
     /// Frames that are still to be sent from it.
     pins: u32,
     /// Released while it was pinned.
@@ -31,6 +33,7 @@ impl Entry {
         length: 0,
         kind: Kind::Foreign,
         free: false,
+        limited: false,
         pins: 0,
         release_later: false,
     };
@@ -60,33 +63,47 @@ pub struct Buffers {
 unsafe impl Send for Buffers {}
 
 impl Buffers {
-    /// At most `limit_bytes` are handed out at a time; beyond that [`Buffers::allocate`] says no.
+    /// [`Buffers::allocate`] hands out at most `limit_bytes` at a time; beyond that it says no.
     pub fn new(limit_bytes: usize) -> Self {
         Self { entries: Vec::new(), free: Default::default(), vacant: Vec::new(), used_bytes: 0, limit_bytes }
     }
 
-    /// A buffer of at least that many bytes, with whatever content; `None` while too much is in use.
+    /// A buffer of at least that many bytes for a request of this node's own clients, with whatever
+    /// content; `None` while too much is in use.
     pub fn allocate(&mut self, bytes: usize) -> Option<BufferId> {
-        let class = CLASSES.iter().position(|size| *size >= bytes);
-        let size = class.map_or(bytes.next_multiple_of(ALIGNMENT), |class| CLASSES[class]);
+        let (_, size) = class_of(bytes);
         // One request is always let through, or one that is larger than the limit would wait for ever.
         if self.used_bytes > 0 && self.used_bytes + size > self.limit_bytes {
             return None;
         }
         self.used_bytes += size;
+        Some(self.take(bytes, true))
+    }
+
+    /// A buffer for what another node sends; it is never refused.
+    ///
+    /// Behind a frame that is left on its lane are the answers that free buffers here, and the other
+    /// node may be waiting for buffers in the same way: both would wait for ever. What a node sends is
+    /// bounded by what its own clients have under way.
+    pub fn allocate_for_peer(&mut self, bytes: usize) -> BufferId {
+        self.take(bytes, false)
+    }
+
+    fn take(&mut self, bytes: usize, limited: bool) -> BufferId {
+        let (class, length) = class_of(bytes);
         if let Some(index) = class.and_then(|class| self.free[class].pop()) {
-            self.entries[index as usize].free = false;
-            return Some(BufferId(index));
+            let entry = &mut self.entries[index as usize];
+            (entry.free, entry.limited) = (false, limited);
+            return BufferId(index);
         }
-        let layout = Layout::from_size_align(size, ALIGNMENT).ok()?;
-        // SAFETY: the layout's size is not zero.
-        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-        Some(self.insert(Entry {
+        let start = zeroed(layout(length));
+        self.insert(Entry {
             start,
-            length: size,
+            length,
             kind: class.map_or(Kind::Large, Kind::Class),
+            limited,
             ..Entry::EMPTY
-        }))
+        })
     }
 
     fn insert(&mut self, entry: Entry) -> BufferId {
@@ -125,22 +142,17 @@ impl Buffers {
             entry.release_later = true;
             return;
         }
-        match entry.kind {
-            Kind::Foreign => {}
-            Kind::Class(class) => {
-                entry.free = true;
-                self.used_bytes -= entry.length;
-                self.free[class].push(buffer.0);
-            }
-            Kind::Large => {
-                entry.free = true;
-                self.used_bytes -= entry.length;
-                if let Ok(layout) = Layout::from_size_align(entry.length, ALIGNMENT) {
-                    // SAFETY: allocated with this layout in `allocate`, and released once.
-                    unsafe { std::alloc::dealloc(entry.start.as_ptr(), layout) };
-                }
-                self.vacant.push(buffer.0);
-            }
+        if entry.kind == Kind::Foreign {
+            return;
+        }
+        entry.free = true;
+        self.used_bytes -= if entry.limited { entry.length } else { 0 };
+        if let Kind::Class(class) = entry.kind {
+            self.free[class].push(buffer.0);
+        } else {
+            // SAFETY: allocated with this layout in `take`, and released once.
+            unsafe { std::alloc::dealloc(entry.start.as_ptr(), layout(entry.length)) };
+            self.vacant.push(buffer.0);
         }
     }
 
@@ -194,10 +206,28 @@ impl Buffers {
         }
     }
 
-    /// Bytes handed out.
+    /// Bytes that count against the limit.
     pub fn used_bytes(&self) -> usize {
         self.used_bytes
     }
+}
+
+/// Class, if one is large enough, and size of a buffer.
+fn class_of(bytes: usize) -> (Option<usize>, usize) {
+    let class = CLASSES.iter().position(|size| *size >= bytes);
+    (class, class.map_or(bytes.next_multiple_of(ALIGNMENT), |class| CLASSES[class]))
+}
+
+fn layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes, ALIGNMENT).expect("a sane size")
+}
+
+/// Zeroed memory of that layout, whose size is not zero.
+fn zeroed(layout: Layout) -> NonNull<u8> {
+    assert!(layout.size() > 0);
+    // SAFETY: the size is not zero.
+    let start = unsafe { std::alloc::alloc_zeroed(layout) };
+    NonNull::new(start).unwrap_or_else(|| std::alloc::handle_alloc_error(layout))
 }
 
 /// A fixed, page-aligned block of memory.
@@ -215,11 +245,8 @@ impl AlignedBlock {
     /// # Panics
     /// If there is no memory.
     pub fn new(bytes: usize) -> Self {
-        let layout = Layout::from_size_align(bytes.max(ALIGNMENT), ALIGNMENT).expect("a sane size");
-        // SAFETY: the size is not zero.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        let start = NonNull::new(start).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
-        Self { start, layout }
+        let layout = layout(bytes.max(ALIGNMENT));
+        Self { start: zeroed(layout), layout }
     }
 }
 
@@ -274,6 +301,18 @@ mod tests {
         assert_eq!(buffers.allocate(64 << 10), None);
         buffers.release(a);
         assert_eq!(buffers.used_bytes(), 0);
+    }
+
+    #[test]
+    fn what_peers_send_finds_room_beyond_the_limit_and_leaves_the_limit_alone() {
+        let mut buffers = Buffers::new(64 << 10);
+        let own = buffers.allocate(64 << 10).unwrap();
+        assert_eq!(buffers.allocate(1), None);
+        let theirs = buffers.allocate_for_peer(64 << 10);
+        buffers.release(own);
+        assert_eq!(buffers.allocate(64 << 10), Some(own), "theirs does not count");
+        buffers.release(theirs);
+        assert_eq!(buffers.used_bytes(), 64 << 10);
     }
 
     #[test]

@@ -203,6 +203,12 @@ where
         }
     }
 
+    /// Nothing more is received until [`Stream::next`] was called again: without it, what nobody takes
+    /// would fill the staging buffer.
+    pub fn hold(&mut self) {
+        self.starved = false;
+    }
+
     /// Names the buffer for the payload of the header that was just seen.
     pub fn accept(&mut self, range: BufferRange) {
         self.place(Destination::Buffer(range));

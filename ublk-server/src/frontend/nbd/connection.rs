@@ -12,7 +12,8 @@ use mirror_net::ids::DeviceId;
 use slab::Slab;
 use std::os::fd::OwnedFd;
 
-/// Requests of one connection under way, at most; beyond that nothing is received.
+/// Requests of one connection under way, and replies that it has not taken, at most; beyond that
+/// nothing is received.
 const REQUESTS_MAX: usize = 1024;
 
 struct Pending {
@@ -74,7 +75,8 @@ impl Connection {
     /// The next request for the engine; `None` until something was received, completed or released.
     pub fn next(&mut self, buffers: &mut Buffers) -> Result<Option<Wanted>, Bad> {
         loop {
-            if self.leaving || self.pending.len() >= REQUESTS_MAX {
+            if self.leaving || self.pending.len() + self.stream.backlog() >= REQUESTS_MAX {
+                self.stream.hold();
                 return Ok(None);
             }
             match self.stream.next(buffers)? {
@@ -196,6 +198,11 @@ impl Connection {
     /// Whether the client left and everything it asked for is answered and sent.
     pub fn is_finished(&self) -> bool {
         self.leaving && self.pending.is_empty() && self.stream.backlog() == 0
+    }
+
+    /// Whether it will send no more requests; what it asked for may still be under way.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving || self.stream.is_closed()
     }
 
     /// Requests that the engine has not completed.
