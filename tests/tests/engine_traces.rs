@@ -133,16 +133,19 @@ fn a_primary_without_its_secondary_and_without_a_manager_acknowledges_nothing() 
 #[test]
 fn writes_under_way_at_a_hand_over_do_not_come_back() {
     for delay in 0..20 {
-        let mut story = Story::new(2, 2);
+        let mut story = Story::new(3, 2);
+        // The exporter stays where it is.
+        story.fault(Fault::MoveClaim { device: 0, node: 3 }).wait(500);
         for round in 0..8 {
             story.ask(0, WRITE, round % 2 * 512, 1024);
         }
         story.cluster.run_until(story.cluster.now + delay * MS / 20);
-        story.fault(Fault::HandOver { device: 0 });
+        story.fault(Fault::FailOver { node: 1 });
         for round in 0..8 {
             story.ask(0, WRITE, round % 2 * 512, 1024);
         }
         let stamp = story.write();
+        story.wait(500);
         assert_eq!(story.copies(), [(2, InSync), (1, Stale)]);
         assert_eq!(story.read(), Ok(stamp));
         story.end();
@@ -159,7 +162,10 @@ fn a_deposed_primary_that_has_not_heard_of_it_serves_no_old_data() {
     for (from, to) in [(1, 2), (2, 1)] {
         story.fault(Fault::Silence { from, to, on: true });
     }
-    for _ in 0..100 {
+    for round in 0..100 {
+        if round == 10 {
+            story.fault(Fault::FailOver { node: 1 });
+        }
         story.ask(0, RequestKind::Read, 0, 512);
         story.ask(0, WRITE, 0, 512);
         story.wait(50);
@@ -266,8 +272,37 @@ fn of_three_copies_the_last_has_everything() {
     story.fault(Fault::PowerCut { node: 2 });
     story.wait(3_000);
     story.fault(Fault::PowerCut { node: 1 });
-    story.wait(6_000);
+    story.wait(3_000).fault(Fault::FailOver { node: 1 }).wait(3_000);
     assert_eq!(story.copies()[0], (3, InSync));
     assert_eq!(story.read(), Ok(stamp));
     story.end();
+}
+
+/// Whoever takes over from three, the third is no member until copies can be reconciled.
+#[test]
+fn of_three_copies_a_promotion_keeps_one() {
+    let mut story = Story::new(3, 3);
+    let stamp = story.write();
+    story.fault(Fault::FailOver { node: 1 }).wait(1_000);
+    assert_eq!(story.copies(), [(2, InSync), (1, Stale), (3, Stale)]);
+    assert_eq!(story.read(), Ok(stamp));
+    story.end();
+}
+
+/// A manager that dies at any moment of a failover has made it, or its successor knows nothing of it.
+#[test]
+fn a_manager_that_dies_in_the_middle_of_a_change_leaves_all_of_it_or_nothing() {
+    for delay in 0..20 {
+        let mut story = Story::new(3, 2);
+        story.fault(Fault::MoveClaim { device: 0, node: 3 }).wait(500);
+        let stamp = story.write();
+        story.fault(Fault::FailOver { node: 1 });
+        story.cluster.run_until(story.cluster.now + delay * MS / 2);
+        story.fault(Fault::KillManager).wait(50);
+        story.fault(Fault::StartManager).wait(1_500);
+        let copies = story.copies();
+        assert!(copies == [(2, InSync), (1, Stale)] || copies == [(1, InSync), (2, InSync)], "{copies:?}");
+        assert_eq!(story.read(), Ok(stamp));
+        story.end();
+    }
 }

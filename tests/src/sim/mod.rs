@@ -3,8 +3,8 @@
 
 pub mod checker;
 pub mod cluster;
+pub mod control;
 pub mod disk;
-pub mod manager;
 pub mod network;
 pub mod node;
 pub mod schedule;

@@ -60,8 +60,6 @@ pub struct Process {
     pub ios: HashMap<u64, (mirror_net::engine::action::Io, DiskIo)>,
     /// What it told the manager as adopted.
     pub adopted: MapVersion,
-    /// It said that its disk failed.
-    pub disk_failed: bool,
     next_buffer: u32,
     next_io: u64,
 }
@@ -174,7 +172,6 @@ impl Node {
             buffers: HashMap::new(),
             ios: HashMap::new(),
             adopted: MapVersion(0),
-            disk_failed: false,
             next_buffer: 0,
             next_io: 0,
         });

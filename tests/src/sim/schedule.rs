@@ -7,7 +7,7 @@ use crate::sim::workload::{SLICES, Wish};
 use mirror_net::engine::action::RequestKind;
 
 /// Classes of faults, for counting.
-pub const CLASSES: [&str; 10] = [
+pub const CLASSES: [&str; 12] = [
     "kill",
     "power cut",
     "pause",
@@ -15,9 +15,11 @@ pub const CLASSES: [&str; 10] = [
     "silence",
     "no manager",
     "disk error",
-    "hand-over",
+    "failover",
     "claim move",
     "power cut of all",
+    "manager crash",
+    "control connection",
 ];
 
 /// How a schedule ended.
@@ -43,7 +45,7 @@ fn plan_fault(cluster: &mut Cluster, random: &mut Random, shape: Shape, at: Nano
     let other = (node % shape.nodes) + 1;
     let later = at + [50, 300, 1_500, 4_000][random.below(4) as usize] * MS + random.below(100 * MS);
     let device = random.below(shape.devices as u64) as usize;
-    let class = random.below(if disks { 9 } else { 10 }) as usize;
+    let class = random.below(if disks { 9 } else { 12 }) as usize;
     match class {
         0 | 1 => {
             let stop = if class == 0 { Fault::Kill { node } } else { Fault::PowerCut { node } };
@@ -80,8 +82,13 @@ fn plan_fault(cluster: &mut Cluster, random: &mut Random, shape: Shape, at: Nano
             cluster.plan(at, fault[random.below(3) as usize]);
         }
         6 => return plan_fault(cluster, random, shape, at, disks),
-        7 => cluster.plan(at, Fault::HandOver { device }),
+        7 => cluster.plan(at, Fault::FailOver { node }),
         8 => cluster.plan(at, Fault::MoveClaim { device, node }),
+        10 => {
+            cluster.plan(at, Fault::KillManager);
+            cluster.plan(later, Fault::StartManager);
+        }
+        11 => cluster.plan(at, Fault::CutControl { node }),
         _ => {
             for node in 1..=shape.nodes {
                 if random.below(8) > 0 {

@@ -28,6 +28,8 @@ pub struct Asked {
     pub writes: Vec<WriteId>,
     /// The exporting node, and its process.
     pub exporter: (u16, u64),
+    /// The claim's generation that it was exported under; 0 at a former exporter.
+    pub claim: u64,
     /// Another exporter started meanwhile, and its user asks in place of this one.
     pub replaced: bool,
 }

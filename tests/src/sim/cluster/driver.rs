@@ -4,6 +4,7 @@ use super::{Cluster, Event};
 use crate::sim::network::Frame;
 use crate::sim::node::DiskIo;
 use crate::sim::scheduler::MS;
+use mirror_net::control::NodeMessage;
 use mirror_net::engine::action::{Action, Body, BufferId, BufferRange, Io, Report};
 use mirror_net::format::MetadataIo;
 use mirror_net::ids::NodeId;
@@ -113,20 +114,24 @@ impl Cluster {
                 self.complete(node, token.0, result.map_err(|e| format!("{e:?}")))
             }
             Action::Report(report) => {
-                match &report {
-                    Report::Adopted { version } => process.adopted = *version,
-                    Report::DiskFailed { .. } => process.disk_failed = true,
-                    Report::AskStale { .. } => {}
+                if let Report::Adopted { version } = &report {
+                    process.adopted = *version;
                 }
                 self.say(|| format!("n{node}: {report:?}"));
-                match report {
-                    Report::Adopted { .. } | Report::DiskFailed { .. } => {}
-                    Report::AskStale { peer, .. } => {
-                        let incarnation = self.node(node).incarnation();
-                        if !self.cut_off[usize::from(node) - 1] {
-                            let at = self.now + self.random.range(100_000, 10 * MS);
-                            self.queue.push(at, Event::AskStale { node, incarnation, peer });
+                let adopted = matches!(report, Report::Adopted { .. });
+                self.tell_manager(
+                    node,
+                    match report {
+                        Report::Adopted { version } => NodeMessage::Adopted { version },
+                        Report::DiskFailed { disk, reason } => NodeMessage::DiskFailed { disk, reason },
+                        Report::AskStale { peer, version, cause } => {
+                            NodeMessage::AskStale { peer, version, cause }
                         }
+                    },
+                );
+                if adopted {
+                    for device in 0..self.shape.devices {
+                        self.export(node, device);
                     }
                 }
             }

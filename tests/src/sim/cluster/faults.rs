@@ -3,8 +3,6 @@
 use super::{Cluster, Event};
 use crate::sim::disk::Faults;
 use crate::sim::scheduler::{MS, Nanos};
-use mirror_net::ids::NodeId;
-use std::sync::Arc;
 
 /// What goes wrong, or is done by an operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +18,10 @@ pub enum Fault {
     DiskWrites { node: u16 },
     DiskFlush { node: u16 },
     DiskMetadata { node: u16 },
-    HandOver { device: usize },
+    FailOver { node: u16 },
+    KillManager,
+    StartManager,
+    CutControl { node: u16 },
     MoveClaim { device: usize, node: u16 },
 }
 
@@ -55,6 +56,12 @@ impl Cluster {
                 }
             }
         }
+        if let Some(connection) = self.agents[usize::from(node) - 1].connection {
+            let later = if power { 3_000 * MS } else { 20 * MS };
+            let at = self.now + self.random.range(100_000, later);
+            self.queue.push(at, Event::NodeGone { life: self.manager.life, connection });
+        }
+        self.agents[usize::from(node) - 1].restart();
         self.next_process += 1;
         let process = self.next_process;
         let node = self.node_mut(node);
@@ -94,18 +101,11 @@ impl Cluster {
             Fault::DiskWrites { node } => self.fail_disk(node, |faults| faults.write = true),
             Fault::DiskFlush { node } => self.fail_disk(node, |faults| faults.flush = true),
             Fault::DiskMetadata { node } => self.fail_disk(node, |faults| faults.metadata = true),
-            Fault::HandOver { device } => {
-                let before = Arc::clone(&self.manager.map);
-                if self.manager.hand_over(now, device) {
-                    self.publish(&before);
-                }
-            }
-            Fault::MoveClaim { device, node } => {
-                let before = Arc::clone(&self.manager.map);
-                if self.manager.move_claim(device, NodeId(node)) {
-                    self.publish(&before);
-                }
-            }
+            Fault::FailOver { node } => self.fail_over(node),
+            Fault::KillManager => self.kill_manager(),
+            Fault::StartManager => self.manager.start(),
+            Fault::CutControl { node } => self.cut_control(node),
+            Fault::MoveClaim { device, node } => self.move_claim(device, node),
         }
     }
 
@@ -115,6 +115,7 @@ impl Cluster {
 
     /// Everything works again, and everybody is there.
     pub fn heal(&mut self) {
+        self.manager.start();
         for a in 1..=self.nodes.len() as u16 {
             for b in 1..=self.nodes.len() as u16 {
                 self.network.set_silent(a, b, false);

@@ -9,18 +9,18 @@ mod users;
 pub use self::faults::Fault;
 
 use crate::sim::checker::Checker;
-use crate::sim::manager::{Heartbeat, Manager};
+use crate::sim::control::{Agent, Control};
 use crate::sim::network::{Frame, Network};
 use crate::sim::node::{Node, Process};
 use crate::sim::scheduler::{MS, Nanos, Queue, Random};
 use crate::sim::workload::Asked;
 use mirror_net::ids::{ClusterId, NodeId, ProcessId};
-use mirror_net::map::DistributionMap;
+use mirror_net::manager::Proposal;
 use mirror_net::wire::header::CrcSeed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Between two words of a node to the manager.
+/// Between two looks at what is not connected.
 const HEARTBEAT: Nanos = 100 * MS;
 
 /// A time, for people.
@@ -36,9 +36,13 @@ enum Event {
     Frame { from: u16, to: u16, process: u64, session: u64, frame: Frame },
     LaneUp { node: u16, process: u64, peer: u16, session: u64, of: u64 },
     LaneDown { node: u16, process: u64, peer: u16, session: u64 },
-    Map { node: u16, process: u64, map: Arc<DistributionMap> },
-    Heartbeat(Heartbeat),
-    AskStale { node: u16, incarnation: mirror_net::ids::Incarnation, peer: NodeId },
+    ToManager { connection: u64 },
+    FromManager { connection: u64 },
+    ControlDown { node: u16, process: u64, connection: u64 },
+    NodeGone { life: u64, connection: u64 },
+    Store { life: u64, proposal: Box<Proposal> },
+    GiveSession { life: u64, connection: u64 },
+    ManagerTick,
     Housekeeping,
     Ask { device: usize },
     Fault(Fault),
@@ -67,8 +71,9 @@ pub struct Cluster {
     pub random: Random,
     /// What is wrong.
     pub checker: Checker,
-    /// The manager.
-    pub manager: Manager,
+    /// The manager and its store.
+    pub manager: Control,
+    agents: Vec<Agent>,
     /// The network.
     pub network: Network,
     /// Requests that completed.
@@ -86,7 +91,9 @@ pub struct Cluster {
     asked: BTreeMap<u64, Asked>,
     /// Requests of exporters that are gone, by device.
     orphans: Vec<Vec<usize>>,
+    /// Who exports, and under which claim's generation.
     exporting: Vec<Option<(u16, u64)>>,
+    exported: Vec<u64>,
     /// Exporters before, by device: they may not know it yet, and their users go on reading.
     former: Vec<(usize, (u16, u64))>,
     shape: Shape,
@@ -110,7 +117,8 @@ impl Cluster {
             now: 0,
             random: Random::new(seed),
             checker: Checker::default(),
-            manager: Manager::new(map),
+            manager: Control::new(map),
+            agents: nodes.iter().map(|_| Agent::default()).collect(),
             network: Network::default(),
             completed: 0,
             hash: 0xcbf2_9ce4_8422_2325,
@@ -123,6 +131,7 @@ impl Cluster {
             asked: BTreeMap::new(),
             orphans: vec![Vec::new(); shape.devices],
             exporting: vec![None; shape.devices],
+            exported: vec![0; shape.devices],
             former: Vec::new(),
             shape,
             next_token: 0,
@@ -135,6 +144,7 @@ impl Cluster {
             cluster.launch(node);
         }
         cluster.queue.push(MS, Event::Housekeeping);
+        cluster.queue.push(MS, Event::ManagerTick);
         for device in 0..shape.devices {
             for _ in 0..shape.depth {
                 cluster.queue.push(1_000 * MS, Event::Ask { device });
@@ -189,7 +199,7 @@ impl Cluster {
             | Event::Io { node, process, .. }
             | Event::LaneUp { node, process, .. }
             | Event::LaneDown { node, process, .. }
-            | Event::Map { node, process, .. } => Some((*node, *process)),
+            | Event::ControlDown { node, process, .. } => Some((*node, *process)),
             Event::Frame { to, process, .. } => Some((*to, *process)),
             _ => None,
         };
@@ -239,33 +249,13 @@ impl Cluster {
                 running.engine.handle_lane_down(now, NodeId(peer), session, "reset");
                 self.drain(node);
             }
-            Event::Map { node, map, .. } => {
-                self.say(|| format!("n{node}: gets map {}", map.version));
-                let Some(running) = self.process(node) else { return };
-                if let Err(error) = running.engine.handle_map(now, map) {
-                    self.checker.violations.push(format!("n{node} refuses a map: {error}"));
-                }
-                self.drain(node);
-            }
-            Event::Heartbeat(beat) => {
-                let node = beat.node.0;
-                let (adopted, process) = (beat.adopted, beat.incarnation.process.0);
-                self.manager.heard(now, beat);
-                if adopted < self.manager.map.version
-                    && self.alive(node, process)
-                    && !self.cut_off[usize::from(node) - 1]
-                {
-                    let map = Arc::clone(&self.manager.map);
-                    let at = now + self.random.range(100_000, 3 * MS);
-                    self.queue.push(at, Event::Map { node, process, map });
-                }
-            }
-            Event::AskStale { node, incarnation, peer } => {
-                let before = Arc::clone(&self.manager.map);
-                if self.manager.ask_stale(NodeId(node), incarnation, peer) {
-                    self.publish(&before);
-                }
-            }
+            Event::ToManager { connection } => self.manager_hears(connection),
+            Event::FromManager { connection } => self.agent_hears(connection),
+            Event::ControlDown { node, connection, .. } => self.control_down(node, connection),
+            Event::NodeGone { life, connection } => self.node_gone(life, connection),
+            Event::Store { life, proposal } => self.store(life, *proposal),
+            Event::GiveSession { life, connection } => self.give_session(life, connection),
+            Event::ManagerTick => self.manager_tick(),
             Event::Housekeeping => self.housekeeping(),
             Event::Ask { device } => self.ask(device),
             Event::Fault(fault) => self.fault(fault),
@@ -279,35 +269,15 @@ impl Cluster {
             self.checker.violations.push(error);
             return;
         }
-        let session = self.manager.exporter_session();
-        let adopted_before = Arc::clone(&self.manager.map);
-        if let Some(running) = self.process(node) {
-            running.engine.set_exporter_session(session);
-        }
-        let _ = adopted_before;
         self.queue.push(now, Event::Tick { node, process });
     }
 
     fn housekeeping(&mut self) {
         let now = self.now;
-        let before = Arc::clone(&self.manager.map);
-        for index in 0..self.nodes.len() {
-            let node = &self.nodes[index];
-            let Some(process) = &node.process else { continue };
-            if self.cut_off[index] || node.paused_until > now {
-                continue;
+        for node in 1..=self.nodes.len() as u16 {
+            if self.node(node).process.is_some() && self.node(node).paused_until <= now {
+                self.agent_tick(node);
             }
-            let beat = Heartbeat {
-                node: node.id,
-                incarnation: node.incarnation(),
-                adopted: process.adopted,
-                disk_failed: process.disk_failed,
-            };
-            let at = now + self.random.range(100_000, 5 * MS);
-            self.queue.push(at, Event::Heartbeat(beat));
-        }
-        if self.manager.tick(now) {
-            self.publish(&before);
         }
         for a in 1..=self.nodes.len() as u16 {
             for b in a + 1..=self.nodes.len() as u16 {
@@ -322,9 +292,6 @@ impl Cluster {
                     self.queue.push(at, Event::LaneUp { node, process, peer, session, of });
                 }
             }
-        }
-        for device in 0..self.shape.devices {
-            self.export(device);
         }
         self.queue.push(now + HEARTBEAT, Event::Housekeeping);
     }

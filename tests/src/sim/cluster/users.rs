@@ -10,14 +10,25 @@ use mirror_net::ids::{DeviceId, SliceIndex};
 use mirror_net::map::DistributionMap;
 
 impl Cluster {
-    /// Users follow the claim, when the manager lets its holder start.
-    pub(super) fn export(&mut self, device: usize) {
-        let Some((node, process)) = self.manager.may_export(device) else { return };
-        let exporter = (node.0, process);
-        if self.exporting[device] == Some(exporter) || !self.alive(node.0, process) {
+    /// Users follow the claim, once its holder was allowed to export and has adopted it.
+    pub(super) fn export(&mut self, node: u16, device: usize) {
+        let process = self.node(node).process_id;
+        let exporter = (node, process);
+        let Some(allowed) = self.agents[usize::from(node) - 1].allowed.get(&(device as u32 + 1)).copied()
+        else {
+            return;
+        };
+        let adopted =
+            self.node(node).process.as_ref().map_or(0, |process| process.engine.adopted_version().0);
+        let claim = self.manager.history.get(&adopted).map(|map| map.devices[device].claim);
+        if self.exporting[device] == Some(exporter)
+            || allowed.0 < self.exported[device]
+            || claim.is_none_or(|claim| claim.node.0 != node || claim.generation != allowed)
+        {
             return;
         }
-        self.say(|| format!("n{}: exports dev{}", node.0, device + 1));
+        self.exported[device] = allowed.0;
+        self.say(|| format!("n{node}: exports dev{}", device + 1));
         let now = self.now;
         if let Some(old) = self.exporting[device].replace(exporter) {
             self.former.push((device, old));
@@ -130,6 +141,11 @@ impl Cluster {
                 began: now,
                 writes,
                 exporter: (node, process),
+                claim: if self.exporting[device] == Some((node, process)) {
+                    self.exported[device]
+                } else {
+                    0
+                },
                 replaced: false,
             },
         );
@@ -169,6 +185,12 @@ impl Cluster {
         self.say(|| format!("n{node}: request {token} {result:?}"));
         self.note(token);
         self.completed += 1;
+        let claim = self.manager.map.devices[asked.device].claim;
+        if result == Err("ClaimLost".into()) && claim.node.0 == node && claim.generation.0 == asked.claim {
+            self.checker
+                .violations
+                .push(format!("n{node}: request {token} is refused under the present claim"));
+        }
         let (device, first) = (asked.device, (asked.offset / SECTOR as u64) as usize);
         let mut stamps = Vec::new();
         if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, asked.buffer) {

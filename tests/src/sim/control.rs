@@ -1,0 +1,143 @@
+//! The system manager as it is in the product, its store, and the control connections to it.
+//!
+//! The fault model. The manager's process dies at any time and forgets everything; the store keeps
+//! every map that was stored and the numbers given to exporters. A write to the store is a
+//! compare-and-swap on the version that takes a while; one that was under way when the manager died
+//! still happens. Somebody else may change the map in the store. Messages of one connection and
+//! direction arrive in order, after a delay; in silence they wait; with the connection they are lost.
+
+use mirror_net::control::{ManagerMessage, NodeMessage, Registration};
+use mirror_net::ids::{ClaimGeneration, DiskId, ExporterSession, MapVersion};
+use mirror_net::manager::{ConnectionId, Manager};
+use mirror_net::map::DistributionMap;
+use mirror_net::map::verbs::Verb;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+/// What a node's agent says.
+#[derive(Debug)]
+pub enum Word {
+    /// At first.
+    Register(Registration),
+    /// Then.
+    Message(NodeMessage),
+}
+
+/// One connection of a node's agent.
+#[derive(Debug, Default)]
+pub struct Link {
+    /// Whose.
+    pub node: u16,
+    /// Of which process.
+    pub process: u64,
+    /// To the manager.
+    pub up: VecDeque<Word>,
+    /// From the manager.
+    pub down: VecDeque<ManagerMessage>,
+}
+
+/// What a node's agent remembers.
+#[derive(Debug, Default)]
+pub struct Agent {
+    /// The newest map that any process of the node was sent; it is kept on stable storage.
+    pub kept: MapVersion,
+    /// Its connection.
+    pub connection: Option<u64>,
+    /// Disks that failed.
+    pub failed: Vec<(DiskId, String)>,
+    /// Claims that it was allowed to export under, by device.
+    pub allowed: BTreeMap<u32, ClaimGeneration>,
+}
+
+impl Agent {
+    /// Another process: what was in memory is gone.
+    pub fn restart(&mut self) {
+        *self = Self { kept: self.kept, ..Self::default() };
+    }
+}
+
+/// The manager and its store.
+pub struct Control {
+    /// The newest map in the store.
+    pub map: Arc<DistributionMap>,
+    /// Every map there was, by version.
+    pub history: BTreeMap<u64, Arc<DistributionMap>>,
+    /// The manager, if it runs.
+    pub core: Option<Manager>,
+    /// Counts the manager's processes.
+    pub life: u64,
+    /// A proposal of this process is on its way to the store.
+    pub storing: bool,
+    /// Connections to this process.
+    pub links: BTreeMap<u64, Link>,
+    sessions: u64,
+    connections: u64,
+}
+
+impl Control {
+    /// A manager that has just started on a store with that map.
+    pub fn new(map: DistributionMap) -> Self {
+        let mut control = Self {
+            history: BTreeMap::from([(map.version.0, Arc::new(map.clone()))]),
+            map: Arc::new(map),
+            core: None,
+            life: 0,
+            storing: false,
+            links: BTreeMap::new(),
+            sessions: 0,
+            connections: 0,
+        };
+        control.start();
+        control
+    }
+
+    /// Starts the manager with what is stored.
+    pub fn start(&mut self) {
+        if self.core.is_none() {
+            self.life += 1;
+            self.core = Some(Manager::new(Some((*self.map).clone())));
+        }
+    }
+
+    /// The manager dies; who was connected.
+    pub fn kill(&mut self) -> BTreeMap<u64, Link> {
+        self.core = None;
+        self.storing = false;
+        std::mem::take(&mut self.links)
+    }
+
+    /// A number for an exporter, larger than every one before.
+    pub fn exporter_session(&mut self) -> ExporterSession {
+        self.sessions += 1;
+        ExporterSession(self.sessions)
+    }
+
+    /// A connection of that process.
+    pub fn connect(&mut self, node: u16, process: u64) -> u64 {
+        self.connections += 1;
+        self.links.insert(self.connections, Link { node, process, ..Link::default() });
+        self.connections
+    }
+
+    /// Stores a map if it follows the one that is stored.
+    pub fn store(&mut self, base: Option<MapVersion>, next: DistributionMap) -> bool {
+        if base != Some(self.map.version) {
+            return false;
+        }
+        let next = Arc::new(next);
+        self.history.insert(next.version.0, Arc::clone(&next));
+        self.map = next;
+        true
+    }
+
+    /// Somebody else changes the stored map.
+    pub fn change(&mut self, batch: &[Verb]) -> bool {
+        let Ok(Some(next)) = self.map.apply(batch) else { return false };
+        self.store(Some(self.map.version), next)
+    }
+
+    /// The manager's name for a connection.
+    pub fn id(connection: u64) -> ConnectionId {
+        ConnectionId(connection)
+    }
+}
