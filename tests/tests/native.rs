@@ -33,7 +33,6 @@ fn both_copies_are_equal_after_overlapping_writes() -> anyhow::Result<()> {
     fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=32", "--do_verify=1"]);
     // Four writers in the same range: nothing to verify but that both copies saw them in one order.
     let overlapping = [
-        "--name=overlap",
         "--rw=randwrite",
         "--bs=4k",
         "--iodepth=32",
