@@ -43,6 +43,8 @@ pub(super) struct Exports {
     server: Server,
     frontend: Frontend,
     exports: BTreeMap<DeviceId, Export>,
+    /// The newest claims that the manager allowed to be exported.
+    allowed: BTreeMap<DeviceId, ClaimGeneration>,
 }
 
 impl Exports {
@@ -78,7 +80,7 @@ impl Exports {
                 Server::Nbd { shelf, address }
             }
         };
-        Ok(Self { server, frontend, exports: BTreeMap::new() })
+        Ok(Self { server, frontend, exports: BTreeMap::new(), allowed: BTreeMap::new() })
     }
 
     /// What `auto` became.
@@ -161,6 +163,20 @@ impl Exports {
         if let Server::Ublk(thread) = &self.server {
             let mine = map.devices.iter().filter(|device| device.claim.node == me);
             thread.order(Order::Fence { ours: mine.map(|device| device.name.clone()).collect() });
+        }
+    }
+
+    /// Starts what was allowed while an older export of the device was still being stopped.
+    pub fn allow_again(&mut self, map: &DistributionMap, me: NodeId, io: &IoHandle) {
+        let ours = |device: &DeviceId| map.device(*device).is_some_and(|entry| entry.claim.node == me);
+        let missing: Vec<(DeviceId, ClaimGeneration)> = self
+            .allowed
+            .iter()
+            .filter(|(device, _)| ours(device) && !self.exports.contains_key(device))
+            .map(|(device, generation)| (*device, *generation))
+            .collect();
+        for (device, generation) in missing {
+            self.allow(device, generation, map, io);
         }
     }
 

@@ -214,7 +214,14 @@ impl Agent {
                 }
             }
             Input::Io(event) => self.io_said(event)?,
-            Input::Ublk(done) => self.exports.ublk_done(done),
+            Input::Ublk(done) => {
+                self.exports.ublk_done(done);
+                if let (Some(map), Some(io)) = (&self.map, &self.io)
+                    && let Some(me) = map.node_named(&self.common.node)
+                {
+                    self.exports.allow_again(map, me.id, io);
+                }
+            }
         }
         Ok(())
     }

@@ -103,7 +103,6 @@ impl IoThread {
         self.listen()?;
         let mut completions: Vec<Completion> = Vec::with_capacity(RING_ENTRIES as usize * 4);
         loop {
-            self.engine.handle_tick(now());
             self.settle()?;
             self.send_all()?;
             if self.stopping && self.is_quiet() {
@@ -115,6 +114,8 @@ impl IoThread {
             for completion in completions.drain(..) {
                 self.completed(completion)?;
             }
+            // After what has arrived: a stall of our own must not look like the others' silence.
+            self.engine.handle_tick(now());
         }
     }
 
@@ -492,6 +493,12 @@ impl IoThread {
         let mut waiting = VecDeque::new();
         while let Some(client) = self.queued_clients.pop_front() {
             let device = client.device;
+            // One that hung up while nothing was received from it is not known to be gone yet.
+            for (_, other) in self.clients.iter_mut().filter(|(_, other)| other.device == device) {
+                if other.stream.has_hung_up() {
+                    other.stream.close();
+                }
+            }
             let drains = |(_, other): (usize, &Connection)| other.device == device && other.is_leaving();
             if self.clients.iter().any(drains) {
                 waiting.push_back(client);

@@ -11,7 +11,7 @@ use io_uring::{opcode, types};
 use mirror_net::engine::action::BufferRange;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// Bytes received at once, at most, where they are not a large payload.
 const STAGING_BYTES: usize = 256 << 10;
@@ -391,6 +391,15 @@ where
         }
     }
 
+    /// Whether the other side has closed its end, received or not.
+    pub fn has_hung_up(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut fds = [PollFd::new(self.fd.as_fd(), closed)];
+        // Nothing else was asked for, but for what is always told: an error or a hang-up.
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    }
+
     /// Whether it was closed from this side.
     pub fn is_closed(&self) -> bool {
         self.closed
@@ -407,5 +416,23 @@ where
         for frame in self.sending.drain(..).chain(self.queue.drain(..)) {
             frame.release(buffers);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frontend::nbd::RequestParser;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_hang_up_is_seen_behind_unread_bytes() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let stream = Stream::new(ours.into(), RequestParser, &[]);
+        theirs.write_all(b"half a request").unwrap();
+        assert!(!stream.has_hung_up());
+        drop(theirs);
+        assert!(stream.has_hung_up());
     }
 }
