@@ -13,7 +13,7 @@ const WRITE: RequestKind = RequestKind::Write { fua: false };
 /// Device 1 has its primary on node 1 and its secondary on node 2; node 1 exports it. Device 2 is
 /// the other way round, or with three nodes has its primary on node 3.
 fn shape(nodes: u16, copies: u16) -> Shape {
-    Shape { nodes, copies, devices: 2, depth: 0, discards: false }
+    Shape { nodes, copies, devices: 2, depth: 0, discards: false, drift: true }
 }
 
 struct Story {

@@ -5,9 +5,11 @@
 //! piece by piece of 4 KiB, in no order; of a kept piece perhaps only some of its 512-byte sectors.
 //! A sector itself is never torn. A flush makes durable what had completed when it began. A write
 //! that was under way at a crash reached the cache or did not. On demand data writes, metadata writes
-//! or flushes fail; a failed flush loses a subset of the cache, and a later one succeeds.
+//! or flushes fail, or a
+//! sector of the data cannot be read until it is written again; a failed flush loses a subset of the cache, and a later one succeeds.
 
 use crate::sim::scheduler::Random;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Bytes of a page: the unit that a power cut keeps or loses.
@@ -24,6 +26,8 @@ pub struct SimDisk {
     current: Vec<Option<Arc<Page>>>,
     /// Completed writes that no flush has covered, in pieces within a page.
     pending: Vec<(u64, Vec<u8>)>,
+    /// Sectors that cannot be read until they are written.
+    unreadable: BTreeSet<u64>,
     /// Kinds of I/O that fail from now on.
     pub faults: Faults,
 }
@@ -47,6 +51,7 @@ impl SimDisk {
             durable: vec![None; pages],
             current: vec![None; pages],
             pending: Vec::new(),
+            unreadable: BTreeSet::new(),
             faults: Faults::default(),
         }
     }
@@ -69,8 +74,24 @@ impl SimDisk {
         }
     }
 
+    /// Reads, unless a sector of the range cannot be read.
+    pub fn read_checked(&self, offset: u64, into: &mut [u8]) -> bool {
+        self.read(offset, into);
+        let sectors = offset / SECTOR as u64..(offset + into.len() as u64).div_ceil(SECTOR as u64);
+        self.unreadable.range(sectors).next().is_none()
+    }
+
+    /// That sector cannot be read any more.
+    pub fn spoil(&mut self, offset: u64) {
+        self.unreadable.insert(offset / SECTOR as u64);
+    }
+
     /// A write completed: it is in the cache, or on stable storage.
     pub fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
+        if !self.unreadable.is_empty() {
+            let sectors = offset / SECTOR as u64..(offset + data.len() as u64).div_ceil(SECTOR as u64);
+            self.unreadable.retain(|sector| !sectors.contains(sector));
+        }
         let mut at = 0;
         while at < data.len() {
             let (page, _, length) = piece(offset + at as u64, data.len() - at);

@@ -78,6 +78,8 @@ pub struct Node {
     pub process: Option<Process>,
     /// It does nothing before this time.
     pub paused_until: u64,
+    /// How much faster its clock runs, in millionths.
+    pub drift_ppm: i64,
     geometry: Geometry,
 }
 
@@ -105,7 +107,7 @@ fn formatted(id: u16, geometry: &Geometry) -> SimDisk {
         node_name: format!("n{id}"),
         disk_name: "d1".into(),
         geometry: geometry.clone(),
-        segments: SegmentSlots { primary: geometry.slots - half, secondary: half, unmirrored: 0 },
+        segments: SegmentSlots { primary: geometry.slots - half - 2, secondary: half, unmirrored: 2 },
         slot_order: SlotOrder::Address,
         zone_profile: ZoneProfile::default(),
         known_zero: id != 2,
@@ -137,8 +139,21 @@ impl Node {
             process_id: u64::from(id),
             process: None,
             paused_until: 0,
+            drift_ppm: 0,
             geometry,
         }
+    }
+
+    /// What its clock shows: clocks of nodes have nothing in common, and run at different speeds.
+    pub fn clock(&self, now: u64) -> u64 {
+        let drift = now as i64 / 1_000 * self.drift_ppm / 1_000;
+        u64::from(self.id.0) * 1_000_000_000 + now.saturating_add_signed(drift)
+    }
+
+    /// How long to wait until its clock shows that.
+    pub fn wait_for(&self, now: u64, shown: u64) -> u64 {
+        let wait = shown.saturating_sub(self.clock(now));
+        wait.saturating_add_signed(-(wait as i64 / 1_000 * self.drift_ppm / 1_000))
     }
 
     /// What the map would say of it now.

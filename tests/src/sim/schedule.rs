@@ -7,7 +7,7 @@ use crate::sim::workload::{SLICES, Wish};
 use mirror_net::engine::action::RequestKind;
 
 /// Classes of faults, for counting.
-pub const CLASSES: [&str; 12] = [
+pub const CLASSES: [&str; 13] = [
     "kill",
     "power cut",
     "pause",
@@ -20,6 +20,7 @@ pub const CLASSES: [&str; 12] = [
     "power cut of all",
     "manager crash",
     "control connection",
+    "unreadable sector",
 ];
 
 /// How a schedule ended.
@@ -45,7 +46,7 @@ fn plan_fault(cluster: &mut Cluster, random: &mut Random, shape: Shape, at: Nano
     let other = (node % shape.nodes) + 1;
     let later = at + [50, 300, 1_500, 4_000][random.below(4) as usize] * MS + random.below(100 * MS);
     let device = random.below(shape.devices as u64) as usize;
-    let class = random.below(if disks { 9 } else { 12 }) as usize;
+    let class = random.below(if disks { 9 } else { 13 }) as usize;
     match class {
         0 | 1 => {
             let stop = if class == 0 { Fault::Kill { node } } else { Fault::PowerCut { node } };
@@ -89,6 +90,12 @@ fn plan_fault(cluster: &mut Cluster, random: &mut Random, shape: Shape, at: Nano
             cluster.plan(later, Fault::StartManager);
         }
         11 => cluster.plan(at, Fault::CutControl { node }),
+        12 => {
+            for _ in 0..16 {
+                let (slot, offset) = (random.below(10) as u32, random.below(24) as u32 * 512);
+                cluster.plan(at, Fault::BadSector { node, slot, offset });
+            }
+        }
         _ => {
             for node in 1..=shape.nodes {
                 if random.below(8) > 0 {
@@ -106,17 +113,21 @@ fn plan_fault(cluster: &mut Cluster, random: &mut Random, shape: Shape, at: Nano
 pub fn run(seed: u64, trace: bool) -> Outcome {
     let mut random = Random::new(seed ^ 0x5eed);
     let nodes = 2 + random.below(2) as u16;
-    let shape = Shape {
+    let mut shape = Shape {
         nodes,
         copies: if nodes == 3 && random.one_in(3) { 3 } else { 2 },
         devices: 2,
+        drift: random.one_in(2),
         depth: [1, 4, 12][random.below(3) as usize],
         discards: random.one_in(2),
     };
-    let mut cluster = Cluster::new(seed, shape, trace);
     let mut faults = [0; CLASSES.len()];
     // A broken disk is one failure: no other may take the remaining copy's unflushed data.
     let disks = random.one_in(4);
+    // A device of one copy does not outlive its disk.
+    shape.devices += usize::from(!disks && random.one_in(2));
+    let shape = shape;
+    let mut cluster = Cluster::new(seed, shape, trace);
     let count = if disks { 1 } else { random.below(5) };
     let mut last = 1_500 * MS;
     for index in 0..count {

@@ -259,9 +259,9 @@ impl Cluster {
             ManagerMessage::Map { map } => {
                 self.say(|| format!("n{node}: gets map {}", map.version));
                 self.agents[index].kept = self.agents[index].kept.max(map.version);
-                let now = self.now;
+                let clock = self.node(node).clock(self.now);
                 let Some(process) = self.process(node) else { return };
-                if let Err(error) = process.engine.handle_map(now, Arc::new(*map)) {
+                if let Err(error) = process.engine.handle_map(clock, Arc::new(*map)) {
                     self.checker.violations.push(format!("n{node} refuses a map: {error}"));
                 }
                 self.drain(node);

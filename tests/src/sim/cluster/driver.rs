@@ -227,6 +227,7 @@ impl Cluster {
             trailer = tail.try_into().ok().map(Trailer::decode);
             body = data;
         }
+        let clock = self.node(to).clock(now);
         let Some(process) = self.process(to) else { return };
         let (small, data) = match header.kind {
             Kind::Open => (body.to_vec(), None),
@@ -236,7 +237,7 @@ impl Cluster {
         };
         let buffer = data.map(|data| process.allocate(data));
         let _ = session;
-        process.engine.handle_frame(now, NodeId(from), &header, trailer, &small, buffer);
+        process.engine.handle_frame(clock, NodeId(from), &header, trailer, &small, buffer);
         self.drain(to);
     }
 
@@ -250,7 +251,9 @@ impl Cluster {
         match io {
             DiskIo::Read { offset, buffer } => {
                 let mut data = vec![0; buffer.length as usize];
-                self.node(node).disk.read(offset, &mut data);
+                if !self.node(node).disk.read_checked(offset, &mut data) {
+                    result = Err("unreadable sector".to_owned());
+                }
                 match self.process(node).and_then(|process| process.bytes_mut(buffer)) {
                     Some(bytes) => bytes.copy_from_slice(&data),
                     None => self
@@ -287,8 +290,9 @@ impl Cluster {
         if let Err(error) = &result {
             self.say(|| format!("n{node}: disk: {error}"));
         }
+        let clock = self.node(node).clock(now);
         if let Some(process) = self.process(node) {
-            process.engine.handle_io(now, id, result);
+            process.engine.handle_io(clock, id, result);
         }
         self.drain(node);
     }

@@ -18,6 +18,7 @@ pub enum Fault {
     DiskWrites { node: u16 },
     DiskFlush { node: u16 },
     DiskMetadata { node: u16 },
+    BadSector { node: u16, slot: u32, offset: u32 },
     FailOver { node: u16 },
     KillManager,
     StartManager,
@@ -101,6 +102,10 @@ impl Cluster {
             Fault::DiskWrites { node } => self.fail_disk(node, |faults| faults.write = true),
             Fault::DiskFlush { node } => self.fail_disk(node, |faults| faults.flush = true),
             Fault::DiskMetadata { node } => self.fail_disk(node, |faults| faults.metadata = true),
+            Fault::BadSector { node, slot, offset } => {
+                let at = self.node(node).offset(slot, offset);
+                self.node_mut(node).disk.spoil(at);
+            }
             Fault::FailOver { node } => self.fail_over(node),
             Fault::KillManager => self.kill_manager(),
             Fault::StartManager => self.manager.start(),

@@ -19,6 +19,8 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
         incarnation: nodes[node].incarnation(),
     };
     let count = nodes.len();
+    // Those after the first two are mirrored by nobody.
+    let copies = |device: usize| if device < 2 { shape.copies } else { 1 };
     DistributionMap {
         format: MAP_FORMAT,
         cluster: ClusterId::default(),
@@ -41,7 +43,7 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
                 id: DiskId(u32::from(node.id.0)),
                 node: node.id,
                 name: "d1".into(),
-                slots: SegmentSlots { primary: 5, secondary: 5, unmirrored: 0 },
+                slots: SegmentSlots { primary: 4, secondary: 4, unmirrored: 2 },
                 block_bytes: 512,
                 failed: None,
             })
@@ -52,7 +54,7 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
                 name: format!("dev{}", device + 1),
                 slices: SLICES,
                 block_bytes: 512,
-                copies: shape.copies as u8,
+                copies: copies(device) as u8,
                 claim: Claim {
                     // With three nodes and two copies the last device's exporter holds no copy.
                     node: nodes[if device == 1 { count - 1 } else { device % count }].id,
@@ -64,7 +66,7 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
                     count: SLICES,
                     epoch: SliceEpoch(1),
                     loss: LossGeneration(0),
-                    replicas: (0..usize::from(shape.copies))
+                    replicas: (0..usize::from(copies(device)))
                         .map(|copy| replica((device * (count - 1) + copy) % count))
                         .collect(),
                 }],

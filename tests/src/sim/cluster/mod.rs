@@ -59,6 +59,8 @@ pub struct Shape {
     pub devices: usize,
     /// Requests at a time, of each device's user.
     pub depth: usize,
+    /// Whether the nodes' clocks run at different speeds.
+    pub drift: bool,
     /// Whether users discard.
     pub discards: bool,
 }
@@ -110,7 +112,12 @@ pub struct Cluster {
 impl Cluster {
     /// A cluster that has just been created, all nodes running.
     pub fn new(seed: u64, shape: Shape, trace: bool) -> Self {
-        let nodes: Vec<Node> = (1..=shape.nodes).map(Node::new).collect();
+        let mut nodes: Vec<Node> = (1..=shape.nodes).map(Node::new).collect();
+        for node in &mut nodes {
+            // Two clocks differ by less than the margin over one lease.
+            let step = (seed >> (8 * node.id.0)) as i64 ^ seed as i64;
+            node.drift_ppm = if shape.drift { step.rem_euclid(9) * 10_000 - 40_000 } else { 0 };
+        }
         let map = first_map::first_map(shape, &nodes);
         map.validate().expect("the first map is valid");
         let mut cluster = Self {
@@ -216,9 +223,11 @@ impl Cluster {
         let now = self.now;
         match event {
             Event::Tick { node, process } => {
+                let clock = self.node(node).clock(now);
                 let Some(running) = self.process(node) else { return };
-                running.engine.handle_tick(now);
-                let next = running.engine.next_tick().max(now + MS);
+                running.engine.handle_tick(clock);
+                let next = running.engine.next_tick();
+                let next = now + self.node(node).wait_for(now, next).max(MS);
                 self.queue.push(next, Event::Tick { node, process });
                 self.drain(node);
             }
@@ -236,8 +245,9 @@ impl Cluster {
             }
             Event::LaneUp { node, peer, session, of, .. } => {
                 self.say(|| format!("n{node}: lane {session} to n{peer}"));
+                let clock = self.node(node).clock(now);
                 let Some(running) = self.process(node) else { return };
-                running.engine.handle_lane_up(now, NodeId(peer), session, ProcessId(of));
+                running.engine.handle_lane_up(clock, NodeId(peer), session, ProcessId(of));
                 self.drain(node);
             }
             Event::LaneDown { node, peer, session, process } => {
@@ -245,8 +255,9 @@ impl Cluster {
                     self.queue.push(now + 10 * MS, Event::LaneDown { node, peer, session, process });
                     return;
                 }
+                let clock = self.node(node).clock(now);
                 let Some(running) = self.process(node) else { return };
-                running.engine.handle_lane_down(now, NodeId(peer), session, "reset");
+                running.engine.handle_lane_down(clock, NodeId(peer), session, "reset");
                 self.drain(node);
             }
             Event::ToManager { connection } => self.manager_hears(connection),
@@ -265,7 +276,8 @@ impl Cluster {
     fn launch(&mut self, node: u16) {
         let now = self.now;
         let process = self.node(node).process_id;
-        if let Err(error) = self.node_mut(node).start(now) {
+        let clock = self.node(node).clock(now);
+        if let Err(error) = self.node_mut(node).start(clock) {
             self.checker.violations.push(error);
             return;
         }

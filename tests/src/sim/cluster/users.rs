@@ -118,6 +118,7 @@ impl Cluster {
         self.say(|| {
             format!("n{node}: request {token} dev{} {wish:?} stamp {:x}", device + 1, self.next_stamp)
         });
+        let clock = self.node(node).clock(now);
         let running = self.process(node)?;
         let buffer = data.map(|data| running.allocate(data));
         let length = wish.length;
@@ -129,7 +130,7 @@ impl Cluster {
             length,
             buffer: buffer.map(|buffer| BufferRange { buffer, offset: 0, length }),
         };
-        running.engine.handle_request(now, &request);
+        running.engine.handle_request(clock, &request);
         self.asked.insert(
             token,
             Asked {
