@@ -8,7 +8,7 @@ use crate::frontend::nbd::ExportInfo;
 use anyhow::Context;
 use mirror_net::config::{Frontend, NbdListen, NodeFile};
 use mirror_net::control::ExportReport;
-use mirror_net::ids::{ClaimGeneration, DeviceId, NodeId};
+use mirror_net::ids::{ClaimGeneration, DeviceId, MapVersion, NodeId};
 use mirror_net::map::DistributionMap;
 use mirror_net::region::masks::REGIONS_PER_SLICE;
 use std::collections::BTreeMap;
@@ -45,6 +45,8 @@ pub(super) struct Exports {
     exports: BTreeMap<DeviceId, Export>,
     /// The newest claims that the manager allowed to be exported.
     allowed: BTreeMap<DeviceId, ClaimGeneration>,
+    /// The map version that the engine of this process acts on.
+    adopted: MapVersion,
 }
 
 impl Exports {
@@ -80,7 +82,13 @@ impl Exports {
                 Server::Nbd { shelf, address }
             }
         };
-        Ok(Self { server, frontend, exports: BTreeMap::new(), allowed: BTreeMap::new() })
+        Ok(Self {
+            server,
+            frontend,
+            exports: BTreeMap::new(),
+            allowed: BTreeMap::new(),
+            adopted: MapVersion(0),
+        })
     }
 
     /// What `auto` became.
@@ -166,7 +174,13 @@ impl Exports {
         }
     }
 
-    /// Starts what was allowed while an older export of the device was still being stopped.
+    /// The engine acts on this map version: exports that waited for it may start.
+    pub fn adopted(&mut self, version: MapVersion, map: &DistributionMap, me: NodeId, io: &IoHandle) {
+        self.adopted = version;
+        self.allow_again(map, me, io);
+    }
+
+    /// Starts what was allowed and could not start then.
     pub fn allow_again(&mut self, map: &DistributionMap, me: NodeId, io: &IoHandle) {
         let ours = |device: &DeviceId| map.device(*device).is_some_and(|entry| entry.claim.node == me);
         let missing: Vec<(DeviceId, ClaimGeneration)> = self

@@ -364,6 +364,11 @@ impl Agent {
             Event::Report(Report::Adopted { version }) => {
                 tracing::info!(%version, "map adopted");
                 self.adopted = version;
+                if let (Some(map), Some(io)) = (&self.map, &self.io)
+                    && let Some(me) = map.node_named(&self.common.node)
+                {
+                    self.exports.adopted(version, map, me.id, io);
+                }
                 self.tell_manager(NodeMessage::Adopted { version });
             }
             Event::Report(Report::AskStale { peer, version, cause }) => {
