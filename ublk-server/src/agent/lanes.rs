@@ -171,6 +171,8 @@ async fn accept_all(
     inputs: mpsc::UnboundedSender<Input>,
 ) {
     let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    // Whoever is refused comes again, ten times a second: the same is said once.
+    let told = Arc::new(Mutex::new(String::new()));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = match listener.accept().await {
@@ -183,15 +185,24 @@ async fn accept_all(
             }
         };
         let (common, cluster, inputs) = (common.clone(), Arc::clone(&cluster), inputs.clone());
+        let told = Arc::clone(&told);
         tokio::spawn(async move {
-            let from = stream.peer_addr().map_or_else(|_| String::new(), |address| address.to_string());
+            let from = stream.peer_addr().map_or_else(|_| String::new(), |address| address.ip().to_string());
             match tokio::time::timeout(PATIENCE, accept_one(stream, &common, &cluster)).await {
                 Ok(Ok(lane)) => {
                     // Nobody listening means that the process is ending.
                     let _ = inputs.send(Input::Lane(lane));
                 }
-                Ok(Err(error)) => tracing::warn!(from, %error, "a connection was refused"),
-                Err(_) => tracing::warn!(from, "a connection did not finish its handshake"),
+                failed => {
+                    let reason = match failed {
+                        Ok(refused) => refused.err().map_or_else(String::new, |error| error.to_string()),
+                        Err(_) => "it did not finish its handshake".to_owned(),
+                    };
+                    let news = format!("{from}: {reason}");
+                    if std::mem::replace(&mut *told.lock().expect("never poisoned"), news.clone()) != news {
+                        tracing::warn!(from, reason, "a connection was refused");
+                    }
+                }
             }
             drop(place);
         });

@@ -254,7 +254,9 @@ impl IoThread {
 
     /// Nothing is under way that somebody waits for.
     fn is_quiet(&self) -> bool {
-        self.disk_ios.is_empty() && self.clients.is_empty() && self.exports.is_empty()
+        // Devices that are still exported are left to the next process on purpose: the kernel gives it what is
+        // in flight again.
+        self.disk_ios.is_empty() && self.clients.is_empty()
     }
 
     // ---- what the engine wants ----

@@ -10,7 +10,7 @@ use mirror_net::format::{Geometry, Plan, PlanStep, SlotOrder};
 use mirror_net::ids::{ClusterId, SlotIndex};
 use nix::fcntl::FallocateFlags;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 /// Checks that every disk of an order may be formatted; nothing is changed.
 pub fn check(order: &FormatOrder, disks: &[Candidate]) -> Result<(), DiskError> {
@@ -76,13 +76,16 @@ fn format_one(
 fn zero_file(disk: &Candidate, geometry: &Geometry) -> nix::Result<()> {
     let (offset, length) = (geometry.data.offset as i64, geometry.data.length as i64);
     let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    nix::fcntl::fallocate(disk.file(), FallocateFlags::FALLOC_FL_ZERO_RANGE | keep, offset, length).or_else(
-        |_| {
-            // Space stays allocated where it can be: writes into a hole are slower.
-            nix::fcntl::fallocate(disk.file(), FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep, offset, length)?;
-            nix::fcntl::fallocate(disk.file(), keep, offset, length)
-        },
-    )
+    let with = |flags| nix::fcntl::fallocate(disk.file(), flags | keep, offset, length);
+    let hole = || with(FallocateFlags::FALLOC_FL_PUNCH_HOLE);
+    let allocated = disk.file().metadata().map_or(0, |metadata| metadata.blocks() * 512);
+    // Who gave us a sparse file wants it sparse: giving it its space now could fill the whole file system.
+    if allocated < disk.bytes {
+        return hole();
+    }
+    // Space stays allocated where it can be: writes into a hole are slower.
+    with(FallocateFlags::FALLOC_FL_ZERO_RANGE)
+        .or_else(|_| hole().and_then(|()| with(FallocateFlags::empty())))
 }
 
 fn carry_out(plan: Plan, disk: &Candidate) -> io::Result<()> {
