@@ -1,7 +1,8 @@
 //! What tests share: the simulator of whole clusters, and for tests across real processes a
-//! playground, a small NBD client and the content of disks.
+//! playground, a small NBD client, fio and the content of disks.
 
 pub mod contents;
+pub mod fio;
 pub mod nbd;
 pub mod playground;
 pub mod sim;

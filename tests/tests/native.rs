@@ -5,20 +5,13 @@ use mirror_tests::contents::slices;
 use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::{Playground, signal};
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
-use std::process::Command;
 use std::time::Duration;
 
 /// The map gives the first device of n1 this id: devices are numbered in the file's order.
 const N1_D1: DeviceId = DeviceId(1);
 
-fn fio(uri: &str, extra: &[&str]) {
-    let status = Command::new("fio")
-        .args(["--name=verify", "--ioengine=nbd", "--size=48m", "--verify=crc32c", "--verify_fatal=1"])
-        .args(["--output=/dev/null", "--uri", uri])
-        .args(extra)
-        .status()
-        .expect("fio is installed: apt-get install fio");
-    assert!(status.success(), "fio found a difference or an error");
+fn fio(uri: &str, extra: &[&str]) -> anyhow::Result<()> {
+    mirror_tests::fio::fio(&[&["--ioengine=nbd", "--size=48m", "--uri", uri], extra].concat())
 }
 
 fn stamp(value: u8) -> Vec<u8> {
@@ -29,10 +22,9 @@ fn stamp(value: u8) -> Vec<u8> {
 fn both_copies_are_equal_after_overlapping_writes() -> anyhow::Result<()> {
     let mut play = Playground::start(2)?;
     let uri = play.uri("n1-d1")?;
-    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=32", "--do_verify=1"]);
+    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=32"])?;
     // Four writers in the same range: nothing to verify but that both copies saw them in one order.
     let overlapping = [
-        "--name=overlap",
         "--rw=randwrite",
         "--bs=4k",
         "--iodepth=32",
@@ -42,8 +34,9 @@ fn both_copies_are_equal_after_overlapping_writes() -> anyhow::Result<()> {
         "--runtime=3",
         "--size=1m",
         "--verify=0",
+        "--do_verify=0",
     ];
-    fio(&uri, &overlapping);
+    fio(&uri, &overlapping)?;
     let mut client = NbdClient::connect(&uri)?;
     client.write_zeroes(8 << 20, 3 << 20)?;
     client.trim(20 << 20, 2 << 20)?;
@@ -157,7 +150,7 @@ fn a_restarted_primary_forwards_to_the_promoted_partner() -> anyhow::Result<()> 
     }
     client.write(5 << 20, &stamp(77))?;
     client.flush()?;
-    fio(&uri, &["--rw=randwrite", "--bs=16k", "--iodepth=16", "--do_verify=1"]);
+    fio(&uri, &["--rw=randwrite", "--bs=16k", "--iodepth=16"])?;
     Ok(())
 }
 
@@ -166,7 +159,7 @@ fn io_goes_on_without_the_manager_while_both_copies_are_well() -> anyhow::Result
     let play = Playground::start(2)?;
     let uri = play.uri("n1-d1")?;
     signal(play.manager_pid()?, SIGSTOP)?;
-    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=8", "--do_verify=1"]);
+    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=8"])?;
     signal(play.manager_pid()?, SIGCONT)?;
     Ok(())
 }
@@ -175,10 +168,7 @@ fn io_goes_on_without_the_manager_while_both_copies_are_well() -> anyhow::Result
 fn three_nodes_make_a_ring() -> anyhow::Result<()> {
     let mut play = Playground::start(3)?;
     for node in ["n1", "n2", "n3"] {
-        fio(
-            &play.uri(&format!("{node}-d1"))?,
-            &["--rw=randwrite", "--bs=64k", "--iodepth=8", "--do_verify=1"],
-        );
+        fio(&play.uri(&format!("{node}-d1"))?, &["--rw=randwrite", "--bs=64k", "--iodepth=8"])?;
     }
     play.stop()?;
     assert_eq!(slices(&play.disk("n1"), N1_D1)?, slices(&play.disk("n2"), N1_D1)?);
