@@ -1,7 +1,9 @@
 //! What tests share: the simulator of whole clusters, and for tests across real processes a
-//! playground, a small NBD client and the content of disks.
+//! playground or a lab, a small NBD client, fio and the content of disks.
 
 pub mod contents;
+pub mod fio;
+pub mod lab;
 pub mod nbd;
 pub mod playground;
 pub mod sim;

@@ -11,15 +11,8 @@ use std::time::Duration;
 /// The map gives the first device of n1 this id: devices are numbered in the file's order.
 const N1_D1: DeviceId = DeviceId(1);
 
-fn fio(uri: &str, extra: &[&str]) {
-    let status = Command::new("fio")
-        .args(["--name=verify", "--ioengine=nbd", "--size=48m", "--verify=crc32c", "--verify_fatal=1"])
-        .arg("--verify_state_save=0")
-        .args(["--output=/dev/null", "--uri", uri])
-        .args(extra)
-        .status()
-        .expect("fio is installed: apt-get install fio");
-    assert!(status.success(), "fio found a difference or an error");
+fn fio(uri: &str, extra: &[&str]) -> anyhow::Result<()> {
+    mirror_tests::fio::fio(&[&["--ioengine=nbd", "--size=48m", "--uri", uri], extra].concat())
 }
 
 fn stamp(value: u8) -> Vec<u8> {
@@ -30,7 +23,7 @@ fn stamp(value: u8) -> Vec<u8> {
 fn both_copies_are_equal_after_overlapping_writes() -> anyhow::Result<()> {
     let mut play = Playground::start(2)?;
     let uri = play.uri("n1-d1")?;
-    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=32", "--do_verify=1"]);
+    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=32"])?;
     // Four writers in the same range: nothing to verify but that both copies saw them in one order.
     let overlapping = [
         "--rw=randwrite",
@@ -42,8 +35,9 @@ fn both_copies_are_equal_after_overlapping_writes() -> anyhow::Result<()> {
         "--runtime=3",
         "--size=1m",
         "--verify=0",
+        "--do_verify=0",
     ];
-    fio(&uri, &overlapping);
+    fio(&uri, &overlapping)?;
     let mut client = NbdClient::connect(&uri)?;
     client.write_zeroes(8 << 20, 3 << 20)?;
     client.trim(20 << 20, 2 << 20)?;
@@ -157,9 +151,9 @@ fn a_restarted_primary_forwards_to_the_promoted_partner() -> anyhow::Result<()> 
     }
     client.write(5 << 20, &stamp(77))?;
     client.flush()?;
-    fio(&uri, &["--rw=randwrite", "--bs=16k", "--iodepth=16", "--do_verify=1"]);
+    fio(&uri, &["--rw=randwrite", "--bs=16k", "--iodepth=16"])?;
     // Every read that waits for its answer has a buffer, and the answers need buffers as well.
-    fio(&uri, &[&["--rw=read"], &MUCH[..]].concat());
+    fio(&uri, &[&["--rw=read"], &MUCH[..]].concat())?;
     Ok(())
 }
 
@@ -180,10 +174,10 @@ fn two_nodes_that_fill_each_others_buffers_do_not_wait_for_each_other() -> anyho
     let play = Playground::start(2)?;
     let uris = [play.uri("n1-d1")?, play.uri("n2-d1")?];
     std::thread::scope(|scope| {
-        for uri in &uris {
-            scope.spawn(|| fio(uri, &[&["--rw=write"], &MUCH[..]].concat()));
-        }
-    });
+        let writers =
+            uris.each_ref().map(|uri| scope.spawn(|| fio(uri, &[&["--rw=write"], &MUCH[..]].concat())));
+        writers.into_iter().try_for_each(|writer| writer.join().expect("it does not panic"))
+    })?;
     // Nobody was taken for dead meanwhile.
     let status = play.mirrorctl(&["status"])?;
     assert_eq!(status.status.code(), Some(0), "{}{}", String::from_utf8_lossy(&status.stdout), play.logs());
@@ -195,7 +189,7 @@ fn io_goes_on_without_the_manager_while_both_copies_are_well() -> anyhow::Result
     let play = Playground::start(2)?;
     let uri = play.uri("n1-d1")?;
     signal(play.manager_pid()?, SIGSTOP)?;
-    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=8", "--do_verify=1"]);
+    fio(&uri, &["--rw=randwrite", "--bs=4k", "--iodepth=8"])?;
     signal(play.manager_pid()?, SIGCONT)?;
     Ok(())
 }
@@ -204,10 +198,7 @@ fn io_goes_on_without_the_manager_while_both_copies_are_well() -> anyhow::Result
 fn three_nodes_make_a_ring() -> anyhow::Result<()> {
     let mut play = Playground::start(3)?;
     for node in ["n1", "n2", "n3"] {
-        fio(
-            &play.uri(&format!("{node}-d1"))?,
-            &["--rw=randwrite", "--bs=64k", "--iodepth=8", "--do_verify=1"],
-        );
+        fio(&play.uri(&format!("{node}-d1"))?, &["--rw=randwrite", "--bs=64k", "--iodepth=8"])?;
     }
     play.stop()?;
     assert_eq!(slices(&play.disk("n1"), N1_D1)?, slices(&play.disk("n2"), N1_D1)?);

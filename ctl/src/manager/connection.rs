@@ -23,12 +23,12 @@ const QUEUE_MAX: usize = 256;
 
 /// Serves a connection until it ends.
 pub(super) async fn serve(stream: TcpStream, from: SocketAddr, shared: Shared) {
-    if let Err(error) = run(stream, &shared).await {
+    if let Err(error) = run(stream, from, &shared).await {
         tracing::debug!("connection from {from}: {error}");
     }
 }
 
-async fn run(mut stream: TcpStream, shared: &Shared) -> Result<(), TransportError> {
+async fn run(mut stream: TcpStream, from: SocketAddr, shared: &Shared) -> Result<(), TransportError> {
     stream.set_nodelay(true)?;
     let Ok(nonce) = random_bytes() else { return Ok(()) };
     let greeting = transport::accept(&mut stream, &shared.key, nonce);
@@ -36,7 +36,10 @@ async fn run(mut stream: TcpStream, shared: &Shared) -> Result<(), TransportErro
     let incoming = incoming.inspect_err(|error| {
         // Somebody with another key is worth knowing; a port scan is not.
         if matches!(error, TransportError::Handshake(_)) {
-            tracing::warn!("a connection was turned away: {error}");
+            let news = format!("a connection from {} was turned away: {error}", from.ip());
+            if shared.is_news(&news) {
+                tracing::warn!("{news}");
+            }
         }
     })?;
     if incoming.purpose() != Purpose::Control {

@@ -12,8 +12,8 @@ use mirror_net::map::DistributionMap;
 use mirror_net::wire::handshake::ClusterKey;
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -55,11 +55,18 @@ pub(super) struct Shared {
     pub(super) cluster: watch::Receiver<Option<ClusterId>>,
     pub(super) events: mpsc::Sender<Event>,
     connections: Arc<AtomicU64>,
+    told: Arc<Mutex<String>>,
 }
 
 impl Shared {
     pub(super) fn next_connection(&self) -> ConnectionId {
         ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Whoever is turned away comes again, several times a second: the same is said once.
+    pub(super) fn is_news(&self, line: &str) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *told, line.to_owned()) != line
     }
 }
 
@@ -86,7 +93,14 @@ pub async fn serve<S: Store>(
     let (events, mut arriving) = mpsc::channel(EVENTS_MAX);
     let bytes = random_bytes()?;
     let process = ProcessId(u64::from_le_bytes(bytes[..8].try_into().unwrap_or_default()));
-    let shared = Shared { key, process, cluster: watch, events, connections: Arc::new(AtomicU64::new(1)) };
+    let shared = Shared {
+        key,
+        process,
+        cluster: watch,
+        events,
+        connections: Arc::new(AtomicU64::new(1)),
+        told: Arc::default(),
+    };
     let accepting = tokio::spawn(accept(listener, shared));
     let mut server = Server {
         manager: Manager::new(map),
