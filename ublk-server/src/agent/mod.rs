@@ -433,22 +433,23 @@ impl Agent {
     /// Stops devices that nobody uses, leaves the others for the next process to recover.
     async fn stop(mut self, inputs: &mut mpsc::UnboundedReceiver<Input>) -> anyhow::Result<()> {
         self.exports.stop_all(self.io.as_ref());
-        let Some(io) = self.io.take() else { return Ok(()) };
+        if self.io.is_none() {
+            return Ok(());
+        }
         let patience = tokio::time::sleep(Duration::from_secs(10));
         tokio::pin!(patience);
         let mut stopped = false;
         loop {
             if !stopped && self.exports.all_stopped() {
-                io.stop();
+                self.io.iter().for_each(IoHandle::stop);
                 stopped = true;
             }
             tokio::select! {
                 input = inputs.recv() => match input {
                     Some(Input::Io(Event::Ended(None))) => return Ok(()),
-                    Some(Input::Io(Event::Ended(Some(error)))) => anyhow::bail!("the I/O thread ended: {error}"),
-                    Some(Input::Io(Event::UblkDrained(device))) => self.exports.drained(device),
-                    Some(Input::Ublk(done)) => self.exports.ublk_done(done),
-                    Some(_) => {}
+                    Some(Input::Manager(ManagerMessage::Export { .. })) => {}
+                    // What is flushed now may need a map in which a partner that is gone has no part.
+                    Some(input) => self.handle(input).await?,
                     None => return Ok(()),
                 },
                 () = &mut patience => {

@@ -27,6 +27,8 @@ use tokio::sync::mpsc;
 
 /// For a control command that depends on others.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// For writing a device's page cache back; the agent waits for all of its devices a little longer.
+const SYNC_PATIENCE: Duration = Duration::from_secs(8);
 /// Hardware queues of a device, at most: one thread serves them all.
 const QUEUES_MAX: usize = 4;
 /// How soon the kernel notices on old kernels that a server died with all tags in flight.
@@ -144,12 +146,15 @@ impl Worker {
                     self.running.remove(&device);
                     self.tell(Done::Gone { device });
                 }
-                Some((id, _)) => {
-                    if let Err(error) = sync_block_device(*id) {
-                        tracing::warn!(%error, "flushing the block device");
+                Some((id, name)) => match sync_block_device(*id, SYNC_PATIENCE) {
+                    Ok(()) => self.stop(device),
+                    // Stopped now it would lose what is in the page cache.
+                    Err(error) => {
+                        tracing::warn!(device = name, %error, "cannot be written back: left to the next start");
+                        self.running.remove(&device);
+                        self.tell(Done::Gone { device });
                     }
-                    self.stop(device);
-                }
+                },
                 None => self.tell(Done::Gone { device }),
             },
             Order::Delete { device } => self.delete(device),

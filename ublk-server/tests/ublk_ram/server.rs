@@ -463,7 +463,7 @@ impl Server {
     fn stop(&mut self) -> Result<()> {
         let ids: Vec<UblkId> = self.served.iter().map(|served| served.device.info().id).collect();
         for id in &ids {
-            sync_block_device(*id)?;
+            sync_block_device(*id, Duration::from_secs(60))?;
             self.control.stop_dev(*id, CONTROL_TIMEOUT)?;
         }
         for thread in self.threads.drain(..) {

@@ -4,8 +4,9 @@
 //! fetched every tag, and STOP_DEV waits until they have completed what is in flight. Every call has a deadline;
 //! [`ControlError::TimedOut`] says whether the kernel goes on without us.
 
-use std::fs::File;
 use std::io;
+use std::process::{self, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kmod::abi::{
@@ -371,7 +372,7 @@ impl Control {
     /// # Errors
     /// [`ControlError::TimedOut`] if they are not: an I/O thread is missing.
     pub fn start_dev(&mut self, id: UblkId, timeout: Duration) -> Result<(), ControlError> {
-        let pid = u64::from(std::process::id());
+        let pid = u64::from(process::id());
         self.call(ControlOp::StartDev, IdOrNew::Id(id), pid, &mut [], timeout)?;
         Ok(())
     }
@@ -446,7 +447,7 @@ impl Control {
                 Err(ControlError::Busy { op, id, .. }) if start.elapsed() >= patience => {
                     return Err(ControlError::Busy { op, id, waited: start.elapsed() });
                 }
-                Err(ControlError::Busy { .. }) => std::thread::sleep(BUSY_RETRY),
+                Err(ControlError::Busy { .. }) => thread::sleep(BUSY_RETRY),
                 Err(error) => return Err(error),
             }
         }
@@ -457,7 +458,7 @@ impl Control {
     /// # Errors
     /// [`ControlError::TimedOut`] if they are not.
     pub fn end_user_recovery(&mut self, id: UblkId, timeout: Duration) -> Result<(), ControlError> {
-        let pid = u64::from(std::process::id());
+        let pid = u64::from(process::id());
         self.call(ControlOp::EndUserRecovery, IdOrNew::Id(id), pid, &mut [], timeout)?;
         Ok(())
     }
@@ -516,15 +517,27 @@ fn invalid_hint(op: ControlOp) -> &'static str {
 }
 
 /// Writes the page cache of `/dev/ublkbN` back and waits for it. To be called before an orderly stop, since
-/// STOP_DEV fails what is written back after it. Blocks as long as the device does.
+/// STOP_DEV fails what is written back after it.
+///
+/// A process of its own does it: a flush that nobody answers cannot be interrupted, and a server with a thread in it
+/// could not even be killed, since its end waits for that thread, and the flush for the next server.
 ///
 /// # Errors
-/// What opening the device or `fsync` says; not found means it is not started, which is as good as synced.
-pub fn sync_block_device(id: UblkId) -> io::Result<()> {
-    match File::open(id.block_path()) {
-        Ok(file) => file.sync_all(),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => Ok(()),
-        Err(error) => Err(error),
+/// Not being done within `patience`, or what `sync` says. A device that is not started is as good as synced.
+pub fn sync_block_device(id: UblkId, patience: Duration) -> io::Result<()> {
+    let path = id.block_path();
+    if !path.exists() {
+        return Ok(());
+    }
+    let mut sync = process::Command::new("sync").arg(&path).stdin(Stdio::null()).spawn()?;
+    let begun = Instant::now();
+    loop {
+        match sync.try_wait()? {
+            Some(status) if status.success() => return Ok(()),
+            Some(status) => return Err(io::Error::other(format!("sync {}: {status}", path.display()))),
+            None if begun.elapsed() > patience => return Err(io::ErrorKind::TimedOut.into()),
+            None => thread::sleep(Duration::from_millis(5)),
+        }
     }
 }
 
