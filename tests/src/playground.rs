@@ -102,6 +102,13 @@ impl Playground {
         })
     }
 
+    /// The block device that a device is exported as, once it is.
+    pub fn path(&self, name: &str) -> anyhow::Result<PathBuf> {
+        self.until(&format!("{name} is exported"), || {
+            Ok(self.device(name)?["path"].as_str().map(PathBuf::from))
+        })
+    }
+
     /// A node's process id as it was at the start.
     pub fn pid(&self, node: &str) -> anyhow::Result<i32> {
         let nodes = self.description["nodes"].as_array().context("no nodes")?;
