@@ -103,7 +103,7 @@ impl Frontend {
 /// Where a node's NBD server listens.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum NbdListen {
-    /// On one socket a device in the node's run directory.
+    /// On a unix socket in the node's run directory, `nbd.sock`, that serves all its devices by name.
     #[default]
     Unix,
     /// On a TCP address: loopback, unless the file says `nbd_allow_remote = true`.

@@ -45,7 +45,20 @@ impl StateDir {
 
     /// The map that was kept, if one was.
     pub fn kept(&self) -> Option<DistributionMap> {
-        serde_json::from_slice(&std::fs::read(self.path.join(MAP_FILE)).ok()?).ok()
+        let path = self.path.join(MAP_FILE);
+        let told = |error: &dyn std::fmt::Display| {
+            // Nothing acts on it but the check that the manager is not an older one.
+            tracing::warn!(path = %path.display(), %error, "the map that was kept cannot be read");
+        };
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                told(&error);
+                return None;
+            }
+        };
+        serde_json::from_slice(&bytes).inspect_err(|error| told(error)).ok()
     }
 
     /// Forgets the kept map.
