@@ -139,6 +139,8 @@ pub enum Action {
     CloseLane { peer: NodeId, session: u64, reason: String },
     /// Fill a buffer with zeros.
     FillZero { buffer: BufferRange },
+    /// Compute the digests of a buffer's small blocks, given back to [`super::Engine::handle_digests`].
+    Digest { op: OpKey, buffer: BufferRange },
     /// Copy between buffers.
     Copy { from: BufferRange, to: BufferRange },
     /// A buffer that came with a frame is free again.
@@ -157,6 +159,10 @@ pub enum Report {
     Adopted { version: MapVersion },
     /// As primary: that node's copies miss writes or cannot be reached.
     AskStale { peer: NodeId, version: MapVersion, cause: String },
+    /// As primary: that node's stale copies can be reached, let them be filled.
+    AskSyncing { peer: NodeId, version: MapVersion },
+    /// As primary: that node's syncing copies of the device are equal to this node's.
+    AskInSync { peer: NodeId, device: DeviceId, version: MapVersion },
     /// A disk does not take writes any more.
     DiskFailed { disk: DiskId, reason: String },
 }

@@ -173,11 +173,14 @@ impl Engine {
                     loss: span.loss,
                     slot_generation: free.slot_generation,
                 };
-                let masks = RegionMasks { dirty: 0, valid: 0, zero: free.masks.zero };
+                // A copy that is still to be filled has no mask of what it lacks: it is all of it.
+                let dirty = if state == CopyState::InSync { 0 } else { u64::MAX };
+                let masks = RegionMasks { dirty, valid: 0, zero: free.masks.zero };
                 let ticket = disk.journal.submit(Change::Assign { slot, assignment, masks });
                 let entry = &mut self.devices[index].slices[slice as usize];
                 entry.place = Some((mine.disk, slot.0));
                 entry.intent = ticket;
+                entry.untouched = u64::MAX;
             }
         }
         Ok(())
@@ -221,6 +224,7 @@ impl Engine {
     }
 
     fn make_effective(&mut self, adoption: Adoption) {
+        let consecutive = self.adopted_version().0 + 1 == adoption.map.version.0;
         let mut took_over = false;
         let mut changed = Vec::new();
         let mut counted = vec![false; self.peers.len()];
@@ -248,6 +252,10 @@ impl Engine {
             if !same || before.claim != view.claim {
                 changed.push(index);
             }
+            if !same {
+                self.restart_clearing(index);
+            }
+            self.fit_resync(index, &before, consecutive);
         }
         self.map = Some(adoption.map);
         if took_over {
@@ -275,6 +283,7 @@ impl Engine {
             self.resume_after(peer);
         }
         self.retry_parked();
+        self.retry_unreconciled();
         self.unreported = Some(self.adopted_version());
     }
 
@@ -288,6 +297,12 @@ impl Engine {
             if op.part == Part::Secondary {
                 let ours = span.epoch == op.epoch;
                 if !ours && op.local == Local::Idle {
+                    self.doom(key, Status::Fenced);
+                }
+                continue;
+            }
+            if op.kind.is_upkeep() {
+                if span.epoch != op.epoch || !span.serves() {
                     self.doom(key, Status::Fenced);
                 }
                 continue;
@@ -316,10 +331,10 @@ impl Engine {
     /// Tells the manager, once no write of an older claim is under way (rule 15).
     pub(super) fn report_adoption_if_drained(&mut self) {
         let Some(version) = self.unreported else { return };
-        let older = self
-            .ops
-            .values()
-            .any(|op| op.part == Part::Primary && op.claim < self.devices[op.device].view.claim.generation.0);
+        let older = self.ops.values().any(|op| {
+            let claim = self.devices[op.device].view.claim.generation.0;
+            op.part == Part::Primary && !op.kind.is_upkeep() && op.claim < claim
+        });
         if !older {
             self.unreported = None;
             self.actions.push_back(Action::Report(Report::Adopted { version }));

@@ -228,6 +228,8 @@ impl Engine {
             OpKind::Write { fua } => (Kind::ForwardWrite, u8::from(fua) * FLAG_FUA),
             OpKind::Zero { fua } => (Kind::ForwardZero, u8::from(fua) * FLAG_FUA),
             OpKind::Discard => (Kind::ForwardDiscard, 0),
+            // Nothing else is ever a piece of a request.
+            _ => return false,
         };
         let body = match part.buffer {
             Some(buffer) if matches!(part.kind, OpKind::Write { .. }) => Body::Buffer(buffer),

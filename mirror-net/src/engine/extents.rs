@@ -36,18 +36,23 @@ impl Engine {
         })
     }
 
-    fn may_hold_data(&self, device: usize, at: u64) -> bool {
+    fn may_hold_data(&self, index: usize, at: u64) -> bool {
         let slice = at / u64::from(self.slice_bytes);
         let offset = (at % u64::from(self.slice_bytes)) as u32;
-        let device = &self.devices[device];
+        let device = &self.devices[index];
         let Some(entry) = device.slices.get(slice as usize) else { return true };
         let span = device.view.span(slice as u32);
-        if !span.serves() || self.now < self.serve_after || !self.holds_leases(span) {
+        let region = offset / self.region_bytes();
+        if !span.serves()
+            || self.now < self.serve_after
+            || !self.holds_leases(index, span)
+            || self.unreconciled(index, slice as u32) >> region & 1 == 1
+        {
             return true;
         }
         entry.place.is_none_or(|(disk, slot)| {
             let readable = self.disks[disk].journal.masks(SlotIndex(slot)).readable();
-            readable >> (offset / self.region_bytes()) & 1 == 1
+            readable >> region & 1 == 1
         })
     }
 }

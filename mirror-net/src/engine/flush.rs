@@ -18,13 +18,17 @@ pub(super) struct DiskFlusher {
 
 /// Whom a flush answers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum FlushOrigin {
+pub(super) enum FlushOrigin {
     /// A flush of a device that this node exports.
     Export(ExportFlushKey),
     /// An exporter on another node asks its primary.
     Exporter(Sender, u64),
     /// A primary asks its secondary.
     Primary(Sender),
+    /// Dirty bits of what is idle are to be cleared.
+    Clearing,
+    /// A copy becomes a member: only it flushes.
+    Joining(PeerIndex),
 }
 
 /// A flush of one device's slices on this node and, as primary, on its secondaries.
@@ -127,15 +131,28 @@ impl Engine {
         device.copied().ok_or(BadFrame::Content("a device that is not in the map"))
     }
 
-    fn start_flush(&mut self, origin: FlushOrigin, device: usize) -> FlushKey {
+    /// Rule 7: what was copied must be on that copy's stable storage before it is a member.
+    pub(super) fn flush_joining(&mut self, device: usize, peer: PeerIndex) {
+        self.start_flush(FlushOrigin::Joining(peer), device);
+    }
+
+    pub(super) fn start_flush(&mut self, origin: FlushOrigin, device: usize) -> FlushKey {
         let view = &self.devices[device].view;
+        let counts = |peer: &PeerIndex| {
+            view.spans.iter().any(|span| span.serves() && self.counts(device, span, *peer))
+        };
         let legs = match origin {
             FlushOrigin::Primary(_) => Vec::new(),
-            _ => view.secondaries.iter().map(|peer| (*peer, LegState::Unsent)).collect(),
+            FlushOrigin::Joining(peer) => vec![(peer, LegState::Unsent)],
+            // Syncing copies are flushed before they become members.
+            FlushOrigin::Export(_) | FlushOrigin::Exporter(..) | FlushOrigin::Clearing => {
+                view.secondaries.iter().copied().filter(counts).map(|peer| (peer, LegState::Unsent)).collect()
+            }
         };
-        // A secondary does not choose: under another map it may have stored for another primary.
         let disks = match origin {
+            // A secondary does not choose: under another map it may have stored for another primary.
             FlushOrigin::Primary(_) => view.disks.clone(),
+            FlushOrigin::Joining(_) => Vec::new(),
             _ => view.serving_disks.clone(),
         };
         // One more is pending until all have been asked, so that it cannot end before.
@@ -177,6 +194,12 @@ impl Engine {
     }
 
     pub(super) fn flush_leg_unsent(&mut self, key: FlushKey, peer: PeerIndex) {
+        if self.flushes.get(key).is_some_and(|flush| matches!(flush.origin, FlushOrigin::Joining(_))) {
+            if let Some(flush) = self.flushes.remove(key) {
+                self.joining_flushed(flush.device, peer, false);
+            }
+            return;
+        }
         if let Some(flush) = self.flushes.get_mut(key) {
             for leg in flush.legs.iter_mut().filter(|leg| leg.0 == peer) {
                 leg.1 = LegState::Unsent;
@@ -190,7 +213,7 @@ impl Engine {
             FlushOrigin::Exporter(sender, _) | FlushOrigin::Primary(sender) => {
                 sender.peer == peer && sender.session == session
             }
-            FlushOrigin::Export(_) => false,
+            FlushOrigin::Export(_) | FlushOrigin::Clearing | FlushOrigin::Joining(_) => false,
         };
         let before = self.flushes.len();
         self.flushes.retain(|_, flush| !theirs(flush));
@@ -208,6 +231,9 @@ impl Engine {
             }
             self.flush_progress(key);
         } else {
+            if matches!(flush.origin, FlushOrigin::Joining(_)) {
+                self.flush_leg_unsent(key, peer);
+            }
             self.lose(peer, "its disk failed a flush".into());
         }
     }
@@ -218,8 +244,8 @@ impl Engine {
         if flush.disks_pending > 0 || !acknowledged {
             return;
         }
-        let primary = !matches!(flush.origin, FlushOrigin::Primary(_));
-        if flush.failed && primary && self.may_move(flush.device) {
+        let waits = matches!(flush.origin, FlushOrigin::Export(_) | FlushOrigin::Exporter(..));
+        if flush.failed && waits && self.may_move(flush.device) {
             // As with a write: the manager moves the primary role, and the flush begins anew.
             return;
         }
@@ -246,6 +272,10 @@ impl Engine {
             FlushOrigin::Primary(sender) => {
                 self.answer_flush(Kind::Ack, sender, flush.device, status);
                 self.served(sender.peer);
+            }
+            FlushOrigin::Clearing => self.clearing_flushed(flush.device, status == Status::Done),
+            FlushOrigin::Joining(peer) => {
+                self.joining_flushed(flush.device, peer, status == Status::Done);
             }
         }
     }
@@ -285,6 +315,7 @@ impl Engine {
             match flush.origin {
                 // The export's own flush is begun anew by its caller.
                 FlushOrigin::Export(_) | FlushOrigin::Primary(_) => {}
+                FlushOrigin::Clearing | FlushOrigin::Joining(_) => self.end_flush(&flush, Status::Fenced),
                 FlushOrigin::Exporter(_, claim) if claim != view.claim.generation.0 => {
                     self.end_flush(&flush, Status::ClaimLost);
                 }

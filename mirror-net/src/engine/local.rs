@@ -3,12 +3,18 @@
 //! Order on this copy (PROTOCOL.md rule 8): a region of unknown content is zeroed and flushed
 //! before its first data; the dirty bit is durable before data can reach the disk.
 
-use super::action::{Action, DiskIndex, Io, OpKey};
+use super::action::{Action, BufferRange, DiskIndex, Io, OpKey};
 use super::op::{FlushWaiter, Local, Op, OpKind};
 use super::{CHECKPOINT_IDLE, Engine, Nanos};
 use crate::format::journal::{Change, IoFailed, IoId, Ticket};
 use crate::ids::SlotIndex;
 use crate::region::masks::{RegionMasks, covered, touched};
+use crate::wire::header::PIECE_BYTES_MAX;
+
+/// Regions whose dirty bits are set ahead of the writes to them.
+const AHEAD: u32 = 8;
+/// So many dirty regions of a slice make it likely that their neighbours follow.
+const REPEATED: u32 = 4;
 
 /// Whether the local leg may begin.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,7 +33,7 @@ impl Engine {
         let whole = match op.kind {
             OpKind::Write { .. } => touched(op.offset, op.length, region) & !self.masks(op).writable() != 0,
             OpKind::Discard => true,
-            OpKind::Read | OpKind::Zero { .. } => false,
+            _ => false,
         };
         if !whole {
             return LocalStart::Ready;
@@ -60,8 +66,10 @@ impl Engine {
         let region = self.region_bytes();
         let masks = self.masks(op);
         let need = touched(op.offset, op.length, region);
+        let slice = &mut self.devices[op.device].slices[op.slice as usize];
+        slice.touch(need);
+        slice.untouched &= !need;
         match op.kind {
-            OpKind::Read => {}
             OpKind::Discard => {
                 let given_up = covered(op.offset, op.length, region);
                 let masks = RegionMasks {
@@ -82,6 +90,12 @@ impl Engine {
                     self.zero_regions(key, unknown);
                 }
             }
+            OpKind::Read
+            | OpKind::Copy
+            | OpKind::Repair
+            | OpKind::Clear { .. }
+            | OpKind::Unite { .. }
+            | OpKind::Compare { .. } => {}
         }
     }
 
@@ -99,7 +113,8 @@ impl Engine {
             let ticket = self.devices[op.device].slices[op.slice as usize].intent;
             self.await_ticket(key, ticket);
         } else {
-            self.submit_masks(key, RegionMasks { dirty: masks.dirty | regions, ..masks });
+            let ahead = ahead_of(masks.dirty, regions);
+            self.submit_masks(key, RegionMasks { dirty: masks.dirty | regions | ahead, ..masks });
         }
     }
 
@@ -111,7 +126,7 @@ impl Engine {
         self.await_ticket(key, ticket);
     }
 
-    fn await_ticket(&mut self, key: OpKey, ticket: Ticket) {
+    pub(super) fn await_ticket(&mut self, key: OpKey, ticket: Ticket) {
         let op = &mut self.ops[key];
         op.local = Local::Intent;
         let waiters = &mut self.disks[op.disk].intents;
@@ -153,18 +168,34 @@ impl Engine {
                 let length = (op.offset + op.length) / region * region - offset;
                 Action::Punch { io, disk, slot, offset, length }
             }
-            (OpKind::Read | OpKind::Write { .. }, _) => return,
+            (OpKind::Unite { .. }, _) => {
+                // The masks are all there was to write.
+                op.local = Local::Done;
+                self.progress(key);
+                return;
+            }
+            _ => return,
         };
         self.actions.push_back(action);
     }
 
     /// Reads what is there, zeros elsewhere.
     pub(super) fn read_local(&mut self, key: OpKey) {
-        let region = self.region_bytes();
         let op = &self.ops[key];
         let Some(buffer) = op.buffer else { return };
+        self.read_range(key, op.offset, op.offset + op.length, buffer);
+    }
+
+    /// Reads a piece for a copy.
+    pub(super) fn read_piece(&mut self, key: OpKey, at: u32, buffer: BufferRange) {
+        self.read_range(key, at, at + buffer.length, buffer);
+    }
+
+    fn read_range(&mut self, key: OpKey, start: u32, end: u32, buffer: BufferRange) {
+        let region = self.region_bytes();
+        let op = &self.ops[key];
         let readable = self.masks(op).readable();
-        let (disk, slot, start, end) = (op.disk, op.slot, op.offset, op.offset + op.length);
+        let (disk, slot) = (op.disk, op.slot);
         let is_readable = |at: u32| readable >> (at / region) & 1 == 1;
         let mut ios = 0;
         let mut at = start;
@@ -220,10 +251,18 @@ impl Engine {
             // Giving back space is a courtesy; a read error is answered, not a reason to give up the disk.
             match kind {
                 OpKind::Discard => {}
-                OpKind::Read => op.failed = true,
-                OpKind::Write { .. } | OpKind::Zero { .. } => {
+                OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Repair => {
                     op.failed = true;
                     self.fail_disk(disk, &reason);
+                }
+                OpKind::Copy => {
+                    let (device, slice, offset, length) = (op.device, op.slice, op.offset, op.length);
+                    self.copies[key].fail();
+                    // A member may have what cannot be read here.
+                    self.repair(device, slice, offset, length.min(PIECE_BYTES_MAX), None);
+                }
+                OpKind::Read | OpKind::Compare { .. } | OpKind::Clear { .. } | OpKind::Unite { .. } => {
+                    op.failed = true;
                 }
             }
         }
@@ -241,7 +280,10 @@ impl Engine {
             other => other,
         };
         op.local = next;
-        self.progress(key);
+        match (op.kind, next) {
+            (OpKind::Copy | OpKind::Compare { .. }, Local::Done) => self.read_done(key),
+            _ => self.progress(key),
+        }
     }
 
     /// The zeros are on stable storage: now the masks may say so.
@@ -321,8 +363,25 @@ impl Engine {
     }
 }
 
+/// Regions that will probably be written soon, in a slice where some are dirty: their bits are set with
+/// the first, so that fewer writes wait for the log. A bit too many costs a comparison after a failure.
+fn ahead_of(dirty: u64, regions: u64) -> u64 {
+    let first = regions.trailing_zeros();
+    let last = 63 - regions.leading_zeros();
+    let follows = first > 0 && dirty >> (first - 1) & 1 == 1;
+    if follows {
+        let next = u64::MAX.checked_shl(last + 1).unwrap_or(0);
+        return next & u64::MAX.checked_shl(last + 1 + AHEAD).map_or(u64::MAX, |beyond| !beyond);
+    }
+    if dirty.count_ones() >= REPEATED {
+        // The aligned group around it.
+        return 0xff << (first / AHEAD * AHEAD);
+    }
+    0
+}
+
 /// The runs of set bits: (first, count).
-fn runs(mut mask: u64) -> impl Iterator<Item = (u32, u32)> {
+pub(super) fn runs(mut mask: u64) -> impl Iterator<Item = (u32, u32)> {
     let mut base = 0;
     std::iter::from_fn(move || {
         if mask == 0 {
@@ -341,6 +400,16 @@ fn runs(mut mask: u64) -> impl Iterator<Item = (u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bits_are_set_ahead_of_a_sequential_run_and_in_a_busy_slice() {
+        assert_eq!(ahead_of(0, 1), 0);
+        assert_eq!(ahead_of(0b1, 0b10), 0xff << 2);
+        assert_eq!(ahead_of(1 << 62, 1 << 63), 0);
+        assert_eq!(ahead_of(1 << 60, 1 << 61), 0b11 << 62);
+        assert_eq!(ahead_of(0b1111, 1 << 40), 0xff << 40);
+        assert_eq!(ahead_of(0b111, 1 << 40), 0);
+    }
 
     #[test]
     fn runs_of_bits() {

@@ -7,11 +7,16 @@
 //! One write through the files: a request enters in `exporter` and is cut into parts; a part whose
 //! slice this node is primary of becomes an operation (`op`) in `primary`, takes its range, is sent
 //! to the secondaries and stored by `local`; otherwise it is forwarded to the primary and enters
-//! *its* `primary` as a frame. `session` keeps the lanes, leases and what is in flight; `flush`
-//! flushes; `adopt` brings in a new map.
+//! *its* `primary` as a frame. At a secondary it enters through `secondary`. `session` keeps the lanes,
+//! leases and what is in flight; `flush` flushes; `adopt` brings in a new map.
+//!
+//! Behind the requests: `resync` knows which regions of which copies may differ, `copy` makes one equal,
+//! `clear` forgets what is equal everywhere, `repair` replaces what this disk cannot read.
 
 pub mod action;
 mod adopt;
+mod clear;
+mod copy;
 mod exporter;
 mod extents;
 mod flush;
@@ -19,6 +24,9 @@ mod local;
 mod loss;
 mod op;
 mod primary;
+mod repair;
+mod resync;
+mod secondary;
 pub mod session;
 #[cfg(test)]
 mod testing;
@@ -38,7 +46,7 @@ use action::{Action, DiskIndex, FlushKey, OpKey};
 use exporter::{ExportFlush, ExportFlushKey, PartKey, Pending, Recalled, RequestKey, RequestPart};
 use op::Op;
 use session::Peer;
-use slotmap::SlotMap;
+use slotmap::{SecondaryMap, SlotMap};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use view::{DeviceView, PeerIndex, Place};
@@ -48,6 +56,9 @@ pub type Nanos = u64;
 
 /// A log that had nothing to do for so long is emptied into the pages: opening the disk is quicker then.
 const CHECKPOINT_IDLE: Nanos = 1_000_000_000;
+
+/// Between two rounds of clearing dirty bits, unless set otherwise.
+pub const CLEAR_EVERY: Nanos = 5_000_000_000;
 
 /// Between two ticks.
 pub const TICK: Nanos = 50_000_000;
@@ -94,6 +105,9 @@ struct Device {
     exporter_session: ExporterSession,
     /// What was acknowledged to this node's frontends under the present claim.
     unflushed: loss::Unflushed,
+    /// Copies that are about to become members.
+    joining: Vec<resync::Joining>,
+    clearing: clear::Clearing,
 }
 
 impl Device {
@@ -103,6 +117,8 @@ impl Device {
             slices: Vec::new(),
             exporter_session: ExporterSession(0),
             unflushed: loss::Unflushed::default(),
+            joining: Vec::new(),
+            clearing: clear::Clearing::default(),
         }
     }
 }
@@ -115,6 +131,13 @@ struct Slice {
     place: Option<(DiskIndex, u32)>,
     /// The last change of its masks that was submitted.
     intent: Ticket,
+    /// As primary: what may differ on other copies; none of it where there is no entry.
+    behind: Vec<resync::Behind>,
+    /// Regions written in this round of clearing, and in the one before.
+    recent: u64,
+    before: u64,
+    /// Regions of a slot assigned by this process that nobody wrote since.
+    untouched: u64,
 }
 
 /// Everything a node decides about its data.
@@ -147,8 +170,19 @@ pub struct Engine {
     recalled: Vec<Recalled>,
     /// Operations that hold their range and wait for a lease or a wait's end.
     parked: Vec<OpKey>,
+    /// Reads that hold nothing and wait until their regions are equal on all copies.
+    unreconciled_reads: Vec<OpKey>,
     /// Operations that just got their range.
     ready: VecDeque<OpKey>,
+    copies: SecondaryMap<OpKey, copy::Copy>,
+    copy_buffers: Vec<action::BufferId>,
+    resyncs: Vec<resync::Resync>,
+    /// Some resync may go on.
+    resync_due: bool,
+    /// When the last request of a host came.
+    foreground_at: Nanos,
+    clear_every: Nanos,
+    next_clear: Nanos,
     actions: VecDeque<Action>,
     next_tick: Nanos,
 }
@@ -191,7 +225,15 @@ impl Engine {
             held: Vec::new(),
             recalled: Vec::new(),
             parked: Vec::new(),
+            unreconciled_reads: Vec::new(),
             ready: VecDeque::new(),
+            copies: SecondaryMap::new(),
+            copy_buffers: Vec::new(),
+            resyncs: Vec::new(),
+            resync_due: false,
+            foreground_at: 0,
+            clear_every: CLEAR_EVERY,
+            next_clear: now + CLEAR_EVERY,
             actions: VecDeque::new(),
             next_tick: now,
         }
@@ -227,6 +269,8 @@ impl Engine {
         self.tick_sessions();
         self.checkpoint_idle_disks();
         self.tick_recalled();
+        self.tick_clearing();
+        self.tick_resyncs();
         self.route_held();
         self.resume_export_flushes();
         self.retry_parked();
@@ -244,7 +288,11 @@ impl Engine {
             .map(|peer| SessionReport {
                 peer: peer.node,
                 open: peer.is_open(),
-                last_error: peer.lost.clone().or_else(|| peer.last_error().map(str::to_owned)),
+                last_error: peer
+                    .lost
+                    .as_ref()
+                    .map(|lost| lost.cause.clone())
+                    .or_else(|| peer.last_error().map(str::to_owned)),
             })
             .collect()
     }
@@ -274,9 +322,11 @@ impl Engine {
                 let peer = &self.peers[leg.peer];
                 let node = map.node_name(peer.node);
                 let line = match &peer.lost {
-                    Some(cause) => {
-                        format!("{}: waits for the manager to record {node} stale ({cause})", name(op.device))
-                    }
+                    Some(lost) => format!(
+                        "{}: waits for the manager to record {node} stale ({})",
+                        name(op.device),
+                        lost.cause
+                    ),
                     None => format!("{}: waits for its secondary on {node}", name(op.device)),
                 };
                 *lines.entry(line).or_default() += 1;
@@ -285,6 +335,12 @@ impl Engine {
         for key in &self.parked {
             let Some(op) = self.ops.get(*key) else { continue };
             *lines.entry(format!("{}: waits for read leases", name(op.device))).or_default() += 1;
+        }
+        for key in &self.unreconciled_reads {
+            let Some(op) = self.ops.get(*key) else { continue };
+            *lines
+                .entry(format!("{}: waits until its copies were compared", name(op.device)))
+                .or_default() += 1;
         }
         lines.into_iter().map(|(line, count)| format!("{line} ({count} requests)")).collect()
     }

@@ -10,9 +10,46 @@ use crate::wire::header::Status;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum OpKind {
     Read,
-    Write { fua: bool },
-    Zero { fua: bool },
+    Write {
+        fua: bool,
+    },
+    Zero {
+        fua: bool,
+    },
     Discard,
+    /// Make a region of another copy like this one (`copy`).
+    Copy,
+    /// Replace what this disk cannot read by what another copy has (`repair`).
+    Repair,
+    /// Regions that are equal everywhere are dirty no longer; those in `readable` hold data (`clear`).
+    Clear {
+        readable: u64,
+    },
+    /// As secondary: take over the primary's dirty bits.
+    Unite {
+        dirty: u64,
+    },
+    /// As secondary: tell the digests of what is stored.
+    Compare {
+        fine: bool,
+    },
+}
+
+impl OpKind {
+    /// Whether it changes what is stored here.
+    pub fn stores(self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Zero { .. } | Self::Discard)
+    }
+
+    /// Whether others of its kind may use the range at the same time.
+    pub fn shares(self) -> bool {
+        matches!(self, Self::Read | Self::Compare { .. })
+    }
+
+    /// Whether it is the engine's own work for a copy, which a new epoch ends.
+    pub fn is_upkeep(self) -> bool {
+        matches!(self, Self::Copy | Self::Repair | Self::Clear { .. })
+    }
 }
 
 /// Whom an operation answers.
@@ -22,6 +59,8 @@ pub(super) enum Origin {
     Part(PartKey),
     /// A message of another node, on that session.
     Peer(Sender),
+    /// Nobody: the engine's own upkeep.
+    Upkeep,
 }
 
 /// Where a message came from.
@@ -150,6 +189,16 @@ impl Legs {
     pub fn all_acknowledged(&self) -> bool {
         self.iter().all(|leg| matches!(leg.state, LegState::Acknowledged | LegState::Gone))
     }
+
+    /// Whether that copy has it.
+    pub fn is_acknowledged(&self, peer: PeerIndex) -> bool {
+        self.iter().any(|leg| leg.peer == peer && leg.state == LegState::Acknowledged)
+    }
+
+    /// Whether that copy has it, or will have it before the operation ends.
+    pub fn includes(&self, peer: PeerIndex) -> bool {
+        self.iter().any(|leg| leg.peer == peer && !matches!(leg.state, LegState::Gone | LegState::Leaving))
+    }
 }
 
 impl Leg {
@@ -186,12 +235,19 @@ pub(super) struct Op {
     pub failed: bool,
     /// Runs no further; this is its answer once the disk is quiet (PROTOCOL.md rule 10).
     pub doomed: Option<Status>,
+    /// Messages under way that are not legs.
+    pub asked: u32,
+    /// What it answers to `Unite` and `Compare`.
+    pub reply: Vec<u8>,
+    /// Of a read: it was repaired once. Of a repair: the read that waits for it.
+    pub repaired: bool,
+    pub reader: Option<OpKey>,
 }
 
 impl Op {
     /// Neither the disk nor a message uses its range or buffer any more.
     pub fn is_quiet(&self) -> bool {
-        self.local.is_quiet() && !self.legs.in_flight()
+        self.local.is_quiet() && !self.legs.in_flight() && self.asked == 0
     }
 
     /// Whether anything of it may have reached a disk or another copy.

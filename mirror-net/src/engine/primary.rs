@@ -1,13 +1,15 @@
 //! An operation's way: range lock, the legs to the other copies, the end.
 
 use super::action::{Action, Body, OpKey};
+use super::copy::CopyMessage;
 use super::local::LocalStart;
 use super::op::{LegState, Legs, Local, Op, OpKind, Origin, Part, Sender};
+use super::repair::Repair;
 use super::session::Awaited;
 use super::view::{PeerIndex, SpanView};
 use super::{Engine, Nanos};
 use crate::ids::{ExporterSession, SliceEpoch};
-use crate::region::masks::covered;
+use crate::region::masks::{covered, touched};
 use crate::wire::header::{BadFrame, FLAG_FUA, Header, Kind, Status, Trailer};
 
 use super::action::{BufferId, BufferRange, Report};
@@ -34,30 +36,63 @@ impl Op {
             holds: false,
             failed: false,
             doomed: None,
+            asked: 0,
+            reply: Vec::new(),
+            repaired: false,
+            reader: None,
         }
     }
 }
 
 impl Engine {
-    /// A new operation asks for its range.
-    pub(super) fn enqueue(&mut self, mut op: Op) {
-        if let Origin::Peer(sender) = op.origin {
-            self.peers[sender.peer].serving += 1;
-        }
+    /// A new operation asks for its range; `None` if there is no copy here to run it on.
+    pub(super) fn enqueue(&mut self, mut op: Op) -> Option<OpKey> {
         let slice = &mut self.devices[op.device].slices[op.slice as usize];
         let Some((disk, slot)) = slice.place else {
             // The map gives us a copy that no slot holds: adoption would have assigned one.
-            let key = self.ops.insert(op);
-            self.finish(key, Status::Fenced);
-            return;
+            self.refuse(op, Status::Fenced);
+            return None;
         };
+        if let Origin::Peer(sender) = op.origin {
+            self.peers[sender.peer].serving += 1;
+        }
         (op.disk, op.slot) = (disk, slot);
+        if op.part == Part::Primary && !op.kind.is_upkeep() {
+            self.foreground_at = self.now;
+        }
         let range = op.offset..op.offset + op.length;
-        let (device, slice, shared) = (op.device, op.slice as usize, op.kind == OpKind::Read);
+        let (device, slice, shared) = (op.device, op.slice as usize, op.kind.shares());
         let key = self.ops.insert(op);
         if self.devices[device].slices[slice].lock.acquire(key, range, shared) {
             self.ready.push_back(key);
         }
+        Some(key)
+    }
+
+    /// Like [`Engine::enqueue`], but only if nobody uses the range.
+    pub(super) fn enqueue_unless_busy(&mut self, mut op: Op) -> bool {
+        let Some((disk, slot)) = self.devices[op.device].slices[op.slice as usize].place else {
+            return false;
+        };
+        (op.disk, op.slot) = (disk, slot);
+        let range = op.offset..op.offset + op.length;
+        let (device, slice) = (op.device, op.slice as usize);
+        let key = self.ops.insert(op);
+        if !self.devices[device].slices[slice].lock.try_acquire(key, range, false) {
+            self.ops.remove(key);
+            return false;
+        }
+        self.ready.push_back(key);
+        true
+    }
+
+    /// Answers an operation that does not begin.
+    pub(super) fn refuse(&mut self, op: Op, status: Status) {
+        if let Origin::Peer(sender) = op.origin {
+            self.peers[sender.peer].serving += 1;
+        }
+        let key = self.ops.insert(op);
+        self.finish(key, status);
     }
 
     /// Runs everything that became ready; every entry point of the engine ends here.
@@ -69,12 +104,15 @@ impl Engine {
                     self.start(key);
                 }
             }
+            if std::mem::take(&mut self.resync_due) {
+                self.pump_resyncs();
+            }
             let drained = self.drain_journals();
             if self.adopting.is_some() && self.disks.iter().any(|disk| disk.failed) {
                 // A failed disk's tickets never become durable, and it holds up no adoption.
                 self.adoption_durable();
             }
-            if !drained && self.ready.is_empty() {
+            if !drained && self.ready.is_empty() && !self.resync_due {
                 break;
             }
         }
@@ -88,45 +126,60 @@ impl Engine {
             self.finish(key, status);
             return;
         }
-        let (part, kind) = (op.part, op.kind);
-        if part == Part::Primary && self.now < self.serve_after {
+        if op.part == Part::Secondary {
+            self.start_secondary(key);
+            return;
+        }
+        if self.now < self.serve_after {
             self.parked.push(key);
             return;
         }
-        if kind == OpKind::Read {
-            self.start_read(key);
+        match op.kind {
+            OpKind::Read => self.start_read(key),
+            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Discard => self.start_store(key),
+            OpKind::Copy => self.start_copy_op(key),
+            OpKind::Repair => self.start_repair(key),
+            OpKind::Clear { .. } => self.start_clear(key),
+            OpKind::Unite { .. } | OpKind::Compare { .. } => {}
+        }
+    }
+
+    fn start_store(&mut self, key: OpKey) {
+        if self.prepare_local(key) == LocalStart::WaitForRange {
             return;
         }
-        match self.prepare_local(key) {
-            LocalStart::WaitForRange => return,
-            LocalStart::Ready => {}
-        }
-        if part == Part::Primary {
-            let op = &self.ops[key];
-            let span = self.devices[op.device].view.span(op.slice);
-            let legs = Legs::new(&span.others, &span.members, &op.legs);
-            self.ops[key].legs = legs;
-            // The partner's way is the longer one: it goes first.
-            self.send_legs(key);
-        }
+        let op = &self.ops[key];
+        let span = self.devices[op.device].view.span(op.slice);
+        let legs = Legs::new(&span.others, &span.members, &op.legs);
+        self.ops[key].legs = legs;
+        // The partner's way is the longer one: it goes first.
+        self.send_legs(key);
         self.start_local(key);
         self.progress(key);
     }
 
-    /// Whether every current copy lets this node read (rule 12).
+    /// Whether every copy that counts lets this node read (rule 12).
     pub(super) fn may_read(&self, op: &Op) -> bool {
-        self.holds_leases(self.devices[op.device].view.span(op.slice))
+        self.holds_leases(op.device, self.devices[op.device].view.span(op.slice))
     }
 
-    /// Whether every current copy of the span lets this node read.
-    pub(super) fn holds_leases(&self, span: &SpanView) -> bool {
-        span.others.iter().all(|peer| self.peers[*peer].leases_until(span.epoch) > self.now)
+    /// Whether every copy of the span that counts lets this node read.
+    pub(super) fn holds_leases(&self, device: usize, span: &SpanView) -> bool {
+        span.others.iter().all(|peer| {
+            self.peers[*peer].leases_until(span.epoch) > self.now || !self.counts(device, span, *peer)
+        })
     }
 
     fn start_read(&mut self, key: OpKey) {
         let op = &self.ops[key];
         if !self.may_read(op) {
             self.parked.push(key);
+            return;
+        }
+        let regions = touched(op.offset, op.length, self.region_bytes());
+        let unreconciled = self.unreconciled(op.device, op.slice) & regions;
+        if op.local == Local::Idle && unreconciled != 0 {
+            self.await_reconciled(key, unreconciled);
             return;
         }
         if op.local == Local::Idle {
@@ -148,7 +201,8 @@ impl Engine {
         }
     }
 
-    /// Sends every leg that is unsent and can be.
+    /// Sends every leg that is unsent and can be. A syncing copy that cannot be reached is not waited
+    /// for: what it misses is noted at the end (rule 1).
     pub(super) fn send_legs(&mut self, key: OpKey) {
         for index in 0..self.ops[key].legs.len() {
             let op = &self.ops[key];
@@ -156,14 +210,25 @@ impl Engine {
             let peer = &self.peers[leg.peer];
             // A peer that may have missed writes gets no more: it is recorded stale first.
             let able = peer.is_open() && peer.lost.is_none() && peer.adopted().0 >= op.epoch.0;
-            if leg.state != LegState::Unsent || !able {
+            if leg.state != LegState::Unsent {
+                continue;
+            }
+            if !able {
+                if !self.counts(op.device, self.devices[op.device].view.span(op.slice), leg.peer) {
+                    self.ops[key].legs.set(index, LegState::Gone);
+                }
                 continue;
             }
             let (kind, flags) = match op.kind {
-                OpKind::Read => continue,
                 OpKind::Write { fua } => (Kind::Write, u8::from(fua) * FLAG_FUA),
                 OpKind::Zero { fua } => (Kind::Zero, u8::from(fua) * FLAG_FUA),
                 OpKind::Discard => (Kind::Discard, 0),
+                OpKind::Clear { .. } => (Kind::Clear, 0),
+                OpKind::Read
+                | OpKind::Copy
+                | OpKind::Repair
+                | OpKind::Unite { .. }
+                | OpKind::Compare { .. } => continue,
             };
             let header = Header {
                 flags,
@@ -177,6 +242,7 @@ impl Engine {
             };
             let body = match (op.kind, op.buffer) {
                 (OpKind::Write { .. }, Some(buffer)) => Body::Buffer(buffer),
+                (OpKind::Clear { readable }, _) => Body::Bytes(readable.to_le_bytes().to_vec()),
                 _ => Body::None,
             };
             if self.send_awaited(leg.peer, header, None, body, Awaited::Leg(key)) {
@@ -219,8 +285,9 @@ impl Engine {
             other => other,
         };
         let came_back = op.legs.get(index).state == LegState::Leaving && state == LegState::Unsent;
+        let lost = state == LegState::Unsent && !self.peers[peer].is_open();
         op.legs.set(index, state);
-        if came_back && op.doomed.is_none() {
+        if (came_back || lost) && op.doomed.is_none() {
             self.send_legs(key);
         }
         self.progress(key);
@@ -235,22 +302,27 @@ impl Engine {
             }
             return;
         }
-        if op.legs.in_flight() {
+        if op.legs.in_flight() || op.asked > 0 {
             return;
         }
         match (op.kind, op.local) {
+            (OpKind::Copy, _) => self.copy_progress(key),
             // Nobody knows what a failed disk still has: with another copy the role moves there.
             (OpKind::Read, Local::Done | Local::Failed) if self.may_move_op(op) => {}
             (OpKind::Read, Local::Done) => {
                 // A read takes time: it counts only if it was still ours to do at its end (rule 12).
-                if self.may_read(op) {
+                if op.part == Part::Secondary || self.may_read(op) {
                     self.finish(key, Status::Done);
                 } else {
                     self.parked.push(key);
                 }
             }
             (_, Local::Done) if op.legs.all_acknowledged() => self.finish(key, Status::Done),
-            (OpKind::Read, Local::Failed) => self.finish(key, Status::DiskFailed),
+            (OpKind::Read, Local::Failed) if op.part == Part::Primary => match self.repair_for(key) {
+                Repair::Begun => {}
+                Repair::Later => self.parked.push(key),
+                Repair::No => self.finish(key, Status::DiskFailed),
+            },
             (_, Local::Failed) if op.part == Part::Secondary || !self.may_move_op(op) => {
                 self.finish(key, Status::DiskFailed);
             }
@@ -260,7 +332,9 @@ impl Engine {
 
     /// With another copy the manager moves the primary role away from a failed disk, and the part follows.
     fn may_move_op(&self, op: &Op) -> bool {
-        self.disks[op.disk].failed && !self.devices[op.device].view.span(op.slice).others.is_empty()
+        op.part == Part::Primary
+            && self.disks[op.disk].failed
+            && !self.devices[op.device].view.span(op.slice).others.is_empty()
     }
 
     /// The operation may not go on: answered with `status` once its disk and its messages are.
@@ -275,6 +349,13 @@ impl Engine {
     /// Answers and forgets the operation, and lets those behind it go on.
     pub(super) fn finish(&mut self, key: OpKey, status: Status) {
         let Some(op) = self.ops.remove(key) else { return };
+        self.note_missed(&op);
+        match op.kind {
+            OpKind::Copy => self.end_copy(key, &op, status),
+            OpKind::Clear { .. } => self.end_clear(&op, status),
+            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Discard => self.touch(&op),
+            OpKind::Read | OpKind::Repair | OpKind::Unite { .. } | OpKind::Compare { .. } => {}
+        }
         // What is refused may be of a device that this node has no part in.
         if let Some(slice) = self.devices[op.device].slices.get_mut(op.slice as usize) {
             slice.lock.release(key);
@@ -288,14 +369,24 @@ impl Engine {
                 self.part_done(part, status, loss);
             }
             Origin::Peer(sender) => {
-                self.answer_peer(&op, sender, status);
+                self.answer_peer(op, sender, status);
                 self.served(sender.peer);
+            }
+            Origin::Upkeep => {
+                if let Some(buffer) = op.buffer.filter(|_| op.owns_buffer) {
+                    self.release(Some(buffer.buffer));
+                }
             }
         }
     }
 
-    fn answer_peer(&mut self, op: &Op, sender: Sender, status: Status) {
-        let kind = if op.part == Part::Secondary { Kind::Ack } else { Kind::Reply };
+    fn answer_peer(&mut self, op: Op, sender: Sender, status: Status) {
+        let kind = match (op.part, op.kind) {
+            (Part::Primary, _) => Kind::Reply,
+            (Part::Secondary, OpKind::Unite { .. }) => Kind::Masks,
+            (Part::Secondary, OpKind::Compare { .. }) => Kind::Digests,
+            (Part::Secondary, _) => Kind::Ack,
+        };
         let mut header = Header {
             flags: status as u8,
             slice_epoch: op.epoch,
@@ -310,11 +401,13 @@ impl Engine {
                 header.body_bytes = op.length;
                 Body::Release(buffer)
             }
-            Some(buffer) => {
-                self.actions.push_back(Action::Release { buffer: buffer.buffer });
-                Body::None
+            buffer => {
+                self.release(buffer.map(|buffer| buffer.buffer));
+                match op.reply.is_empty() || status != Status::Done {
+                    true => Body::None,
+                    false => Body::Bytes(op.reply),
+                }
             }
-            None => Body::None,
         };
         self.answer(sender, header, body);
     }
@@ -363,12 +456,38 @@ impl Engine {
             Kind::Adopted => self.on_adopted(peer, crate::ids::MapVersion(header.slice_epoch.0)),
             Kind::Ping => self.on_ping(peer, header),
             Kind::Pong => self.on_pong(peer, header),
-            Kind::Write | Kind::Zero | Kind::Discard => return self.on_replicate(sender, header, buffer),
+            Kind::Write
+            | Kind::Zero
+            | Kind::Discard
+            | Kind::Unite
+            | Kind::Compare
+            | Kind::Clear
+            | Kind::Fetch => return self.on_replicate(sender, header, small_body, buffer),
             Kind::Flush => self.flush_for_primary(sender, header)?,
             Kind::Ack => match self.take_awaited(peer, header.sequence) {
                 Some(Awaited::Leg(key)) => self.on_leg_ack(peer, key, header),
                 Some(Awaited::FlushLeg(key)) => self.on_flush_ack(peer, key, header),
+                Some(Awaited::Copy(key, message)) => {
+                    self.on_copy_answer(key, message, Some((header, small_body)))?;
+                }
+                Some(Awaited::Fetch(key)) => {
+                    self.on_fetched(key, Some(header), buffer);
+                    self.resume_starved(peer);
+                    return Ok(());
+                }
                 _ => return Err(BadFrame::Content("an ack for nothing")),
+            },
+            Kind::Masks => match self.take_awaited(peer, header.sequence) {
+                Some(Awaited::Unite(exchange)) => {
+                    self.on_masks(peer, exchange, Some((header, small_body)))?;
+                }
+                _ => return Err(BadFrame::Content("masks that nobody asked for")),
+            },
+            Kind::Digests => match self.take_awaited(peer, header.sequence) {
+                Some(Awaited::Copy(key, message @ (CopyMessage::Coarse | CopyMessage::Fine { .. }))) => {
+                    self.on_copy_answer(key, message, Some((header, small_body)))?;
+                }
+                _ => return Err(BadFrame::Content("digests that nobody asked for")),
             },
             Kind::Reply => match self.take_awaited(peer, header.sequence) {
                 Some(Awaited::Part(key, attempt)) => self.on_part_reply(peer, key, attempt, header, buffer),
@@ -389,7 +508,7 @@ impl Engine {
         Ok(())
     }
 
-    fn operation(&self, header: &Header) -> Result<(usize, OpKind), BadFrame> {
+    pub(super) fn operation(&self, header: &Header) -> Result<(usize, OpKind), BadFrame> {
         let device = *self
             .by_device
             .get(&crate::ids::DeviceId(header.device))
@@ -409,43 +528,13 @@ impl Engine {
             Kind::Write | Kind::ForwardWrite => OpKind::Write { fua },
             Kind::Zero | Kind::ForwardZero => OpKind::Zero { fua },
             Kind::Discard | Kind::ForwardDiscard => OpKind::Discard,
+            // Reads, and whatever else names a range.
             _ => OpKind::Read,
         };
         if kind == OpKind::Discard && covered(header.offset, header.length, self.region_bytes()) == 0 {
             return Err(BadFrame::Content("a discard of no whole region"));
         }
         Ok((device, kind))
-    }
-
-    /// From the primary: store it here.
-    fn on_replicate(
-        &mut self,
-        sender: Sender,
-        header: &Header,
-        buffer: Option<BufferId>,
-    ) -> Result<(), BadFrame> {
-        let (device, kind) = self.operation(header)?;
-        let buffer = data_buffer(header, kind, buffer, header.body_bytes)?;
-        let span = self.devices[device].view.span(header.slice);
-        let op = Op {
-            part: Part::Secondary,
-            kind,
-            slice: header.slice,
-            offset: header.offset,
-            length: header.length,
-            buffer,
-            owns_buffer: buffer.is_some(),
-            ..Op::primary(Origin::Peer(sender), device, header.slice_epoch)
-        };
-        // Rule 2: an older epoch is refused, and so is whoever we do not know as its primary.
-        if span.epoch != header.slice_epoch || !span.mirrors(sender.peer) {
-            self.peers[sender.peer].serving += 1;
-            let key = self.ops.insert(op);
-            self.finish(key, Status::Fenced);
-            return Ok(());
-        }
-        self.enqueue(op);
-        Ok(())
     }
 
     /// From an exporter: run it here as primary.
@@ -476,9 +565,7 @@ impl Engine {
             status => status,
         };
         if status != Status::Done {
-            self.peers[sender.peer].serving += 1;
-            let key = self.ops.insert(op);
-            self.finish(key, status);
+            self.refuse(op, status);
             return Ok(());
         }
         self.enqueue(op);
@@ -515,19 +602,21 @@ impl Engine {
 }
 
 /// The part of a frame's buffer that holds data, `bytes` of it.
-fn data_buffer(
+pub(super) fn data_buffer(
     header: &Header,
     kind: OpKind,
     buffer: Option<BufferId>,
     bytes: u32,
 ) -> Result<Option<BufferRange>, BadFrame> {
-    if !matches!(kind, OpKind::Read | OpKind::Write { .. }) {
+    if !matches!(kind, OpKind::Read | OpKind::Write { .. } | OpKind::Compare { .. }) {
         return match buffer {
             None => Ok(None),
             Some(_) => Err(BadFrame::Content("a body where none belongs")),
         };
     }
     let buffer = buffer.ok_or(BadFrame::Content("no body"))?;
+    // What is asked for comes without a body, and has room for as much as the header says.
+    let bytes = if header.kind.asks_for_data() { header.length } else { bytes };
     if bytes != header.length {
         return Err(BadFrame::Content("length and body differ"));
     }

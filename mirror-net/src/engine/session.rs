@@ -5,8 +5,10 @@
 //! side sends `Open` when it is ready and nothing else before the other's `Open` has arrived.
 
 use super::action::{Action, Body, BufferId, FlushKey, OpKey, Report};
+use super::copy::CopyMessage;
 use super::exporter::{ExportFlushKey, PartKey};
 use super::op::{LegState, OpKind, Origin, Part};
+use super::resync::Exchange;
 use super::view::PeerIndex;
 use super::{Engine, Nanos};
 use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
@@ -38,6 +40,9 @@ pub(super) enum Awaited {
     Part(PartKey, u32),
     FlushLeg(FlushKey),
     ExportFlush(ExportFlushKey),
+    Unite(Exchange),
+    Copy(OpKey, CopyMessage),
+    Fetch(OpKey),
 }
 
 /// Messages that wait for their answers, by sequence.
@@ -107,19 +112,33 @@ struct Lease {
     version: MapVersion,
 }
 
+/// Why a peer's copies are not relied on.
+#[derive(Clone, Debug)]
+pub(super) struct Lost {
+    /// For people.
+    pub cause: String,
+    /// Only its session was lost: if it opens another with the same disks before the map says anything,
+    /// nothing was missed. What it did not acknowledge is sent again.
+    by_session: bool,
+}
+
 /// Another node.
 #[derive(Debug)]
 pub(super) struct Peer {
     pub node: NodeId,
     session: Option<Session>,
     /// It missed, or may have missed, writes as a member: nothing is replicated to it until the
-    /// map no longer counts on it.
-    pub lost: Option<String>,
+    /// map no longer counts on it, or it is back as it was.
+    pub lost: Option<Lost>,
     /// It opened a session since this process started.
     ever_open: bool,
     /// Since when there is no session although we count on its copies.
     missed_since: Option<Nanos>,
     ask_after: Nanos,
+    /// When it may be asked for that its stale copies be filled.
+    pub ask_syncing_after: Nanos,
+    /// Since when it has not adopted what we need it to.
+    lags_since: Option<Nanos>,
     /// The newest lease that it granted.
     lease: Lease,
     /// Until when we may not serve what it was primary of.
@@ -138,6 +157,8 @@ impl Peer {
             ever_open: false,
             missed_since: None,
             ask_after: 0,
+            ask_syncing_after: 0,
+            lags_since: None,
             lease: Lease::default(),
             // After a start a node assumes that it had just granted a lease to everybody (rule 13).
             granted_until: now + LEASE,
@@ -276,21 +297,19 @@ impl Engine {
         let map = self.map.as_ref()?;
         let node = self.peers[peer].node;
         let session = self.peers[peer].session.as_ref().filter(|session| session.got_open)?;
-        let (process, attached) = (session.process, &session.attached);
+        let attached = &session.attached;
         for span in self.spans_mirrored_by(peer) {
             let Some(replica) = span.replicas.iter().find(|replica| map.node_of(replica.disk) == Some(node))
             else {
                 continue;
             };
             let attach = attached.iter().find(|(disk, _)| *disk == replica.disk).map(|(_, attach)| *attach);
+            // Its process may be another: what it acknowledged was on its disk (rule 3).
             if attach != Some(replica.incarnation.attach) {
                 return Some(format!(
                     "{} was detached or its machine restarted",
                     map.disk_name(replica.disk)
                 ));
-            }
-            if process != replica.incarnation.process {
-                return Some(format!("the daemon of {} was restarted", map.node_name(node)));
             }
         }
         None
@@ -310,10 +329,15 @@ impl Engine {
 
     /// Whether this node counts on that peer's copies anywhere.
     pub(super) fn counts_on(&self, peer: PeerIndex) -> bool {
-        self.devices
-            .iter()
-            .flat_map(|device| &device.view.spans)
-            .any(|span| span.serves() && span.others.contains(&peer))
+        self.devices.iter().enumerate().any(|(index, device)| {
+            device.view.spans.iter().any(|span| span.serves() && self.counts(index, span, peer))
+        })
+    }
+
+    /// Whether that peer's copies get this node's writes anywhere.
+    fn gets_writes(&self, peer: PeerIndex) -> bool {
+        let mut spans = self.devices.iter().flat_map(|device| &device.view.spans);
+        spans.any(|span| span.serves() && span.others.contains(&peer))
     }
 
     fn opened(&mut self, peer: PeerIndex) {
@@ -322,6 +346,9 @@ impl Engine {
         }
         self.peers[peer].ever_open = true;
         self.peers[peer].last_error = None;
+        if self.peers[peer].lost.as_ref().is_some_and(|lost| lost.by_session) {
+            self.peers[peer].lost = None;
+        }
         self.send_adopted(peer);
         self.ping_if_due(peer);
         self.resume_after(peer);
@@ -338,26 +365,42 @@ impl Engine {
             .collect();
         for key in waiting {
             self.send_legs(key);
+            self.progress(key);
         }
         self.route_held();
         self.resume_flushes();
+        self.resync_due = true;
     }
 
     /// The peer is, or may be, behind as a member: the manager has to say so before anything goes on.
     pub(super) fn lose(&mut self, peer: PeerIndex, cause: String) {
-        if self.counts_on(peer) && self.peers[peer].lost.is_none() {
-            self.peers[peer].lost = Some(cause);
-            self.peers[peer].ask_after = 0;
-            self.ask_if_due(peer);
+        let lost_before = self.peers[peer].lost.as_ref();
+        if self.gets_writes(peer) && lost_before.is_none_or(|lost| lost.by_session) {
+            self.note_lost(peer, Lost { cause, by_session: false });
         }
+    }
+
+    /// The peer cannot be reached. Copies that are not counted on are left out without a word (rule 1).
+    fn lose_session(&mut self, peer: PeerIndex, cause: String) {
+        if self.counts_on(peer) && self.peers[peer].lost.is_none() {
+            self.note_lost(peer, Lost { cause, by_session: true });
+        }
+    }
+
+    fn note_lost(&mut self, peer: PeerIndex, lost: Lost) {
+        self.peers[peer].lost = Some(lost);
+        self.peers[peer].ask_after = 0;
+        self.ask_if_due(peer);
+        self.resume_after(peer);
     }
 
     fn ask_if_due(&mut self, peer: PeerIndex) {
         let entry = &mut self.peers[peer];
-        let Some(cause) = entry.lost.clone().filter(|_| entry.ask_after <= self.now) else { return };
+        let Some(lost) = entry.lost.clone().filter(|_| entry.ask_after <= self.now) else { return };
         entry.ask_after = self.now + ASK_AGAIN;
         let node = entry.node;
         let version = self.adopted_version();
+        let cause = lost.cause;
         self.actions.push_back(Action::Report(Report::AskStale { peer: node, version, cause }));
     }
 
@@ -373,17 +416,22 @@ impl Engine {
             });
         }
         self.peers[peer].last_error = Some(reason.clone());
-        if self.peers[peer].ever_open {
-            self.lose(peer, format!("session lost: {reason}"));
-        }
         for awaited in session.window.awaited.into_iter().flatten() {
             match awaited {
                 Awaited::Leg(key) => self.leg_ended(peer, key, false),
                 Awaited::Part(key, attempt) => self.part_unanswered(key, attempt, peer),
                 Awaited::FlushLeg(key) => self.flush_leg_unsent(key, peer),
                 Awaited::ExportFlush(key) => self.export_flush_unsent(key, peer),
+                Awaited::Unite(exchange) => drop(self.on_masks(peer, exchange, None)),
+                Awaited::Copy(key, message) => drop(self.on_copy_answer(key, message, None)),
+                Awaited::Fetch(key) => self.on_fetched(key, None, None),
             }
         }
+        self.resync_interrupted(peer);
+        if self.peers[peer].ever_open {
+            self.lose_session(peer, format!("session lost: {reason}"));
+        }
+        self.resume_after(peer);
         self.drop_operations_of(peer, session.id);
     }
 
@@ -579,7 +627,9 @@ impl Engine {
             }
             self.ping_if_due(peer);
             self.miss(peer);
+            self.lag(peer);
             self.ask_if_due(peer);
+            self.ask_syncing_if_due(peer);
         }
     }
 
@@ -592,7 +642,26 @@ impl Engine {
         }
         let since = *self.peers[peer].missed_since.get_or_insert(self.now);
         if since + UNREACHED <= self.now {
-            self.lose(peer, "no session could be opened".into());
+            self.lose_session(peer, "no session could be opened".into());
+        }
+    }
+
+    /// A copy that we count on may be cut off from the manager, and never learn of the epoch that our
+    /// writes carry.
+    fn lag(&mut self, peer: PeerIndex) {
+        let adopted = self.peers[peer].adopted();
+        let lags = self.peers[peer].is_open()
+            && self.devices.iter().enumerate().any(|(index, device)| {
+                let mut spans = device.view.spans.iter().filter(|span| span.serves());
+                spans.any(|span| span.epoch.0 > adopted.0 && self.counts(index, span, peer))
+            });
+        if !lags {
+            self.peers[peer].lags_since = None;
+            return;
+        }
+        let since = *self.peers[peer].lags_since.get_or_insert(self.now);
+        if since + UNREACHED <= self.now {
+            self.lose(peer, format!("it has not adopted {} yet", self.adopted_version()));
         }
     }
 

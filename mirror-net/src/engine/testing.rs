@@ -188,6 +188,7 @@ impl Rig {
             next_token: 1,
             next_buffer: 1,
         };
+        rig.engine.add_copy_buffers([BufferId(u32::MAX)]);
         rig.engine.set_exporter_session(ExporterSession(1));
         rig.adopt(map);
         rig.now = 2_000_000_000;
@@ -346,6 +347,7 @@ impl Rig {
     /// Carries out what the engine wants.
     pub fn run(&mut self) {
         let mut io = Vec::new();
+        let mut digests = Vec::new();
         loop {
             while let Some(action) = self.engine.poll_action() {
                 match action {
@@ -366,10 +368,15 @@ impl Rig {
                     Action::Send { peer, header, .. } => self.sent.push(Sent { to: peer.0, header }),
                     Action::CloseLane { peer, .. } => self.closed.push(peer.0),
                     Action::FillZero { .. } | Action::Copy { .. } => {}
+                    Action::Digest { op, .. } => digests.push(op),
                     Action::Release { buffer } => self.released.push(buffer),
                     Action::Complete { token, result } => self.done.push((token.0, result)),
                     Action::Report(report) => self.reports.push(report),
                 }
+            }
+            if let Some(op) = digests.pop() {
+                self.engine.handle_digests(self.now, op, Vec::new());
+                continue;
             }
             if io.is_empty() {
                 return;

@@ -1,7 +1,7 @@
 //! The adopted map as one node needs it: for each device, who is what for which slices.
 
 use super::action::DiskIndex;
-use crate::ids::{DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch};
+use crate::ids::{AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch};
 use crate::map::validate::COPIES_MAX;
 use crate::map::{self, Claim, DistributionMap, ReplicaState};
 
@@ -26,7 +26,7 @@ pub struct DeviceView {
     pub spans: Vec<SpanView>,
     /// Who is primary of any slice, each once.
     pub primaries: Vec<Place>,
-    /// Peers that hold a member or joining copy of a slice that this node is primary of.
+    /// Peers that hold a member or syncing copy of a slice that this node is primary of.
     pub secondaries: Vec<PeerIndex>,
     /// This node's disks that hold copies of it.
     pub disks: Vec<DiskIndex>,
@@ -56,14 +56,19 @@ pub struct SpanView {
     pub loss: LossGeneration,
     /// Who is primary.
     pub primary: Place,
-    /// Whether the map means this very process and attachment of ours, where it lists us.
+    /// Whether the map means our copy as it is, where it lists us: as primary this very process and
+    /// attachment, as secondary the attachment alone (PROTOCOL.md, Incarnation).
     pub intact: bool,
     /// This node's copy.
     pub mine: Option<Mine>,
-    /// The other copies that get every write: members and joining ones.
+    /// The other copies that get writes: members and syncing ones.
     pub others: Vec<PeerIndex>,
+    /// Under which attachment each of `others` holds its copy.
+    pub attached: Vec<AttachId>,
     /// Those of them that are members.
     pub members: Vec<PeerIndex>,
+    /// Peers with copies that lack writes, on disks that work.
+    pub stale: Vec<PeerIndex>,
     /// Copies in the list, stale ones included.
     pub copies: usize,
 }
@@ -81,6 +86,16 @@ impl SpanView {
     /// Whether this node serves these slices, leases and waits apart.
     pub fn serves(&self) -> bool {
         self.primary == Place::Here && self.intact
+    }
+
+    /// Whether every copy in the list is a member.
+    pub fn is_complete(&self) -> bool {
+        self.members.len() + 1 == self.copies
+    }
+
+    /// Under which attachment that peer holds its copy, if it gets writes.
+    pub fn attached(&self, peer: PeerIndex) -> Option<AttachId> {
+        self.others.iter().position(|other| *other == peer).map(|index| self.attached[index])
     }
 
     /// Whether that peer may send us writes for these slices.
@@ -159,7 +174,9 @@ impl Viewer<'_> {
             intact: false,
             mine: None,
             others: Vec::new(),
+            attached: Vec::new(),
             members: Vec::new(),
+            stale: Vec::new(),
             copies: span.replicas.len(),
         };
         for (position, replica) in span.replicas.iter().enumerate() {
@@ -172,15 +189,23 @@ impl Viewer<'_> {
                     // A disk that the map gives us and that we do not have leaves `mine` empty.
                     let disk = self.disks.iter().position(|(disk, _)| *disk == replica.disk);
                     view.mine = disk.map(|disk| Mine { disk, state: replica.state });
-                    view.intact = disk.is_some_and(|disk| self.disks[disk].1 == replica.incarnation);
+                    view.intact = disk.map(|disk| self.disks[disk].1).is_some_and(|now| {
+                        now.attach == replica.incarnation.attach
+                            && (position > 0 || now == replica.incarnation)
+                    });
                 }
                 Place::Peer(peer) if replica.state != ReplicaState::Stale => {
                     view.others.push(peer);
+                    view.attached.push(replica.incarnation.attach);
                     if replica.state == ReplicaState::InSync {
                         view.members.push(peer);
                     }
                 }
-                Place::Peer(_) => {}
+                Place::Peer(peer) => {
+                    if map.disk(replica.disk).is_some_and(|disk| disk.failed.is_none()) {
+                        view.stale.push(peer);
+                    }
+                }
             }
         }
         view

@@ -45,6 +45,16 @@ impl<K: Copy + PartialEq> RangeLock<K> {
         held
     }
 
+    /// Takes a range if nobody holds or waits for any of it; true if it is held.
+    pub fn try_acquire(&mut self, key: K, range: Range<u32>, shared: bool) -> bool {
+        let entry = Entry { key, range, shared, held: true };
+        let free = !self.entries.iter().any(|other| other.conflicts(&entry));
+        if free {
+            self.entries.push(entry);
+        }
+        free
+    }
+
     /// A holder needs more than it asked for. True if it holds that at once; otherwise it holds
     /// nothing any more and waits for the wider range at its old place in the order.
     pub fn widen(&mut self, key: K, range: Range<u32>) -> bool {
@@ -120,6 +130,17 @@ mod tests {
         assert_eq!(lock.pop_ready(), Some(5));
         lock.release(5);
         assert!(lock.is_idle());
+    }
+
+    #[test]
+    fn whoever_only_tries_does_not_wait() {
+        let mut lock = RangeLock::default();
+        assert!(lock.acquire(1, 0..8, false));
+        assert!(!lock.try_acquire(2, 4..12, false));
+        assert!(lock.try_acquire(3, 8..12, false));
+        lock.release(1);
+        assert_eq!(lock.pop_ready(), None);
+        assert!(lock.try_acquire(2, 4..8, false));
     }
 
     #[test]

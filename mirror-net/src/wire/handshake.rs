@@ -13,6 +13,7 @@
 //! only after the client's proof held. What follows on the connection is not encrypted.
 
 use crate::ids::{ClusterId, ProcessId};
+use crate::region::digest::DigestKey;
 use serde::{Deserialize, Serialize};
 
 /// The protocol version that this program speaks.
@@ -44,6 +45,11 @@ impl ClusterKey {
     pub fn parse(text: &str) -> Result<Self, BadKey> {
         let hash = blake3::Hash::from_hex(text.trim()).map_err(|_| BadKey)?;
         Ok(Self(*hash.as_bytes()))
+    }
+
+    /// The key of the digests by which copies are compared.
+    pub fn digest_key(&self) -> DigestKey {
+        DigestKey::new(&self.0)
     }
 
     /// The text of a key file.

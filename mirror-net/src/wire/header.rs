@@ -39,8 +39,23 @@ pub enum Kind {
     Discard = 12,
     /// Primary to secondary: make everything acknowledged for this device durable.
     Flush = 13,
-    /// Answers a message of the four kinds above; the sequence is that of the message.
+    /// Primary to secondary: here is my dirty mask of the slice, unite it with yours; the body is that mask.
+    /// Answered with [`Kind::Masks`].
+    Unite = 14,
+    /// Primary to secondary: the digests of the range, one for each block; with [`FLAG_FINE`] of the small
+    /// blocks. Answered with [`Kind::Digests`].
+    Compare = 15,
+    /// Primary to secondary: the regions in the range are equal on all copies, they are dirty no longer. The
+    /// body is the mask of the regions that hold data.
+    Clear = 16,
+    /// Primary to member: what you have in the range. The answer's body is the data.
+    Fetch = 17,
+    /// Answers a message of the kinds above; the sequence is that of the message.
     Ack = 20,
+    /// Answers [`Kind::Unite`]: what was dirty, and what is readable.
+    Masks = 21,
+    /// Answers [`Kind::Compare`].
+    Digests = 22,
     /// Exporter to primary: read.
     ForwardRead = 30,
     /// Exporter to primary: write the body.
@@ -66,7 +81,13 @@ impl Kind {
             11 => Self::Zero,
             12 => Self::Discard,
             13 => Self::Flush,
+            14 => Self::Unite,
+            15 => Self::Compare,
+            16 => Self::Clear,
+            17 => Self::Fetch,
             20 => Self::Ack,
+            21 => Self::Masks,
+            22 => Self::Digests,
             30 => Self::ForwardRead,
             31 => Self::ForwardWrite,
             32 => Self::ForwardZero,
@@ -81,10 +102,23 @@ impl Kind {
     pub fn is_forwarded(self) -> bool {
         (Self::ForwardRead as u8..=Self::ForwardFlush as u8).contains(&(self as u8))
     }
+
+    /// Whether the body, if there is one, is data of a device: it belongs into a buffer. The bodies of
+    /// other kinds are small and the engine looks into them.
+    pub fn carries_data(self) -> bool {
+        matches!(self, Self::Write | Self::ForwardWrite | Self::Ack | Self::Reply)
+    }
+
+    /// Whether the receiver needs room for as many bytes as the header's `length` says: to read into.
+    pub fn asks_for_data(self) -> bool {
+        matches!(self, Self::ForwardRead | Self::Fetch | Self::Compare)
+    }
 }
 
 /// Set in a write's `flags`: through to stable storage on every copy (FUA).
 pub const FLAG_FUA: u8 = 1;
+/// Set in the `flags` of [`Kind::Compare`]: digests of the small blocks instead of the large.
+pub const FLAG_FINE: u8 = 1;
 
 /// How a message ended, in the `flags` of an ack or reply.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -7,13 +7,14 @@
 
 use crate::sim::disk::SimDisk;
 use crate::sim::scheduler::Random;
-use mirror_net::engine::action::{BufferId, BufferRange};
+use mirror_net::engine::action::{BufferId, BufferRange, OpKey};
 use mirror_net::engine::{Engine, LocalDisk, Me};
 use mirror_net::format::alloc::Allocator;
 use mirror_net::format::create::{FormatOptions, format};
 use mirror_net::format::{Geometry, Plan, PlanStep, SlotOrder, ZoneProfile, open};
 use mirror_net::ids::{AttachId, ClusterId, DiskId, Incarnation, MapVersion, NodeId, ProcessId, SlotIndex};
 use mirror_net::map::SegmentSlots;
+use mirror_net::region::digest::Digest;
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
@@ -21,6 +22,8 @@ use std::sync::OnceLock;
 pub const SLICE: u32 = 256 << 10;
 /// Bytes of a disk.
 pub const DISK_BYTES: u64 = 4 << 20;
+/// Often, for schedules are short.
+const CLEAR_EVERY: u64 = 300_000_000;
 const POISON: u8 = 0xdb;
 
 /// A disk I/O under way.
@@ -58,6 +61,8 @@ pub struct Process {
     pub buffers: HashMap<u32, Vec<u8>>,
     /// Disk I/O under way, by number.
     pub ios: HashMap<u64, (mirror_net::engine::action::Io, DiskIo)>,
+    /// Digests that were computed and that the engine has not got yet.
+    pub digests: Vec<(OpKey, Vec<Digest>)>,
     /// What it told the manager as adopted.
     pub adopted: MapVersion,
     next_buffer: u32,
@@ -186,10 +191,17 @@ impl Node {
             engine: Engine::new(me, SLICE, vec![local], now),
             buffers: HashMap::new(),
             ios: HashMap::new(),
+            digests: Vec::new(),
             adopted: MapVersion(0),
             next_buffer: 0,
             next_io: 0,
         });
+        if let Some(process) = &mut self.process {
+            let bytes = process.engine.copy_buffer_bytes() as usize;
+            let buffers = [(); 2].map(|()| process.allocate(vec![POISON; bytes]));
+            process.engine.add_copy_buffers(buffers);
+            process.engine.set_clear_every(CLEAR_EVERY);
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::Input;
 use crate::driver::command::{Command, Event, Handle, ThreadReport, channel};
-use crate::driver::{IoThread, now};
+use crate::driver::{IoThread, WireKeys, now};
 use crate::frontend::nbd;
 use crate::frontend::ublk::export::Export;
 use crate::ring::disk::DiskFile;
@@ -11,6 +11,7 @@ use anyhow::Context;
 use mirror_net::engine::{Engine, LocalDisk, Me};
 use mirror_net::ids::{DeviceId, ExporterSession, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
+use mirror_net::wire::handshake::ClusterKey;
 use mirror_net::wire::header::CrcSeed;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ impl IoHandle {
     /// Opens the node's disks and starts the thread. Disks that cannot be used are left out, and why
     /// is returned beside.
     pub fn start(
+        key: &ClusterKey,
         node: NodeId,
         process: ProcessId,
         map: &DistributionMap,
@@ -46,14 +48,14 @@ impl IoHandle {
         let engine = Engine::new(Me { node, process }, map.slice_bytes, locals, now());
         let (handle, inbox) = channel().context("eventfd")?;
         let (events, mut received) = mpsc::unbounded_channel::<Event>();
-        let seed = CrcSeed::new(&map.cluster);
+        let keys = WireKeys { seed: CrcSeed::new(&map.cluster), digests: key.digest_key() };
         let (started, start) = std::sync::mpsc::channel();
         std::thread::Builder::new().name("io".into()).spawn(move || {
             if serves_ublk {
                 super::ublk::prepare_thread_or_warn();
             }
             // The ring belongs to the thread that made it.
-            match IoThread::new(engine, files, seed, inbox, events, buffer_bytes) {
+            match IoThread::new(engine, files, keys, inbox, events, buffer_bytes) {
                 Ok(thread) => {
                     let _ = started.send(Ok(()));
                     thread.run();

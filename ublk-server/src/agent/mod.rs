@@ -334,6 +334,7 @@ impl Agent {
     /// Opens the disks and starts the I/O thread; false if no disk can be used.
     fn start_io(&mut self, me: NodeId, map: &DistributionMap) -> bool {
         match IoHandle::start(
+            &self.common.key,
             me,
             self.common.process,
             map,
@@ -372,13 +373,27 @@ impl Agent {
                 self.tell_manager(NodeMessage::Adopted { version });
             }
             Event::Report(Report::AskStale { peer, version, cause }) => {
-                let node = self.map.as_ref().map_or_else(|| peer.to_string(), |map| map.node_name(peer));
                 tracing::warn!(
-                    node,
+                    node = self.node_name(peer),
                     cause,
                     "its copies may lack writes: asking the manager to record them stale"
                 );
                 self.tell_manager(NodeMessage::AskStale { peer, version, cause });
+            }
+            Event::Report(Report::AskSyncing { peer, version }) => {
+                tracing::info!(
+                    node = self.node_name(peer),
+                    "its stale copies can be filled: asking the manager"
+                );
+                self.tell_manager(NodeMessage::AskSyncing { peer, version });
+            }
+            Event::Report(Report::AskInSync { peer, device, version }) => {
+                tracing::info!(
+                    node = self.node_name(peer),
+                    %device,
+                    "its copies are equal to ours: asking the manager to record them in sync"
+                );
+                self.tell_manager(NodeMessage::AskInSync { peer, device, version });
             }
             Event::Report(Report::DiskFailed { disk, reason }) => {
                 tracing::error!(%disk, reason, "a disk failed");
@@ -386,7 +401,7 @@ impl Agent {
                 self.tell_manager(NodeMessage::DiskFailed { disk, reason });
             }
             Event::LaneClosed { peer, session, reason } => {
-                let node = self.map.as_ref().map_or_else(|| peer.to_string(), |map| map.node_name(peer));
+                let node = self.node_name(peer);
                 tracing::warn!(node, session, reason, "session ended");
                 self.lanes.closed(&node);
             }
@@ -407,6 +422,11 @@ impl Agent {
         Ok(())
     }
 
+    /// For people.
+    fn node_name(&self, node: NodeId) -> String {
+        self.map.as_ref().map_or_else(|| node.to_string(), |map| map.node_name(node))
+    }
+
     async fn report(&mut self) {
         if self.manager.is_none() {
             return;
@@ -425,6 +445,7 @@ impl Agent {
             }
             report.sessions = thread.sessions;
             report.waiting = thread.waiting;
+            report.resyncs = thread.resyncs;
         }
         report.waiting.extend(self.trouble.clone());
         self.tell_manager(NodeMessage::Report(report));

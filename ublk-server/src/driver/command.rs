@@ -2,7 +2,7 @@
 
 use crate::frontend::nbd;
 use crate::frontend::ublk::export::Export;
-use mirror_net::control::SessionReport;
+use mirror_net::control::{ResyncReport, SessionReport};
 use mirror_net::engine::action::Report;
 use mirror_net::ids::{DeviceId, ExporterSession, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
@@ -82,6 +82,8 @@ pub struct ThreadReport {
     pub sessions: Vec<SessionReport>,
     /// What requests wait for.
     pub waiting: Vec<String>,
+    /// Copies that are being made equal.
+    pub resyncs: Vec<ResyncReport>,
     /// Device, requests completed, requests pending.
     pub devices: Vec<(DeviceId, u64, u64)>,
 }

@@ -15,10 +15,11 @@ use crate::ring::disk::{DiskFile, DiskIo, DiskOutcome};
 use crate::ring::{Completion, Ring};
 use command::{Command, Event, Inbox, ThreadReport};
 use io_uring::{opcode, types};
-use mirror_net::engine::action::{Action, Io, Request, RequestError, RequestToken};
+use mirror_net::engine::action::{Action, Io, OpKey, Request, RequestError, RequestToken};
 use mirror_net::engine::{Engine, Nanos};
 use mirror_net::format::MetadataIo;
 use mirror_net::ids::{DeviceId, NodeId};
+use mirror_net::region::digest::{Digest, DigestKey};
 use mirror_net::wire::header::CrcSeed;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
@@ -38,6 +39,17 @@ pub fn now() -> Nanos {
         .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
+/// What the nodes of one cluster share.
+pub struct WireKeys {
+    /// Of the checksums of frames.
+    pub seed: CrcSeed,
+    /// Of the digests by which copies are compared.
+    pub digests: DigestKey,
+}
+
+/// Regions that are copied at a time.
+const COPIES: usize = 4;
+
 /// The I/O thread.
 pub struct IoThread {
     ring: Ring,
@@ -53,10 +65,12 @@ pub struct IoThread {
     completed: HashMap<DeviceId, u64>,
     /// I/O that was done inline.
     done: Vec<(usize, i32)>,
+    /// Digests that were computed and that the engine has not got yet.
+    digests: Vec<(OpKey, Vec<Digest>)>,
     inbox: Inbox,
     wake_buffer: AlignedBlock,
     events: tokio::sync::mpsc::UnboundedSender<Event>,
-    seed: CrcSeed,
+    keys: WireKeys,
     late_answers: bool,
     stopping: bool,
 }
@@ -64,17 +78,20 @@ pub struct IoThread {
 impl IoThread {
     /// Brings everything together; [`IoThread::run`] must be called on the same thread.
     pub fn new(
-        engine: Engine,
+        mut engine: Engine,
         disks: Vec<DiskFile>,
-        seed: CrcSeed,
+        keys: WireKeys,
         inbox: Inbox,
         events: tokio::sync::mpsc::UnboundedSender<Event>,
         buffer_bytes: usize,
     ) -> io::Result<Self> {
+        let mut buffers = Buffers::new(buffer_bytes);
+        let bytes = engine.copy_buffer_bytes() as usize;
+        engine.add_copy_buffers((0..COPIES).map(|_| buffers.allocate_for_peer(bytes)));
         Ok(Self {
             ring: Ring::new(RING_ENTRIES)?,
             engine,
-            buffers: Buffers::new(buffer_bytes),
+            buffers,
             disks,
             disk_ios: Slab::new(),
             lanes: Slab::new(),
@@ -83,10 +100,11 @@ impl IoThread {
             exports: Slab::new(),
             completed: HashMap::new(),
             done: Vec::new(),
+            digests: Vec::new(),
             inbox,
             wake_buffer: AlignedBlock::new(8),
             events,
-            seed,
+            keys,
             late_answers: false,
             stopping: false,
         })
@@ -139,8 +157,14 @@ impl IoThread {
                 self.late_answers = false;
                 self.answer_late()?;
             }
-            if self.done.is_empty() {
+            if self.done.is_empty() && self.digests.is_empty() {
                 return Ok(());
+            }
+            for (op, digests) in std::mem::take(&mut self.digests) {
+                self.engine.handle_digests(now(), op, digests);
+                while let Some(action) = self.engine.poll_action() {
+                    self.carry_out(action)?;
+                }
             }
             for (index, result) in std::mem::take(&mut self.done) {
                 self.disk_io_done(index, result)?;
@@ -194,7 +218,7 @@ impl IoThread {
             }
             Command::ExporterSession(session) => self.engine.set_exporter_session(session),
             Command::Lane { peer, session, process, socket } => {
-                let index = self.lanes.insert(Lane::new(peer, session, socket, self.seed));
+                let index = self.lanes.insert(Lane::new(peer, session, socket, self.keys.seed));
                 self.engine.handle_lane_up(now(), peer, session, process);
                 self.read_lane(index)?;
             }
@@ -243,6 +267,7 @@ impl IoThread {
             adopted: self.engine.adopted_version(),
             sessions: self.engine.session_reports(),
             waiting: self.engine.waiting(),
+            resyncs: self.engine.resync_reports(),
             devices: devices.into_iter().map(count).collect(),
         }
     }
@@ -313,6 +338,11 @@ impl IoThread {
             }
             Action::FillZero { buffer } => {
                 self.buffers.bytes_mut(buffer).fill(0);
+                Ok(())
+            }
+            Action::Digest { op, buffer } => {
+                let digests = self.keys.digests.fine(self.buffers.bytes(buffer));
+                self.digests.push((op, digests));
                 Ok(())
             }
             Action::Copy { from, to } => {

@@ -72,12 +72,9 @@ impl Lane {
 
     /// Finds the place of a body.
     fn place(&mut self, header: &Header, length: usize, buffers: &mut Buffers) -> Result<(), BadFrame> {
-        let carries_data = match header.kind {
-            Kind::Write | Kind::ForwardWrite => true,
-            Kind::Reply => length > 0,
-            _ => false,
-        };
-        if carries_data {
+        // A write's body that is missing is for the engine to refuse, and takes a place until then.
+        let is_write = matches!(header.kind, Kind::Write | Kind::ForwardWrite);
+        if header.kind.carries_data() && (is_write || length > 0) {
             let buffer = buffers.allocate_for_peer(length.max(1));
             self.stream.accept(BufferRange { buffer, offset: 0, length: length as u32 });
             return Ok(());
@@ -85,7 +82,7 @@ impl Lane {
         if length > SMALL_BYTES_MAX {
             return Err(BadFrame::BodyTooLong(length as u32));
         }
-        if header.kind == Kind::ForwardRead {
+        if header.kind.asks_for_data() {
             if header.length > PIECE_BYTES_MAX {
                 return Err(BadFrame::Content("a read longer than a piece"));
             }

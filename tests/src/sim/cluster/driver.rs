@@ -8,14 +8,21 @@ use mirror_net::control::NodeMessage;
 use mirror_net::engine::action::{Action, Body, BufferId, BufferRange, Io, Report};
 use mirror_net::format::MetadataIo;
 use mirror_net::ids::NodeId;
+use mirror_net::region::digest::DigestKey;
 use mirror_net::wire::header::{HEADER_BYTES, Header, Kind, Status, TRAILER_BYTES, Trailer};
 
 impl Cluster {
     pub(super) fn drain(&mut self, node: u16) {
         loop {
+            let clock = self.node(node).clock(self.now);
             let Some(running) = self.process(node) else { return };
-            let Some(action) = running.engine.poll_action() else { return };
-            self.carry_out(node, action);
+            if let Some(action) = running.engine.poll_action() {
+                self.carry_out(node, action);
+            } else if let Some((op, digests)) = running.digests.pop() {
+                running.engine.handle_digests(clock, op, digests);
+            } else {
+                return;
+            }
         }
     }
 
@@ -98,6 +105,15 @@ impl Cluster {
                 Some(bytes) => bytes.fill(0),
                 None => self.checker.violations.push(format!("n{node} fills {buffer:?}, which it gave back")),
             },
+            Action::Digest { op, buffer } => match process.bytes(buffer) {
+                Some(bytes) => {
+                    let digests = DigestKey::new(b"simulated").fine(bytes);
+                    process.digests.push((op, digests));
+                }
+                None => {
+                    self.checker.violations.push(format!("n{node} compares {buffer:?}, which it gave back"))
+                }
+            },
             Action::Copy { from, to } => {
                 let data = process.bytes(from).map(<[u8]>::to_vec);
                 match (data, process.bytes_mut(to)) {
@@ -126,6 +142,10 @@ impl Cluster {
                         Report::DiskFailed { disk, reason } => NodeMessage::DiskFailed { disk, reason },
                         Report::AskStale { peer, version, cause } => {
                             NodeMessage::AskStale { peer, version, cause }
+                        }
+                        Report::AskSyncing { peer, version } => NodeMessage::AskSyncing { peer, version },
+                        Report::AskInSync { peer, device, version } => {
+                            NodeMessage::AskInSync { peer, device, version }
                         }
                     },
                 );
@@ -230,10 +250,10 @@ impl Cluster {
         let clock = self.node(to).clock(now);
         let Some(process) = self.process(to) else { return };
         let (small, data) = match header.kind {
-            Kind::Open => (body.to_vec(), None),
-            Kind::ForwardRead => (Vec::new(), Some(vec![0xcc; header.length as usize])),
-            _ if !body.is_empty() => (Vec::new(), Some(body.to_vec())),
-            _ => (Vec::new(), None),
+            kind if kind.asks_for_data() => (Vec::new(), Some(vec![0xcc; header.length as usize])),
+            kind if kind.carries_data() && !body.is_empty() => (Vec::new(), Some(body.to_vec())),
+            kind if kind.carries_data() => (Vec::new(), None),
+            _ => (body.to_vec(), None),
         };
         let buffer = data.map(|data| process.allocate(data));
         let _ = session;

@@ -1,0 +1,129 @@
+//! What this disk cannot read is taken from another copy and written anew.
+
+use super::Engine;
+use super::action::{Action, Body, BufferId, BufferRange, Io, OpKey};
+use super::op::{Local, Op, OpKind, Origin};
+use super::session::Awaited;
+use super::view::PeerIndex;
+use crate::wire::header::{Header, Kind, Status};
+
+/// Whether a read that failed can be helped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Repair {
+    /// It goes on when the repair is done.
+    Begun,
+    /// Another copy has it and cannot be reached now.
+    Later,
+    /// No other copy has it, or that was tried.
+    No,
+}
+
+impl Engine {
+    /// A read failed here: its range is fetched from a member.
+    pub(super) fn repair_for(&mut self, key: OpKey) -> Repair {
+        let op = &self.ops[key];
+        let span = self.devices[op.device].view.span(op.slice);
+        if op.repaired || self.disks[op.disk].failed || span.members.is_empty() {
+            return Repair::No;
+        }
+        if self.repair_source(op).is_none() {
+            return Repair::Later;
+        }
+        let (device, slice, offset, length) = (op.device, op.slice, op.offset, op.length);
+        // It gives up its range, and asks for it again behind the repair.
+        let op = &mut self.ops[key];
+        (op.holds, op.failed, op.local) = (false, false, Local::Idle);
+        let lock = &mut self.devices[device].slices[slice as usize].lock;
+        lock.release(key);
+        while let Some(next) = lock.pop_ready() {
+            self.ready.push_back(next);
+        }
+        self.repair(device, slice, offset, length, Some(key));
+        let lock = &mut self.devices[device].slices[slice as usize].lock;
+        if lock.acquire(key, offset..offset + length, true) {
+            self.ready.push_back(key);
+        }
+        Repair::Begun
+    }
+
+    /// Begins to replace a range by what a member has.
+    pub(super) fn repair(
+        &mut self,
+        device: usize,
+        slice: u32,
+        offset: u32,
+        length: u32,
+        reader: Option<OpKey>,
+    ) {
+        let epoch = self.devices[device].view.span(slice).epoch;
+        let op = Op {
+            kind: OpKind::Repair,
+            slice,
+            offset,
+            length,
+            reader,
+            ..Op::primary(Origin::Upkeep, device, epoch)
+        };
+        self.enqueue(op);
+    }
+
+    fn repair_source(&self, op: &Op) -> Option<PeerIndex> {
+        let span = self.devices[op.device].view.span(op.slice);
+        span.members.iter().copied().find(|peer| {
+            let entry = &self.peers[*peer];
+            entry.is_open() && entry.lost.is_none() && entry.adopted().0 >= span.epoch.0
+        })
+    }
+
+    /// It holds its range.
+    pub(super) fn start_repair(&mut self, key: OpKey) {
+        let op = &self.ops[key];
+        let Some(peer) = self.repair_source(op).filter(|_| !self.disks[op.disk].failed) else {
+            self.finish(key, Status::Fenced);
+            return;
+        };
+        let header = Header {
+            slice_epoch: op.epoch,
+            device: self.devices[op.device].view.id.0,
+            slice: op.slice,
+            offset: op.offset,
+            length: op.length,
+            loss: self.loss_of(op.device, op.slice),
+            ..Header::new(Kind::Fetch)
+        };
+        if self.send_awaited(peer, header, None, Body::None, Awaited::Fetch(key)) {
+            self.ops[key].asked += 1;
+        } else {
+            self.finish(key, Status::Fenced);
+        }
+    }
+
+    /// The data came, or will never come (`None`).
+    pub(super) fn on_fetched(&mut self, key: OpKey, answer: Option<&Header>, body: Option<BufferId>) {
+        let Some(op) = self.ops.get_mut(key) else {
+            self.release(body);
+            return;
+        };
+        op.asked -= 1;
+        let status = answer.map_or(Status::Fenced, |header| Status::parse(header.flags));
+        let data = body.filter(|_| answer.is_some_and(|header| header.body_bytes == op.length));
+        // Nobody has it, if even that copy cannot read it. Otherwise the reader may try again.
+        let tried = matches!(status, Status::Done | Status::DiskFailed);
+        let (reader, doomed) = (op.reader, op.doomed);
+        match data.filter(|_| status == Status::Done && doomed.is_none()) {
+            Some(buffer) => {
+                let range = BufferRange { buffer, offset: 0, length: op.length };
+                (op.buffer, op.owns_buffer, op.local) = (Some(range), true, Local::Data { ios: 1 });
+                let (io, disk, slot, offset) = (Io::Op(key), op.disk, op.slot, op.offset);
+                self.actions.push_back(Action::Write { io, disk, slot, offset, buffer: range, fua: false });
+            }
+            None => {
+                self.release(body);
+                self.finish(key, doomed.unwrap_or(if tried { Status::DiskFailed } else { Status::Fenced }));
+            }
+        }
+        if let Some(reader) = reader.and_then(|reader| self.ops.get_mut(reader)) {
+            reader.repaired |= tried;
+        }
+    }
+}
