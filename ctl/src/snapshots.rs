@@ -67,7 +67,7 @@ fn failed_over() -> ClusterStatus {
         adopted: map.version,
         sessions: vec![SessionReport { peer: NodeId(1), open: false, last_error: Some("no answer".into()) }],
         exports: exports.collect(),
-        waiting: Vec::new(),
+        ..NodeReport::default()
     };
     let disk = DiskInventory {
         name: "d1".into(),

@@ -30,6 +30,25 @@ pub enum NodeMessage {
         /// What was observed, for people.
         cause: String,
     },
+    /// As primary: the peer is reachable and has adopted this version; its stale copies are to get
+    /// every new write again, and to be made equal. Said only while a session with it is open.
+    AskSyncing {
+        /// The node whose copies are meant.
+        peer: NodeId,
+        /// The map version on which the asker acts.
+        version: MapVersion,
+    },
+    /// As primary: every syncing copy of this device at the peer has all data, flushed, and the
+    /// primary's dirty mask; the asker already waits for it as for a member (PROTOCOL.md rules 6
+    /// and 7).
+    AskInSync {
+        /// The node whose copies are meant.
+        peer: NodeId,
+        /// The device.
+        device: DeviceId,
+        /// The map version on which the asker acts: copies that began after it are not meant.
+        version: MapVersion,
+    },
     /// A disk of this node does not take writes any more.
     DiskFailed {
         /// The disk.
@@ -179,6 +198,29 @@ pub struct NodeReport {
     pub exports: Vec<ExportReport>,
     /// What its requests wait for, one line each; empty when nothing waits.
     pub waiting: Vec<String>,
+    /// The copies that it is making equal to its own, as primary.
+    #[serde(default)]
+    pub resyncs: Vec<ResyncReport>,
+}
+
+/// A primary making the copies of one device at one peer equal to its own.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ResyncReport {
+    /// The device.
+    pub device: DeviceId,
+    /// The node whose copies are made equal.
+    pub peer: NodeId,
+    /// Bytes that have still to be compared.
+    pub behind_bytes: u64,
+    /// Bytes that were to be compared when it began.
+    pub total_bytes: u64,
+    /// Bytes that were sent because they differed.
+    pub moved_bytes: u64,
+    /// Bytes compared in a second, of late.
+    pub bytes_per_second: u64,
+    /// Whether copies that are syncing become in sync; else members are reconciled after a
+    /// session ended.
+    pub joining: bool,
 }
 
 /// A session with another node.

@@ -159,7 +159,7 @@ impl FakeNode {
             adopted: self.kept.adopted,
             sessions: peers.map(|peer| SessionReport { peer, open: true, last_error: None }).collect(),
             exports: self.exports.clone(),
-            waiting: Vec::new(),
+            ..NodeReport::default()
         }
     }
 

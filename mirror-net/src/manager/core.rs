@@ -242,6 +242,7 @@ impl Manager {
                 self.asks.retain(|(asker, other, _)| (*asker, *other) != (connection, peer));
                 self.asks.push_back((connection, peer, cause));
             }
+            NodeMessage::AskSyncing { .. } | NodeMessage::AskInSync { .. } => {}
             NodeMessage::DiskFailed { disk, reason } => {
                 let node = self.map.as_ref().and_then(|map| map.node_of(disk).and_then(|id| map.node(id)));
                 if node.is_some_and(|node| node.name == name) {

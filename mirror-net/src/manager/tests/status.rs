@@ -27,7 +27,7 @@ fn report(bench: &mut Bench, index: u64, open: bool) {
     let peer = NodeId(3 - index as u16);
     let last_error = (!open).then(|| "connection refused".to_owned());
     let sessions = vec![SessionReport { peer, open, last_error }];
-    let report = NodeReport { adopted: map.version, sessions, exports, waiting: Vec::new() };
+    let report = NodeReport { adopted: map.version, sessions, exports, ..NodeReport::default() };
     bench.say(index, NodeMessage::Report(report));
 }
 
