@@ -93,7 +93,7 @@ impl World {
             let knows = |span: &&crate::map::Span| {
                 theirs.device(device.id).unwrap().span(span.first).unwrap().epoch == span.epoch
             };
-            if !syncing.is_empty() && syncing.iter().all(|span| knows(span)) {
+            if !syncing.is_empty() && syncing.iter().all(knows) {
                 filled.push((device.id, syncing));
             }
         }
