@@ -3,7 +3,7 @@
 //! Fields are added here, never renamed or removed.
 
 use mirror_net::control::{ClusterStatus, DiskContent, Finding, NodeStatus, Severity};
-use mirror_net::map::{DistributionMap, ReplicaState, SegmentSlots};
+use mirror_net::map::{Device, DistributionMap, ReplicaState, SegmentSlots};
 use serde::Serialize;
 
 /// How a copy's state is written.
@@ -155,6 +155,21 @@ pub struct DeviceJson {
     pub state: &'static str,
     pub copies: u8,
     pub copies_in_sync: usize,
+    pub resyncs: Vec<ResyncJson>,
+}
+
+/// A primary making another node's copies of a device equal to its own.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct ResyncJson {
+    pub primary: String,
+    pub peer: String,
+    pub joining: bool,
+    pub behind_bytes: u64,
+    pub total_bytes: u64,
+    pub moved_bytes: u64,
+    pub bytes_per_second: u64,
+    pub seconds_left: Option<u64>,
 }
 
 impl DeviceJson {
@@ -177,11 +192,36 @@ impl DeviceJson {
                 state: verdict_name(about),
                 copies: device.copies,
                 copies_in_sync: device.spans.iter().map(|span| span.members().count()).min().unwrap_or(0),
+                resyncs: resyncs(status, map, device),
                 exporter,
             }
         });
         devices.collect()
     }
+}
+
+/// What the present primaries of a device report; a node that is down, or has been deposed, resyncs
+/// nothing.
+fn resyncs(status: &ClusterStatus, map: &DistributionMap, device: &Device) -> Vec<ResyncJson> {
+    let is_primary = |name: &str| {
+        let node = map.node_named(name).map(|node| node.id);
+        device.spans.iter().any(|span| map.node_of(span.primary().disk) == node)
+    };
+    let primaries = status.nodes.iter().filter(|node| node.up && is_primary(&node.name));
+    let reported = primaries.flat_map(|node| {
+        let resyncs = node.report.iter().flat_map(|report| &report.resyncs);
+        resyncs.filter(|resync| resync.device == device.id).map(|resync| ResyncJson {
+            primary: node.name.clone(),
+            peer: map.node_name(resync.peer),
+            joining: resync.joining,
+            behind_bytes: resync.behind_bytes,
+            total_bytes: resync.total_bytes,
+            moved_bytes: resync.moved_bytes,
+            bytes_per_second: resync.bytes_per_second,
+            seconds_left: resync.seconds_left(),
+        })
+    });
+    reported.collect()
 }
 
 /// `status --json`.

@@ -5,8 +5,8 @@
 use crate::json::{DeviceJson, MapJson, StatusJson};
 use crate::{device, map, output, status};
 use mirror_net::control::{
-    ClusterStatus, DiskContent, DiskInventory, ExportReport, Finding, NodeReport, NodeStatus, SessionReport,
-    Severity,
+    ClusterStatus, DiskContent, DiskInventory, ExportReport, Finding, NodeReport, NodeStatus, ResyncReport,
+    SessionReport, Severity,
 };
 use mirror_net::ids::{AttachId, ClusterId, Incarnation, MapVersion, NodeId, ProcessId};
 use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
@@ -107,12 +107,53 @@ fn failed_over() -> ClusterStatus {
     ClusterStatus { map: Some(map), nodes, findings }
 }
 
+/// n1 has come back, and n2 fills its copy of n1-d1.
+fn rejoining() -> ClusterStatus {
+    let mut status = failed_over();
+    let map = status.map.take().unwrap();
+    let device = map.devices[0].id;
+    let run = Run { device, first: map.devices[0].spans[0].first, count: map.devices[0].slices };
+    let (disk, state) = (map.disks[0].id, ReplicaState::Syncing);
+    let incarnation = Some(Incarnation { attach: AttachId(1), process: ProcessId(9) });
+    let map = map.apply(&[Verb::Mark { run, disk, state, incarnation }]).unwrap().unwrap();
+    for (node, peer) in status.nodes.iter_mut().zip([NodeId(2), NodeId(1)]) {
+        node.up = true;
+        node.adopted = map.version;
+        let report = node.report.get_or_insert_with(NodeReport::default);
+        report.adopted = map.version;
+        report.sessions = vec![SessionReport { peer, open: true, last_error: None }];
+    }
+    let resync = ResyncReport {
+        device,
+        peer: NodeId(1),
+        behind_bytes: 100 << 20,
+        total_bytes: 448 << 20,
+        moved_bytes: 3 << 20,
+        bytes_per_second: 20 << 20,
+        joining: true,
+    };
+    // What a deposed primary reported before it knew is not shown.
+    for node in &mut status.nodes {
+        node.report.as_mut().unwrap().resyncs = vec![resync.clone()];
+    }
+    let what = "n1-d1: 1 of 2 copies in sync: n1 catches up: 100 MiB of 448 MiB left, 20 MiB/s, about 5 s";
+    status.findings = vec![Finding {
+        severity: Severity::Degraded,
+        device: Some("n1-d1".into()),
+        node: Some("n1".into()),
+        what: what.into(),
+        todo: String::new(),
+    }];
+    ClusterStatus { map: Some(map), ..status }
+}
+
 #[test]
 fn json() {
     let status = failed_over();
     let map = status.map.as_ref().unwrap();
     check("map.json", &output::to_json(&MapJson::of(map)).unwrap());
     check("status.json", &output::to_json(&StatusJson::of(&status)).unwrap());
+    check("status-rejoining.json", &output::to_json(&StatusJson::of(&rejoining())).unwrap());
     check("devices.json", &output::to_json(&DeviceJson::of_status(&status)).unwrap());
     let none = ClusterStatus { map: None, nodes: Vec::new(), findings: Vec::new() };
     check("status-none.json", &output::to_json(&StatusJson::of(&none)).unwrap());
@@ -123,5 +164,6 @@ fn tables() {
     let status = failed_over();
     check("map.txt", &map::text(status.map.as_ref().unwrap()));
     check("status.txt", &status::text(&status));
+    check("status-rejoining.txt", &status::text(&rejoining()));
     check("devices.txt", &device::text(&DeviceJson::of_status(&status)));
 }

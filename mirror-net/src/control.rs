@@ -223,6 +223,14 @@ pub struct ResyncReport {
     pub joining: bool,
 }
 
+impl ResyncReport {
+    /// Seconds until everything is compared, if it goes on as it went of late; `None` if it does not
+    /// move.
+    pub fn seconds_left(&self) -> Option<u64> {
+        (self.bytes_per_second > 0).then(|| self.behind_bytes.div_ceil(self.bytes_per_second))
+    }
+}
+
 /// A session with another node.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SessionReport {

@@ -1,14 +1,14 @@
 //! The manager as a state machine.
 
+use super::ask::{Ask, Asks, Wish};
 use super::create::{Creation, Progress};
 use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
-use super::stale::ask_stale;
 use super::{Change, ConnectionId, Input, Output, Proposal, Ticket, export, failover, findings};
 use crate::control::{
     ClusterStatus, DiskContent, ManagerMessage, NodeMessage, NodeStatus, OperatorReply, Registration,
 };
-use crate::ids::{ClusterId, ExporterSession, MapVersion};
+use crate::ids::{ClusterId, ExporterSession, MapVersion, NodeId};
 use crate::map::DistributionMap;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -19,8 +19,9 @@ pub struct Manager {
     registry: Registry,
     /// Nodes that know a newer map than we do, with what to say about each.
     outdated: BTreeMap<String, String>,
-    /// Questions of primaries that have not been decided: who asks, about whom.
-    asks: VecDeque<(ConnectionId, crate::ids::NodeId, String)>,
+    asks: Asks,
+    /// The last question of each node about each other that led to nothing: the log says it once.
+    ignored: BTreeMap<(String, NodeId), String>,
     failovers: VecDeque<(Ticket, String)>,
     creation: Option<Creation>,
     /// What is being stored, and who waits for it.
@@ -43,7 +44,8 @@ impl Manager {
             map,
             registry: Registry::default(),
             outdated: BTreeMap::new(),
-            asks: VecDeque::new(),
+            asks: Asks::default(),
+            ignored: BTreeMap::new(),
             failovers: VecDeque::new(),
             creation: None,
             storing: None,
@@ -237,10 +239,14 @@ impl Manager {
                     self.turn_away(connection, name.clone(), outdated(&name, theirs, newest));
                 }
             }
-            NodeMessage::AskStale { peer, cause, .. } => {
-                // Asked again before it was decided, it is the same question.
-                self.asks.retain(|(asker, other, _)| (*asker, *other) != (connection, peer));
-                self.asks.push_back((connection, peer, cause));
+            NodeMessage::AskStale { peer, version, cause } => {
+                self.asks.push(Ask { connection, peer, version, wish: Wish::Stale { cause } });
+            }
+            NodeMessage::AskSyncing { peer, version } => {
+                self.asks.push(Ask { connection, peer, version, wish: Wish::Syncing });
+            }
+            NodeMessage::AskInSync { peer, device, version } => {
+                self.asks.push(Ask { connection, peer, version, wish: Wish::InSync { device } });
             }
             NodeMessage::AskSyncing { .. } | NodeMessage::AskInSync { .. } => {}
             NodeMessage::DiskFailed { disk, reason } => {
@@ -308,8 +314,8 @@ impl Manager {
             let change = repair(map, &self.registry, now_ms);
             if !change.is_empty() {
                 self.propose(change, Then::Nothing);
-            } else if let Some((connection, peer, cause)) = self.asks.pop_front() {
-                self.decide_stale(now_ms, connection, peer, &cause);
+            } else if let Some(ask) = self.asks.pop() {
+                self.decide_ask(now_ms, &ask);
             } else if let Some((ticket, node)) = self.failovers.pop_front() {
                 match failover::plan(map, &self.registry, now_ms, &node) {
                     Ok(failover::Failover { batch, moved, stayed }) => {
@@ -326,20 +332,31 @@ impl Manager {
         }
     }
 
-    fn decide_stale(&mut self, now_ms: u64, connection: ConnectionId, peer: crate::ids::NodeId, cause: &str) {
+    fn decide_ask(&mut self, now_ms: u64, ask: &Ask) {
         let Some(map) = &self.map else { return };
-        let Some((name, _)) = self.registry.by_connection(connection) else { return };
+        let Some((name, _)) = self.registry.by_connection(ask.connection) else { return };
         let Some(asker) = map.node_named(name).map(|node| node.id) else { return };
-        let mut change = ask_stale(map, &self.registry, now_ms, asker, peer);
-        if change.is_empty() {
-            // It acts on an old map, or is not what the map says: the newest tells it so.
-            let line =
-                format!("node {name} has nothing to be recorded stale at {}: {cause}", map.node_name(peer));
-            self.log(line);
-            self.send_map(connection);
+        let (name, text) = (name.to_owned(), ask.text(map));
+        if ask.version > map.version {
+            let reason = outdated(&name, ask.version, map.version);
+            self.turn_away(ask.connection, name, reason);
             return;
         }
-        change.why.insert(0, format!("asked by {name}: {cause}"));
+        let mut change = ask.change(map, &self.registry, now_ms, asker);
+        if change.is_empty() {
+            // It acts on an old map, or is not what the map says: the newest tells it so. One who
+            // asks for a copy under the newest knows all that there is to know, and asks again.
+            if matches!(ask.wish, Wish::Stale { .. }) || ask.version < map.version {
+                self.send_map(ask.connection);
+            }
+            let line = format!("node {name} asks under map {} {text}: there is nothing to do", ask.version);
+            if self.ignored.insert((name, ask.peer), line.clone()).as_ref() != Some(&line) {
+                self.log(line);
+            }
+            return;
+        }
+        self.ignored.remove(&(name.clone(), ask.peer));
+        change.why.insert(0, format!("{name} asks {text}"));
         self.propose(change, Then::Nothing);
     }
 

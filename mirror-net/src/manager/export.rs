@@ -12,7 +12,7 @@ pub fn hindrances(map: &DistributionMap, device: &Device, registry: &Registry, n
     for span in &device.spans {
         let replica = span.primary();
         let Some(node) = map.node_of(replica.disk).and_then(|id| map.node(id)) else { continue };
-        let line = match registry.standing(map, replica, now_ms) {
+        let line = match registry.standing(map, span, replica, now_ms) {
             Standing::Intact => {
                 let adopted = registry.get(&node.name).map_or_else(Default::default, |node| node.adopted);
                 if adopted >= device.claim.since {

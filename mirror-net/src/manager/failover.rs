@@ -19,8 +19,8 @@ pub struct Failover {
 
 /// Computes the failover of a node; an error, for people, if nothing can move.
 ///
-/// The old copies become stale even if the node is well: keeping both in sync across a hand-over
-/// needs reconciliation, which is not built yet.
+/// The old copies become stale even if the node is well (see [`promotion`]); as soon as the new
+/// primary reaches the node it resyncs them. Nothing is failed back by itself.
 pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str) -> Result<Failover, String> {
     let Some(node) = map.node_named(name) else {
         let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
@@ -38,8 +38,8 @@ pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str)
     }
     if registry.is_up(name, now_ms) && plan.batch.iter().any(|verb| matches!(verb, Verb::Mark { .. })) {
         plan.moved.push(format!(
-            "node {name} is up; its copies of what moved are stale all the same, since a hand-over that keeps \
-             both in sync is not built yet"
+            "node {name} is up: its copies of what moved are stale until they have been resynced, which begins \
+             by itself"
         ));
     }
     Ok(plan)
@@ -61,7 +61,7 @@ fn move_device(
         let serving = if map.node_of(old.disk) == Some(node) {
             match successor(map, registry, now_ms, node, span) {
                 Ok(disk) => {
-                    plan.batch.extend(promotion(span, run_of(device.id, span), disk));
+                    plan.batch.extend(promotion(map, registry, span, run_of(device.id, span), disk));
                     let others = left_behind_text(map, span, disk);
                     moved.add(
                         span,
@@ -75,7 +75,7 @@ fn move_device(
                 }
             }
         } else {
-            map.node_of(old.disk).filter(|_| registry.standing(map, old, now_ms) == Standing::Intact)
+            map.node_of(old.disk).filter(|_| registry.standing(map, span, old, now_ms) == Standing::Intact)
         };
         if span.first.0 == 0 {
             first = serving;
@@ -120,7 +120,7 @@ fn successor(
     for replica in &span.replicas[1..] {
         let disk = map.disk_name(replica.disk);
         let partner = map.node_of(replica.disk).map_or_else(String::new, |id| map.node_name(id));
-        match (replica.state, registry.standing(map, replica, now_ms)) {
+        match (replica.state, registry.standing(map, span, replica, now_ms)) {
             (ReplicaState::InSync, Standing::Intact) => return Ok(replica.disk),
             (ReplicaState::Stale, _) => why.push(format!(
                 "the copy on {disk} is stale, it lacks writes that only {own} has; bring {here} back"
@@ -132,8 +132,8 @@ fn successor(
                 why.push(format!("{partner}, which has the other copy, is not connected; start it first"));
             }
             (_, Standing::Changed { .. }) => why.push(format!(
-                "{partner} was restarted, and only {own} can tell whether the copy on {disk} is complete; bring \
-                 {here} back"
+                "{disk} was attached anew or {partner} lost power, and only {own} can tell whether the copy there \
+                 is complete; bring {here} back"
             )),
             (_, Standing::Gone) => {
                 why.push(format!("the disk {disk} with the other copy is gone; bring {here} back"));

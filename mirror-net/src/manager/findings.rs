@@ -1,10 +1,9 @@
 //! What is not as it should be, and what to type about it.
 
-use super::registry::{Registered, Registry, Standing};
-use super::repair::{SpanPlan, plan_span};
-use super::{Lines, export, failover};
+use super::registry::{Registered, Registry};
+use super::{export, failover};
 use crate::control::{DiskContent, Finding, Severity};
-use crate::map::{Device, DistributionMap, Node, ReplicaState, Span};
+use crate::map::{Device, DistributionMap, Node};
 use std::collections::BTreeMap;
 
 /// Everything worth telling an operator, the worst first.
@@ -66,116 +65,14 @@ fn member_of_another(name: &str, entry: &Registered) -> Option<Finding> {
     })
 }
 
-struct View<'a> {
-    map: &'a DistributionMap,
-    registry: &'a Registry,
-    now_ms: u64,
+/// What findings are made from.
+pub(super) struct View<'a> {
+    pub(super) map: &'a DistributionMap,
+    pub(super) registry: &'a Registry,
+    pub(super) now_ms: u64,
 }
 
 impl View<'_> {
-    fn copies(&self, device: &Device, found: &mut Vec<Finding>) {
-        let (mut unserved, mut degraded) = (Lines::default(), Lines::default());
-        for span in &device.spans {
-            if plan_span(self.map, span, self.registry, self.now_ms) == SpanPlan::Served {
-                let missing: Vec<String> = span
-                    .replicas
-                    .iter()
-                    .filter(|replica| replica.state != ReplicaState::InSync)
-                    .map(|replica| {
-                        let state = match replica.state {
-                            ReplicaState::Syncing => "syncing",
-                            _ => "stale",
-                        };
-                        format!("{} is {state}", self.map.disk_name(replica.disk))
-                    })
-                    .collect();
-                let members = span.members().count();
-                if members < usize::from(device.copies) {
-                    let why =
-                        if missing.is_empty() { String::new() } else { format!(": {}", missing.join(", ")) };
-                    degraded.add(span, format!("{members} of {} copies in sync{why}", device.copies));
-                }
-            } else {
-                unserved.add(span, format!("cannot be read or written: {}", self.members(span)));
-            }
-        }
-        let name = Some(device.name.clone());
-        for what in unserved.finish(&device.name, device.slices) {
-            let (node, todo) = self.unserved_todo(device);
-            found.push(Finding { severity: Severity::Unavailable, device: name.clone(), node, what, todo });
-        }
-        for what in degraded.finish(&device.name, device.slices) {
-            found.push(Finding {
-                severity: Severity::Degraded,
-                device: name.clone(),
-                node: None,
-                what,
-                todo: "keep the copy that is in sync running: filling a stale copy again is not built yet"
-                    .into(),
-            });
-        }
-    }
-
-    /// How each member stands, for people.
-    fn members(&self, span: &Span) -> String {
-        let lines: Vec<String> = span
-            .members()
-            .map(|replica| {
-                let disk = self.map.disk_name(replica.disk);
-                match self.registry.standing(self.map, replica, self.now_ms) {
-                    Standing::Unknown => format!("{disk} has not registered since the manager started"),
-                    Standing::Away => format!("{disk} is not connected"),
-                    Standing::Intact => format!("{disk} is well"),
-                    Standing::Changed { up: false, .. } => {
-                        format!("{disk} was restarted and is not connected")
-                    }
-                    Standing::Changed { power_lost: true, .. } => {
-                        format!("{disk} was attached anew and may lack what was not flushed")
-                    }
-                    Standing::Changed { .. } => format!("{disk} was restarted"),
-                    Standing::Gone => format!("{disk} is gone"),
-                }
-            })
-            .collect();
-        lines.join(", ")
-    }
-
-    /// For the first span that is not served: whom to wait for, and what to type.
-    fn unserved_todo(&self, device: &Device) -> (Option<String>, String) {
-        let unserved = device
-            .spans
-            .iter()
-            .find(|span| plan_span(self.map, span, self.registry, self.now_ms) != SpanPlan::Served);
-        let Some(span) = unserved else { return (None, String::new()) };
-        if plan_span(self.map, span, self.registry, self.now_ms) != SpanPlan::Wait {
-            return (None, String::new());
-        }
-        let primary = span.primary().disk;
-        let node = self.map.node_of(primary).map_or_else(String::new, |id| self.map.node_name(id));
-        let movable = span
-            .members()
-            .skip(1)
-            .any(|replica| self.registry.standing(self.map, replica, self.now_ms) == Standing::Intact);
-        let todo = match self.registry.standing(self.map, span.primary(), self.now_ms) {
-            _ if movable => format!("mirrorctl node failover {node}   (or start ublk-server on {node})"),
-            Standing::Gone => format!("bring the disk {} back, or its partner", self.map.disk_name(primary)),
-            _ => match span.members().find(|replica| !self.is_up(replica.disk)) {
-                Some(replica) => {
-                    let away =
-                        self.map.node_of(replica.disk).map_or_else(String::new, |id| self.map.node_name(id));
-                    return (Some(away.clone()), format!("start ublk-server on {away}"));
-                }
-                None => "bring back the disk that is gone".into(),
-            },
-        };
-        (Some(node), todo)
-    }
-
-    fn is_up(&self, disk: crate::ids::DiskId) -> bool {
-        let node = self.map.node_of(disk).and_then(|id| self.map.node(id));
-        node.is_some_and(|node| self.registry.is_up(&node.name, self.now_ms))
-    }
-
     fn exporter(&self, device: &Device, found: &mut Vec<Finding>) {
         let exporter = self.map.node_name(device.claim.node);
         let mut push = |severity, what: String, todo: String| {

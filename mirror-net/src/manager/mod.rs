@@ -10,14 +10,17 @@
 //!
 //! The rules are those of the replication protocol: an incarnation that differs from the map's is
 //! not what the map says ([`repair`], rules 3 to 5); only the present primary has its partner
-//! recorded stale ([`stale`], rule 1); a device is exported when every primary knows its claim
+//! recorded stale ([`stale`], rule 1), and has it back ([`join`], rules 3, 6 and 7); a device is exported when every primary knows its claim
 //! ([`export`], rule 15).
 
+mod ask;
+mod copies;
 mod core;
 mod create;
 pub mod export;
 pub mod failover;
 pub mod findings;
+pub mod join;
 pub mod registry;
 pub mod repair;
 pub mod stale;
@@ -26,11 +29,12 @@ mod tests;
 
 pub use self::core::Manager;
 
+use self::registry::Registry;
 use crate::config::ClusterFile;
 use crate::control::{ManagerMessage, NodeMessage, OperatorReply, Registration};
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion};
 use crate::map::verbs::{Run, Verb};
-use crate::map::{DistributionMap, Replica, ReplicaState, Span};
+use crate::map::{DistributionMap, ReplicaState, Span};
 
 /// Names one connection of a node's agent; never used again.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -173,14 +177,24 @@ fn run_of(device: DeviceId, span: &Span) -> Run {
 
 /// The steps that make `disk` the primary of a span.
 ///
+/// The map then names the incarnation that it has now: as a secondary it was compared on its
+/// attachment alone, as a primary it is compared on its process too (rule 3).
+///
 /// Every other copy becomes stale, not the old primary's only: the old primary may have died with
-/// writes under way that some of them have and some have not, and until a new session reconciles
-/// them (rule 11), which is not built yet, nobody would ever make them equal again.
-fn promotion(span: &Span, run: Run, disk: DiskId) -> Vec<Verb> {
+/// writes under way that some of them have and some have not. The new primary has them back as soon
+/// as it reaches them ([`join`]), and waits for none of them before.
+fn promotion(map: &DistributionMap, registry: &Registry, span: &Span, run: Run, disk: DiskId) -> Vec<Verb> {
+    let mut batch = vec![Verb::Promote { run, disk }];
+    let listed = span.replica_on(disk).map(|replica| replica.incarnation);
+    let node = map.node_of(disk).and_then(|id| map.node(id)).and_then(|node| registry.get(&node.name));
+    let incarnation = node.and_then(|node| node.incarnation(map.cluster, disk));
+    if incarnation.is_some() && incarnation != listed {
+        batch.push(Verb::Mark { run, disk, state: ReplicaState::InSync, incarnation });
+    }
     let state = ReplicaState::Stale;
     let others = span.replicas.iter().filter(|other| other.disk != disk && other.state != state);
-    let mark = |other: &Replica| Verb::Mark { run, disk: other.disk, state, incarnation: None };
-    std::iter::once(Verb::Promote { run, disk }).chain(others.map(mark)).collect()
+    batch.extend(others.map(|other| Verb::Mark { run, disk: other.disk, state, incarnation: None }));
+    batch
 }
 
 /// The copies besides the old primary's that a promotion makes stale, for people; nothing if there
@@ -194,7 +208,7 @@ fn left_behind_text(map: &DistributionMap, span: &Span, disk: DiskId) -> String 
     if others.is_empty() {
         return String::new();
     }
-    format!("; also stale: {}, since copies cannot be reconciled yet", others.join(", "))
+    format!("; also stale until resynced: {}", others.join(", "))
 }
 
 /// Runs of slices of one device for people: `slices 0-7, 12`; nothing for the whole of it.

@@ -5,7 +5,7 @@ use crate::control::{DiskContent, DiskInventory, NodeReport, Registration, SILEN
 use crate::ids::{
     ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, ProcessId,
 };
-use crate::map::{DistributionMap, Replica};
+use crate::map::{DistributionMap, Replica, Span};
 use std::collections::BTreeMap;
 
 /// A node that has registered; kept when its connection goes, since what it said of its
@@ -51,6 +51,9 @@ impl Registered {
 }
 
 /// How a copy stands compared to what the map says of it (rule 3).
+///
+/// A primary is compared on attachment and process, since its process's memory is what orders
+/// writes; a secondary on its attachment alone: what it acknowledged is on its disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {
     /// Its node has not registered since the manager started: nothing is known.
@@ -68,7 +71,7 @@ pub enum Standing {
         /// Its attachment differs: what was only in caches is gone.
         power_lost: bool,
     },
-    /// Its disk has failed, or its node is there without it.
+    /// Its disk has failed, or its node registered without it.
     Gone,
 }
 
@@ -142,22 +145,34 @@ impl Registry {
         (old.connected && old.connection != connection).then_some(old.connection)
     }
 
-    /// How a copy stands at this moment.
-    pub fn standing(&self, map: &DistributionMap, replica: &Replica, now_ms: u64) -> Standing {
-        let Some(disk) = map.disk(replica.disk) else { return Standing::Gone };
-        if disk.failed.is_some() || self.failed.contains_key(&disk.id) {
+    /// How a copy of a span stands at this moment, in the role that the span gives it.
+    pub fn standing(&self, map: &DistributionMap, span: &Span, replica: &Replica, now_ms: u64) -> Standing {
+        let Some(disk) = map.disk(replica.disk).filter(|_| !self.has_failed(map, replica.disk)) else {
             return Standing::Gone;
-        }
+        };
         let Some(node) = map.node(disk.node).and_then(|node| self.get(&node.name)) else {
             return Standing::Unknown;
         };
         let Some(now) = node.incarnation(map.cluster, disk.id) else { return Standing::Gone };
         let up = node.is_up(now_ms);
-        if now != replica.incarnation {
-            let power_lost = now.attach != replica.incarnation.attach;
+        let power_lost = now.attach != replica.incarnation.attach;
+        let is_primary = span.primary().disk == replica.disk;
+        if power_lost || (is_primary && now != replica.incarnation) {
             return Standing::Changed { up, now, power_lost };
         }
         if up { Standing::Intact } else { Standing::Away }
+    }
+
+    /// The present incarnation of a disk that could take writes now: its node is up and has it, and
+    /// it has not failed.
+    pub fn usable(&self, map: &DistributionMap, disk: DiskId, now_ms: u64) -> Option<Incarnation> {
+        let node = map.node_of(disk).and_then(|id| map.node(id)).and_then(|node| self.get(&node.name))?;
+        node.incarnation(map.cluster, disk).filter(|_| node.is_up(now_ms) && !self.has_failed(map, disk))
+    }
+
+    /// Whether a disk has failed, whether that is in the map yet or not.
+    pub fn has_failed(&self, map: &DistributionMap, disk: DiskId) -> bool {
+        self.failed.contains_key(&disk) || map.disk(disk).is_some_and(|disk| disk.failed.is_some())
     }
 
     /// Judges a registration before it is entered.

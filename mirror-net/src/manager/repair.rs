@@ -1,7 +1,7 @@
 //! Copies that are not what the map says of them: who goes on (rules 3 to 5).
 
 use super::registry::{Registry, Standing};
-use super::{Change, Lines, run_of};
+use super::{Change, Lines, promotion, run_of};
 use crate::ids::{DiskId, Incarnation};
 use crate::map::verbs::Verb;
 use crate::map::{DistributionMap, ReplicaState, Span};
@@ -32,7 +32,7 @@ pub enum SpanPlan {
 /// Decides about one span.
 pub fn plan_span(map: &DistributionMap, span: &Span, registry: &Registry, now_ms: u64) -> SpanPlan {
     let members: Vec<(DiskId, Standing)> =
-        span.members().map(|replica| (replica.disk, registry.standing(map, replica, now_ms))).collect();
+        span.members().map(|replica| (replica.disk, registry.standing(map, span, replica, now_ms))).collect();
     // Validation holds a primary in sync, so it is the first member.
     match members[0].1 {
         Standing::Intact => return SpanPlan::Served,
@@ -92,8 +92,8 @@ pub fn repair(map: &DistributionMap, registry: &Registry, now_ms: u64) -> Change
                 SpanPlan::Wait => {}
                 SpanPlan::Served => give_up_failed(map, registry, span, run, &mut change, &mut lines),
                 SpanPlan::Promote { disk } => {
-                    change.batch.extend(super::promotion(span, run, disk));
-                    let why = match registry.standing(map, span.primary(), now_ms) {
+                    change.batch.extend(promotion(map, registry, span, run, disk));
+                    let why = match registry.standing(map, span, span.primary(), now_ms) {
                         Standing::Gone => "is gone",
                         _ => "is another incarnation",
                     };
@@ -131,9 +131,7 @@ fn give_up_failed(
     lines: &mut Lines,
 ) {
     for replica in &span.replicas[1..] {
-        let failed = map.disk(replica.disk).is_some_and(|disk| disk.failed.is_some())
-            || registry.failed().contains_key(&replica.disk);
-        if failed && replica.state != ReplicaState::Stale {
+        if registry.has_failed(map, replica.disk) && replica.state != ReplicaState::Stale {
             let state = ReplicaState::Stale;
             change.batch.push(Verb::Mark { run, disk: replica.disk, state, incarnation: None });
             lines.add(span, format!("{} is stale, its disk failed", map.disk_name(replica.disk)));

@@ -3,12 +3,33 @@
 
 use super::registry::{Registry, Standing};
 use super::{Change, Lines, run_of};
-use crate::ids::NodeId;
+use crate::ids::{MapVersion, NodeId};
 use crate::map::verbs::Verb;
-use crate::map::{DistributionMap, ReplicaState};
+use crate::map::{Device, DistributionMap, ReplicaState, Span};
 
-/// Marks `peer`'s copies stale wherever `asker` is the present primary, in the incarnation that
-/// the map names; empty if that is nowhere.
+/// The spans of a device that `asker` may speak about when it acts on map `version`: it is their
+/// primary, in the incarnation that the map names, and knows their present copies.
+///
+/// A question that comes late is about copies that are no more what they were: a copy that has
+/// joined since, or left and come back, is not meant by it. The primary asks again under the map
+/// that tells it so.
+pub(super) fn spoken_for<'a>(
+    map: &'a DistributionMap,
+    registry: &'a Registry,
+    now_ms: u64,
+    device: &'a Device,
+    asker: NodeId,
+    version: MapVersion,
+) -> impl Iterator<Item = &'a Span> {
+    device.spans.iter().filter(move |span| {
+        span.epoch.0 <= version.0
+            && map.node_of(span.primary().disk) == Some(asker)
+            && registry.standing(map, span, span.primary(), now_ms) == Standing::Intact
+    })
+}
+
+/// Marks `peer`'s copies stale wherever `asker` may speak ([`spoken_for`]); empty if that is
+/// nowhere.
 ///
 /// Never takes the last member: the asker is one itself.
 pub fn ask_stale(
@@ -17,16 +38,12 @@ pub fn ask_stale(
     now_ms: u64,
     asker: NodeId,
     peer: NodeId,
+    version: MapVersion,
 ) -> Change {
     let mut change = Change::default();
     for device in &map.devices {
         let mut lines = Lines::default();
-        for span in &device.spans {
-            if map.node_of(span.primary().disk) != Some(asker)
-                || registry.standing(map, span.primary(), now_ms) != Standing::Intact
-            {
-                continue;
-            }
+        for span in spoken_for(map, registry, now_ms, device, asker, version) {
             for replica in &span.replicas[1..] {
                 if map.node_of(replica.disk) == Some(peer) && replica.state != ReplicaState::Stale {
                     change.batch.push(Verb::Mark {

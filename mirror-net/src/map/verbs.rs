@@ -188,9 +188,8 @@ impl DistributionMap {
                 if state != ReplicaState::InSync {
                     return Err(VerbError::NotInSync { device, slice: span.first.0, disk: *disk, state });
                 }
-                for replica in
-                    span.replicas.iter_mut().filter(|replica| replica.state == ReplicaState::InSync)
-                {
+                // Also what was syncing: the one that filled it is not what it was.
+                for replica in &mut span.replicas {
                     replica.state = ReplicaState::Stale;
                 }
                 if *lost && span.replicas[index].incarnation != *incarnation {

@@ -33,6 +33,7 @@ pub(super) struct Bench {
     next: u64,
     pub(super) sent: Vec<(ConnectionId, ManagerMessage)>,
     pub(super) closed: Vec<ConnectionId>,
+    pub(super) log: Vec<String>,
     pub(super) replies: Vec<(Ticket, OperatorReply)>,
     pub(super) stored: Vec<Proposal>,
 }
@@ -46,6 +47,7 @@ impl Bench {
             next: 0,
             sent: Vec::new(),
             closed: Vec::new(),
+            log: Vec::new(),
             replies: Vec::new(),
             stored: Vec::new(),
         }
@@ -78,7 +80,10 @@ impl Bench {
                 Output::Send { connection, message } => self.sent.push((connection, message)),
                 Output::Close { connection } => self.closed.push(connection),
                 Output::Reply { ticket, reply } => self.replies.push((ticket, reply)),
-                Output::Log(line) => assert!(!line.starts_with("BUG"), "{line}"),
+                Output::Log(line) => {
+                    assert!(!line.starts_with("BUG"), "{line}");
+                    self.log.push(line);
+                }
             }
         }
     }
@@ -139,6 +144,19 @@ impl Bench {
         self.say(asker, NodeMessage::AskStale { peer, version, cause: "no answer".into() });
     }
 
+    /// Asks under that version; the newest for `None`.
+    pub(super) fn ask_syncing(&mut self, asker: u64, peer: u16, version: Option<MapVersion>) {
+        let (peer, version) = (NodeId(peer), version.unwrap_or(self.map().version));
+        self.say(asker, NodeMessage::AskSyncing { peer, version });
+    }
+
+    /// Asks under that version; the newest for `None`.
+    pub(super) fn ask_in_sync(&mut self, asker: u64, peer: u16, device: &str, version: Option<MapVersion>) {
+        let device = self.map().device_named(device).unwrap().id;
+        let (peer, version) = (NodeId(peer), version.unwrap_or(self.map().version));
+        self.say(asker, NodeMessage::AskInSync { peer, device, version });
+    }
+
     pub(super) fn disconnect(&mut self, index: u64) {
         let connection = self.connections[&format!("n{index}")];
         self.input(Input::Disconnected { connection });
@@ -170,7 +188,7 @@ impl Bench {
         &self.map().device_named(device).unwrap().spans[0]
     }
 
-    /// `n1+ n2-`: the copies of a device's first slice in order, `+` in sync, `-` stale.
+    /// `n1+ n2-`: the copies of a device's first slice in order, `+` in sync, `~` syncing, `-` stale.
     pub(super) fn copies(&self, device: &str) -> String {
         let parts: Vec<String> = self
             .span(device)

@@ -2,6 +2,7 @@
 
 mod bench;
 mod creation;
+mod rejoin;
 mod rules;
 mod status;
 mod world;

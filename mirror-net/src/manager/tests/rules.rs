@@ -5,12 +5,12 @@ use crate::ids::{AttachId, ClusterId, DiskId, Incarnation, MapVersion, ProcessId
 use crate::manager::{ConnectionId, Input};
 
 /// The node's process started anew, its disks stayed attached.
-fn restarted(index: u64) -> Incarnation {
+pub(super) fn restarted(index: u64) -> Incarnation {
     Incarnation { process: ProcessId(900 + index), ..incarnation(index) }
 }
 
 /// The node's machine lost power.
-fn rebooted(index: u64) -> Incarnation {
+pub(super) fn rebooted(index: u64) -> Incarnation {
     Incarnation { attach: AttachId(800 + index), process: ProcessId(900 + index) }
 }
 
@@ -126,7 +126,7 @@ fn of_three_copies_a_promotion_keeps_one() {
     let mut bench = Bench::up(&three_copies());
     let OperatorReply::FailedOver { moved, .. } = bench.failover("n1") else { panic!() };
     assert_eq!(bench.copies("n1-d1"), "n2+ n1- n3-");
-    assert!(moved[0].contains("n1/d1 -> n2/d1; also stale: n3/d1"), "{moved:?}");
+    assert!(moved[0].contains("n1/d1 -> n2/d1; also stale until resynced: n3/d1"), "{moved:?}");
 }
 
 #[test]
@@ -163,11 +163,46 @@ fn a_power_cut_of_the_primary_before_anybody_noticed_does_not_serve_old_data() {
 }
 
 #[test]
-fn when_all_restarted_the_primary_goes_on_alone_once_all_are_there() {
+fn when_all_daemons_restarted_the_secondary_is_still_a_member_and_goes_first() {
     let mut bench = Bench::new(Some(map_of(2)));
     bench.register(1, restarted(1));
-    assert_eq!(bench.copies("n1-d1"), "n1+ n2+", "n2 may be what the map says");
+    assert_eq!(bench.copies("n1-d1"), "n1+ n2+", "n2 is not known yet");
     bench.register(2, restarted(2));
+    assert_eq!(bench.copies("n1-d1"), "n2+ n1-");
+    assert_eq!((bench.span("n1-d1").primary().incarnation, bench.span("n1-d1").loss.0), (restarted(2), 0));
+    assert_eq!(bench.copies("n2-d1"), "n1+ n2-");
+    assert_eq!(bench.span("n2-d1").primary().incarnation, restarted(1));
+}
+
+#[test]
+fn a_secondary_that_restarted_on_its_disk_is_promoted_as_what_it_is_now() {
+    let mut bench = Bench::up(&map_of(2));
+    bench.register(2, restarted(2));
+    assert_eq!(bench.copies("n1-d1"), "n1+ n2+", "its disk has what it acknowledged");
+    assert_eq!(bench.span("n1-d1").replicas[1].incarnation, incarnation(2));
+    bench.disconnect(1);
+    assert!(matches!(bench.failover("n1"), OperatorReply::FailedOver { .. }));
+    assert_eq!(bench.copies("n1-d1"), "n2+ n1-");
+    assert_eq!(bench.span("n1-d1").primary().incarnation, restarted(2));
+    let stored = bench.stored.len();
+    bench.pass(100);
+    assert_eq!(bench.stored.len(), stored, "it is what the map says: nothing is left to be repaired");
+}
+
+#[test]
+fn a_power_cut_of_the_primary_and_a_restart_of_the_secondarys_daemon_lose_nothing() {
+    let mut bench = Bench::up(&map_of(2));
+    bench.register(2, restarted(2));
+    bench.register(1, rebooted(1));
+    assert_eq!(bench.copies("n1-d1"), "n2+ n1-");
+    assert_eq!((bench.span("n1-d1").primary().incarnation, bench.span("n1-d1").loss.0), (restarted(2), 0));
+}
+
+#[test]
+fn a_primary_that_kept_its_caches_goes_on_when_its_secondary_lost_power() {
+    let mut bench = Bench::new(Some(map_of(2)));
+    bench.register(1, restarted(1));
+    bench.register(2, rebooted(2));
     assert_eq!(bench.copies("n1-d1"), "n1+ n2-");
     assert_eq!((bench.span("n1-d1").primary().incarnation, bench.span("n1-d1").loss.0), (restarted(1), 0));
 }
@@ -178,7 +213,7 @@ fn a_member_that_kept_its_caches_goes_before_a_primary_that_lost_power() {
     bench.register(1, rebooted(1));
     bench.register(2, restarted(2));
     assert_eq!(bench.copies("n1-d1"), "n2+ n1-");
-    assert_eq!(bench.span("n1-d1").loss.0, 0);
+    assert_eq!((bench.span("n1-d1").primary().incarnation, bench.span("n1-d1").loss.0), (restarted(2), 0));
 }
 
 #[test]
@@ -268,7 +303,8 @@ fn failover_of_a_node_that_is_well_says_that_its_copies_become_stale() {
     let mut bench = Bench::up(&map_of(2));
     let OperatorReply::FailedOver { moved, .. } = bench.failover("n1") else { panic!() };
     assert!(
-        moved[2].starts_with("node n1 is up; its copies of what moved are stale all the same"),
+        moved[2]
+            .starts_with("node n1 is up: its copies of what moved are stale until they have been resynced"),
         "{moved:?}"
     );
 }
@@ -285,7 +321,10 @@ fn failover_refuses_with_a_sentence_for_each_case() {
     );
     bench.register(2, rebooted(2));
     let reason = bench.refusal("n1");
-    assert!(reason.contains("n1-d1: n2 was restarted, and only n1/d1 can tell"), "{reason}");
+    assert!(
+        reason.contains("n1-d1: n2/d1 was attached anew or n2 lost power, and only n1/d1 can tell"),
+        "{reason}"
+    );
     assert_eq!(bench.map().device_named("n1-d1").unwrap().claim.node, bench.map().nodes[0].id);
     assert_eq!(bench.copies("n1-d1"), "n1+ n2+");
 }

@@ -1,6 +1,6 @@
 use super::bench::incarnation;
 use super::{Bench, map_of};
-use crate::control::{ExportReport, Finding, NodeMessage, NodeReport, SessionReport, Severity};
+use crate::control::{ExportReport, Finding, NodeMessage, NodeReport, ResyncReport, SessionReport, Severity};
 use crate::ids::NodeId;
 
 fn findings(bench: &Bench) -> Vec<Finding> {
@@ -58,6 +58,8 @@ fn a_lost_node_is_unavailable_until_failed_over_and_degraded_after() {
     assert_eq!(mirrored.len(), 1, "{found:?}");
     assert_eq!(mirrored[0].severity, Severity::Degraded);
     assert_eq!(mirrored[0].what, "n1-d1: 1 of 2 copies in sync: n1/d1 is stale");
+    assert_eq!(mirrored[0].node.as_deref(), Some("n1"));
+    assert_eq!(mirrored[0].todo, "start ublk-server on n1; its copies are resynced by themselves");
     assert!(
         !found.iter().any(|finding| finding.what.contains("session")),
         "n1 is down, that says it: {found:?}"
@@ -85,6 +87,113 @@ fn sessions_and_waiting_requests_are_told() {
     assert!(
         findings(&bench).iter().any(|finding| finding.what == "node n1 waits: n1-d1: 3 writes wait for n2")
     );
+}
+
+/// What is said of a device.
+fn about(bench: &Bench, device: &str) -> Vec<Finding> {
+    findings(bench).into_iter().filter(|finding| finding.device.as_deref() == Some(device)).collect()
+}
+
+/// Both nodes report all is well, and `index` that it makes the copies of a device at `peer` equal.
+fn report_resync(bench: &mut Bench, index: u64, device: &str, peer: u16, joining: bool) {
+    report(bench, 1, true);
+    report(bench, 2, true);
+    let name = bench.connections.keys().nth(index as usize - 1).unwrap();
+    let mut report = bench.manager.registry().get(name).unwrap().report.clone().unwrap();
+    report.resyncs.push(ResyncReport {
+        device: bench.map().device_named(device).unwrap().id,
+        peer: NodeId(peer),
+        behind_bytes: 5 << 28,
+        total_bytes: 3 << 30,
+        moved_bytes: 1 << 20,
+        bytes_per_second: 64 << 20,
+        joining,
+    });
+    bench.say(index, NodeMessage::Report(report));
+}
+
+#[test]
+fn a_copy_that_comes_back_is_told_from_stale_to_in_sync() {
+    let mut bench = Bench::up(&map_of(2));
+    bench.failover("n1");
+    for index in 1..=2 {
+        bench.adopt(index);
+        report(&mut bench, index, true);
+    }
+    let found = about(&bench, "n1-d1");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].severity, Severity::Degraded);
+    assert_eq!(found[0].what, "n1-d1: 1 of 2 copies in sync: n1/d1 is stale");
+    assert_eq!(found[0].todo, "resync begins when its primary n2 reaches it");
+
+    bench.ask_syncing(2, 1, None);
+    report(&mut bench, 2, true);
+    let found = about(&bench, "n1-d1");
+    assert_eq!(found[0].what, "n1-d1: 1 of 2 copies in sync: n1/d1 is syncing", "nothing is reported yet");
+    assert_eq!(found[0].todo, "");
+    report_resync(&mut bench, 2, "n1-d1", 1, true);
+    let found = about(&bench, "n1-d1");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].severity, Severity::Degraded);
+    assert_eq!(
+        found[0].what,
+        "n1-d1: 1 of 2 copies in sync: n1 catches up: 1.2 GiB of 3 GiB left, 64 MiB/s, about 20 s"
+    );
+    assert_eq!((found[0].node.as_deref(), found[0].todo.as_str()), (Some("n1"), ""));
+
+    bench.disconnect(1);
+    let found = about(&bench, "n1-d1");
+    assert_eq!(found[0].what, "n1-d1: 1 of 2 copies in sync: n1/d1 is syncing", "it does not catch up now");
+    assert_eq!(found[0].todo, "start ublk-server on n1; its copies are resynced by themselves");
+
+    bench.register(1, incarnation(1));
+    bench.ask_in_sync(2, 1, "n1-d1", None);
+    for index in 1..=2 {
+        bench.adopt(index);
+        report(&mut bench, index, true);
+    }
+    assert_eq!(findings(&bench), []);
+}
+
+#[test]
+fn progress_is_believed_of_the_present_primary_only() {
+    let mut bench = Bench::up(&map_of(2));
+    bench.failover("n1");
+    bench.ask_syncing(2, 1, None);
+    report_resync(&mut bench, 1, "n1-d1", 1, true);
+    assert_eq!(about(&bench, "n1-d1")[0].what, "n1-d1: 1 of 2 copies in sync: n1/d1 is syncing");
+}
+
+#[test]
+fn members_that_are_compared_are_a_note() {
+    let mut bench = Bench::up(&map_of(2));
+    report_resync(&mut bench, 1, "n1-d1", 2, false);
+    let found = findings(&bench);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].severity, Severity::Note);
+    assert_eq!(
+        found[0].what,
+        "n1-d1: n1 compares its copy with n2: 1.2 GiB of 3 GiB left, 64 MiB/s, about 20 s"
+    );
+}
+
+#[test]
+fn a_stale_copy_without_its_disk_waits_for_the_disk() {
+    let mut bench = Bench::up(&map_of(2));
+    bench.failover("n1");
+    let mut registration = bench.registration(1, incarnation(1));
+    registration.disks.clear();
+    bench.register_as(registration);
+    let degraded = |bench: &Bench| {
+        let found = about(bench, "n1-d1");
+        found.into_iter().find(|finding| finding.severity == Severity::Degraded).unwrap()
+    };
+    assert_eq!(degraded(&bench).todo, "bring back the disk n1/d1; its copies are resynced by themselves");
+    bench.register(1, incarnation(1));
+    let disk = bench.map().disks[0].id;
+    bench.say(1, NodeMessage::DiskFailed { disk, reason: "I/O error".into() });
+    report(&mut bench, 2, true);
+    assert_eq!(degraded(&bench).todo, "replacing a disk is not built yet");
 }
 
 #[test]

@@ -1,10 +1,15 @@
-//! A random world around the manager: nodes that crash, lose power, adopt maps late and write
-//! through whatever they hold for the present truth; a manager that is restarted at any point.
+//! A random world around the manager: nodes that crash, lose power, adopt maps late, write through
+//! whatever they hold for the present truth, and fill each other's copies; questions that arrive
+//! late, twice or never; a manager that is restarted at any point.
 //!
 //! What is checked after every stored map: no promotion of a copy that is not in sync, or not the
-//! one that the map means, or not there; no acknowledged write lost, unless the loss is counted,
-//! and never a flushed one. And at the end, with everybody back: every slice is served again.
+//! one that the map means, or not there; no copy counted as in sync that lacks anything; no
+//! acknowledged write lost, unless the loss is counted, and never a flushed one. And at the end, with
+//! everybody back: every slice is served again, and every copy of it in sync.
 
+mod rejoin;
+
+use self::rejoin::{Joined, Said};
 use super::bench::{incarnation, map_of};
 use crate::control::{DiskContent, DiskInventory, ManagerMessage, NodeMessage, NodeReport, Registration};
 use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, NodeId, ProcessId};
@@ -12,7 +17,7 @@ use crate::manager::repair::{SpanPlan, plan_span};
 use crate::manager::{ConnectionId, Input, Manager, Output, Proposal, Ticket};
 use crate::map::verbs::Verb;
 use crate::map::{DistributionMap, ReplicaState, Span};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::{Range, RangeInclusive};
 
 /// SplitMix64: the same seed gives the same world on every machine.
@@ -55,6 +60,8 @@ struct Node {
     /// For each slice: the newest write on its disk or in its caches, and the newest flushed.
     has: BTreeMap<(DeviceId, u32), (u64, u64)>,
     disk_works: bool,
+    /// In its process's memory: copies that it waits for as for members, having asked for that.
+    joined: BTreeSet<Joined>,
 }
 
 struct World {
@@ -68,7 +75,21 @@ struct World {
     /// For each slice: the newest acknowledged write, and the newest acknowledged and flushed.
     acknowledged: BTreeMap<(DeviceId, u32), (u64, u64)>,
     disks_may_fail: bool,
+    /// Questions that may arrive, or arrive again.
+    said: Vec<Said>,
+    /// Nothing fails any more.
+    calm: bool,
+    seen: Seen,
+}
+
+/// What has happened, so that a test knows that it did.
+#[derive(Clone, Copy, Default, Debug)]
+struct Seen {
     failovers: u32,
+    /// Slices that became in sync again.
+    rejoined: u32,
+    /// Promotions of secondaries whose process had restarted.
+    promoted_anew: u32,
 }
 
 impl World {
@@ -89,6 +110,7 @@ impl World {
                 adopted: map.clone(),
                 has: BTreeMap::new(),
                 disk_works: true,
+                joined: BTreeSet::new(),
             })
             .collect();
         Self {
@@ -101,7 +123,9 @@ impl World {
             nodes,
             acknowledged: BTreeMap::new(),
             disks_may_fail: seed.is_multiple_of(4),
-            failovers: 0,
+            said: Vec::new(),
+            calm: false,
+            seen: Seen::default(),
         }
     }
 
@@ -136,7 +160,7 @@ impl World {
                 }
                 Output::Send { connection, message } => self.deliver(connection, message),
                 Output::Close { connection } => self.hang_up(connection),
-                Output::Reply { .. } => self.failovers += 1,
+                Output::Reply { .. } => self.seen.failovers += 1,
                 Output::Log(line) => assert!(!line.starts_with("BUG"), "{line}"),
             }
         }
@@ -194,16 +218,22 @@ impl World {
                 Verb::Promote { run, disk } => {
                     let span = self.store.device(run.device).unwrap().span(run.first).unwrap();
                     let replica = span.replica_on(*disk).unwrap();
-                    let node = self.node(self.store.node_of(*disk).unwrap());
+                    let node = self.store.node_of(*disk).unwrap();
+                    let attached = self.node(node).incarnation.attach;
                     assert_eq!(replica.state, ReplicaState::InSync, "a stale copy is promoted");
-                    let known = self.manager.registry().get(&format!("n{}", node.id.0)).unwrap();
+                    let known = self.manager.registry().get(&format!("n{}", node.0)).unwrap();
                     assert!(known.is_up(self.now_ms), "a copy that is not there is promoted");
                     let believed = known.incarnation(self.store.cluster, *disk);
-                    assert_eq!(believed, Some(replica.incarnation), "another incarnation is promoted");
+                    let attach = believed.map(|believed| believed.attach);
+                    assert_eq!(attach, Some(replica.incarnation.attach), "another attachment is promoted");
+                    let next = proposal.next.device(run.device).unwrap().span(run.first).unwrap();
+                    assert_eq!(Some(next.primary().incarnation), believed, "a primary is what it is now");
+                    let anew = believed != Some(replica.incarnation);
                     // One that lost power a moment ago is found out when it registers, and readmitted.
-                    if node.incarnation.attach == replica.incarnation.attach {
+                    if attached == replica.incarnation.attach {
                         self.keeps(run.device, span, *disk, false);
                     }
+                    self.seen.promoted_anew += u32::from(anew);
                 }
                 Verb::Readmit { run, disk, incarnation, lost } => {
                     let span = self.store.device(run.device).unwrap().span(run.first).unwrap().clone();
@@ -231,6 +261,9 @@ impl World {
                             }
                         }
                     }
+                }
+                Verb::Mark { run, disk, state, incarnation } => {
+                    self.check_mark(*run, *disk, *state, *incarnation)
                 }
                 _ => {}
             }
@@ -297,6 +330,7 @@ impl World {
         let keep = self.random.once_in(2);
         let node = &mut self.nodes[index];
         node.alive = false;
+        node.joined.clear();
         node.incarnation.process = ProcessId(process);
         if power {
             node.incarnation.attach = AttachId(attach);
@@ -336,22 +370,19 @@ impl World {
         {
             return;
         }
-        let others: Vec<usize> = span
-            .members()
-            .skip(1)
-            .map(|replica| usize::from(map.node_of(replica.disk).unwrap().0) - 1)
-            .collect();
-        let refusing = others.iter().copied().find(|other| {
-            let peer = &self.nodes[*other];
-            let theirs = peer.adopted.device(device).unwrap().span(crate::ids::SliceIndex(slice)).unwrap();
-            // An immediate secondary compares its attachment alone.
-            let attach = span.replica_on(peer.disk).unwrap().incarnation.attach;
-            !peer.alive
-                || !peer.disk_works
-                || theirs.epoch != span.epoch
-                || attach != peer.incarnation.attach
-                || self.random.once_in(10)
-        });
+        let (mut others, mut syncing) = (Vec::new(), Vec::new());
+        for replica in &span.replicas[1..] {
+            let other = usize::from(map.node_of(replica.disk).unwrap().0) - 1;
+            let joined = node.joined.contains(&(device, slice, replica.disk, span.epoch));
+            match replica.state {
+                ReplicaState::Stale => {}
+                ReplicaState::Syncing if !joined => syncing.push(other),
+                ReplicaState::Syncing | ReplicaState::InSync => others.push(other),
+            }
+        }
+        let refusing = others.iter().copied().find(|other| self.refuses(index, *other, device, slice));
+        // One that is being filled is not waited for, and is sent what can be sent.
+        syncing.retain(|other| !self.refuses(index, *other, device, slice));
         let number = self.fresh();
         let key = (device, slice);
         // On some disks it lands even if it is never acknowledged.
@@ -361,6 +392,9 @@ impl World {
             if flush && refusing.is_none() {
                 has.1 = number;
             }
+        }
+        for other in syncing {
+            self.nodes[other].has.entry(key).or_default().0 = number;
         }
         match refusing {
             None => {
@@ -372,9 +406,23 @@ impl World {
             }
             Some(other) => {
                 let (peer, version) = (self.nodes[other].id, map.version);
-                self.say(index, NodeMessage::AskStale { peer, version, cause: "no answer".into() });
+                self.ask(index, NodeMessage::AskStale { peer, version, cause: "no answer".into() });
             }
         }
+    }
+
+    /// Whether a write of that primary does not get through to a copy of it, for any reason.
+    fn refuses(&mut self, index: usize, other: usize, device: DeviceId, slice: u32) -> bool {
+        let (node, peer) = (&self.nodes[index], &self.nodes[other]);
+        let slice = crate::ids::SliceIndex(slice);
+        let span = node.adopted.device(device).unwrap().span(slice).unwrap();
+        let theirs = peer.adopted.device(device).unwrap().span(slice).unwrap();
+        let replica = span.replica_on(peer.disk).unwrap();
+        !peer.alive
+            || !peer.disk_works
+            || theirs.epoch != span.epoch
+            || rejoin::is_another(replica, peer.incarnation)
+            || self.random.once_in(10)
     }
 
     fn step(&mut self) {
@@ -399,8 +447,13 @@ impl World {
                 self.say(index, NodeMessage::DiskFailed { disk, reason: "dead".into() });
                 self.disks_may_fail = false;
             }
-            60..70 => self.say(index, NodeMessage::Report(NodeReport::default())),
-            70..72 => self.feed(Input::Tick),
+            60..66 => self.say(index, NodeMessage::Report(NodeReport::default())),
+            66..68 => self.feed(Input::Tick),
+            68..78 => {
+                let other = self.random.below(0..self.nodes.len() as u64) as usize;
+                self.meet(index, other);
+            }
+            78..82 => self.say_again(),
             _ => {
                 let device = DeviceId(self.random.within(1..=self.store.devices.len() as u32));
                 let slices = self.store.device(device).unwrap().slices;
@@ -413,7 +466,8 @@ impl World {
 
     /// Everybody comes back and everything arrives.
     fn settle(&mut self) {
-        for _ in 0..4 {
+        self.calm = true;
+        for _ in 0..20 {
             self.now_ms += 5_000;
             for index in 0..self.nodes.len() {
                 self.nodes[index].alive = true;
@@ -421,16 +475,23 @@ impl World {
                     self.register(index);
                 }
                 self.say(index, NodeMessage::Report(NodeReport::default()));
+            }
+            self.feed(Input::Tick);
+            for index in 0..self.nodes.len() {
                 while !self.nodes[index].arriving.is_empty() {
                     self.adopt(index);
                 }
             }
-            self.feed(Input::Tick);
+            for index in 0..self.nodes.len() {
+                for other in 0..self.nodes.len() {
+                    self.meet(index, other);
+                }
+            }
         }
     }
 }
 
-fn run(seed: u64) -> u32 {
+fn run(seed: u64) -> Seen {
     let mut world = World::new(seed);
     for index in 0..3 {
         world.register(index);
@@ -444,24 +505,29 @@ fn run(seed: u64) -> u32 {
         for span in &device.spans {
             let plan = plan_span(&world.store, span, world.manager.registry(), world.now_ms);
             assert_eq!(plan, SpanPlan::Served, "{} {}: {span:?}", device.name, span.first);
+            assert_eq!(span.members().count(), usize::from(device.copies), "{}: {span:?}", device.name);
         }
     }
     assert!(world.store.version > MapVersion(1), "something has happened");
-    world.failovers
+    world.seen
 }
 
 #[test]
 fn whatever_happens_nothing_acknowledged_is_lost_uncounted() {
     let seeds = std::env::var("WORLD_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(300);
-    let mut failovers = 0;
+    let mut all = Seen::default();
     for seed in 0..seeds {
         match std::panic::catch_unwind(|| run(seed)) {
-            Ok(count) => failovers += count,
+            Ok(seen) => {
+                all.failovers += seen.failovers;
+                all.rejoined += seen.rejoined;
+                all.promoted_anew += seen.promoted_anew;
+            }
             Err(panic) => {
                 eprintln!("seed {seed}");
                 std::panic::resume_unwind(panic);
             }
         }
     }
-    assert!(failovers > 0);
+    assert!(all.failovers > 0 && all.rejoined > 0 && all.promoted_anew > 0, "{all:?}");
 }
