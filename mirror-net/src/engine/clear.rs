@@ -198,11 +198,13 @@ impl Engine {
         let slot = SlotIndex(slot);
         let journal = &mut self.disks[disk].journal;
         let before = journal.masks(slot);
+        // What is not valid on the primary is not here. What is readable there only is zeros, for the copies
+        // are equal: it stays unwritten here.
+        let holds_data = readable & regions & before.readable();
         let masks = RegionMasks {
             dirty: before.dirty & !regions,
-            valid: (before.valid & !regions) | (readable & regions),
-            // What holds data is not known to be zero; what is not valid on the primary is not here.
-            zero: before.zero & !(readable & regions),
+            valid: (before.valid & !regions) | holds_data,
+            zero: before.zero & !holds_data,
         };
         if masks != before {
             journal.submit(Change::Masks { slot, masks });

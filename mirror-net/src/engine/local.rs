@@ -113,7 +113,7 @@ impl Engine {
             let ticket = self.devices[op.device].slices[op.slice as usize].intent;
             self.await_ticket(key, ticket);
         } else {
-            let ahead = ahead_of(masks.dirty, regions);
+            let ahead = ahead_of(masks.dirty, regions) & masks.writable();
             self.submit_masks(key, RegionMasks { dirty: masks.dirty | regions | ahead, ..masks });
         }
     }

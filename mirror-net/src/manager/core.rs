@@ -248,7 +248,6 @@ impl Manager {
             NodeMessage::AskInSync { peer, device, version } => {
                 self.asks.push(Ask { connection, peer, version, wish: Wish::InSync { device } });
             }
-            NodeMessage::AskSyncing { .. } | NodeMessage::AskInSync { .. } => {}
             NodeMessage::DiskFailed { disk, reason } => {
                 let node = self.map.as_ref().and_then(|map| map.node_of(disk).and_then(|id| map.node(id)));
                 if node.is_some_and(|node| node.name == name) {

@@ -59,8 +59,8 @@ pub fn ask_syncing(
 /// Marks `peer`'s syncing copies of a device in sync wherever `asker` may speak; empty if there are
 /// none.
 ///
-/// The peer must be the one that was filled: of one that restarted or lost power meanwhile the
-/// primary learns when it meets it, and begins anew. That the peer is up is not asked for: the
+/// The disk must be attached as when it was filled: of one that lost what was in its caches meanwhile
+/// the primary learns when it meets it, and begins anew. That the peer is up is not asked for: the
 /// primary waits for it already, and has it recorded stale if it is gone.
 pub fn ask_in_sync(
     map: &DistributionMap,
@@ -77,7 +77,9 @@ pub fn ask_in_sync(
     for span in spoken_for(map, registry, now_ms, device, asker, version) {
         for replica in span.replicas[1..].iter().filter(|copy| map.node_of(copy.disk) == Some(peer)) {
             if replica.state == ReplicaState::Syncing
-                && registered.incarnation(map.cluster, replica.disk) == Some(replica.incarnation)
+                && registered
+                    .incarnation(map.cluster, replica.disk)
+                    .is_some_and(|now| now.attach == replica.incarnation.attach)
                 && !registry.has_failed(map, replica.disk)
             {
                 change.batch.push(Verb::Mark {
