@@ -44,6 +44,8 @@ pub(super) struct Behind {
     regions: u64,
     /// Those that are being copied.
     copying: u64,
+    /// Those that could not be copied, and are tried again later.
+    failed: u64,
     /// What it had readable when it was asked.
     pub readable: u64,
     /// Dirty bits of ours that it has taken over durably.
@@ -52,7 +54,7 @@ pub(super) struct Behind {
 
 impl Behind {
     fn unknown(peer: PeerIndex) -> Self {
-        Self { peer, known: false, asked: false, regions: 0, copying: 0, readable: 0, united: 0 }
+        Self { peer, known: false, asked: false, regions: 0, copying: 0, failed: 0, readable: 0, united: 0 }
     }
 
     fn may_differ(&self) -> u64 {
@@ -93,6 +95,8 @@ pub(super) struct Resync {
     copies: u32,
     /// Nothing is tried before.
     not_before: Nanos,
+    /// When regions that failed are tried again.
+    retry_at: Option<Nanos>,
     /// Regions found to be compared, and compared since.
     total: u64,
     compared: u64,
@@ -240,6 +244,7 @@ impl Engine {
                 urgent: VecDeque::new(),
                 copies: 0,
                 not_before: 0,
+                retry_at: None,
                 total: 0,
                 compared: 0,
                 moved: 0,
@@ -572,7 +577,7 @@ impl Engine {
         let behind = &self.devices[device].slices[slice as usize].behind;
         let entry = behind.iter().find(|behind| behind.peer == peer && behind.known);
         let adopted = self.peers[peer].adopted().0 >= self.devices[device].view.span(slice).epoch.0;
-        entry.filter(|_| adopted).map_or(0, |behind| behind.regions & !behind.copying)
+        entry.filter(|_| adopted).map_or(0, |behind| behind.regions & !behind.copying & !behind.failed)
     }
 
     fn next_to_copy(&mut self, device: usize, peer: PeerIndex) -> Option<(u32, u32)> {
@@ -620,6 +625,7 @@ impl Engine {
         let mut done = 0;
         if let Some(behind) = self.behind_mut(op.device, op.slice, peer) {
             behind.copying &= !(1 << region);
+            behind.failed |= u64::from(!equal) << region;
             if equal && behind.known && behind.regions >> region & 1 == 1 {
                 behind.regions &= !(1 << region);
                 done = 1;
@@ -631,9 +637,7 @@ impl Engine {
             resync.left -= done;
             resync.compared += done;
             if !equal {
-                // The next one first: this one may fail for a while.
-                resync.next_copy = op.slice + 1;
-                resync.not_before = now + TRY_AGAIN;
+                resync.retry_at.get_or_insert(now + TRY_AGAIN);
             }
         }
         if equal {
@@ -759,6 +763,7 @@ impl Engine {
             for slice in &mut self.devices[resync.device].slices {
                 for behind in slice.behind.iter_mut().filter(|behind| behind.peer == peer) {
                     behind.asked = false;
+                    behind.failed = 0;
                 }
             }
         }
@@ -847,8 +852,13 @@ impl Engine {
     // ---- for people ----
 
     pub(super) fn tick_resyncs(&mut self) {
-        for resync in &mut self.resyncs {
-            resync.rate.tick(self.now, resync.compared);
+        let Self { devices, resyncs, now, .. } = self;
+        for resync in resyncs {
+            resync.rate.tick(*now, resync.compared);
+            if resync.retry_at.take_if(|at| *at <= *now).is_some() {
+                let entries = devices[resync.device].slices.iter_mut().flat_map(|slice| &mut slice.behind);
+                entries.filter(|behind| behind.peer == resync.peer).for_each(|behind| behind.failed = 0);
+            }
         }
         self.pump_resyncs();
     }
