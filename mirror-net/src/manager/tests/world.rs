@@ -75,6 +75,8 @@ struct World {
     /// For each slice: the newest acknowledged write, and the newest acknowledged and flushed.
     acknowledged: BTreeMap<(DeviceId, u32), (u64, u64)>,
     disks_may_fail: bool,
+    /// Processes live long enough for a late question to find everything else changed.
+    long_lived: bool,
     /// Questions that may arrive, or arrive again.
     said: Vec<Said>,
     /// Nothing fails any more.
@@ -123,6 +125,7 @@ impl World {
             nodes,
             acknowledged: BTreeMap::new(),
             disks_may_fail: seed.is_multiple_of(4),
+            long_lived: seed % 4 >= 2,
             said: Vec::new(),
             calm: false,
             seen: Seen::default(),
@@ -428,7 +431,11 @@ impl World {
     fn step(&mut self) {
         self.now_ms += self.random.below(0..200);
         let index = self.random.below(0..self.nodes.len() as u64) as usize;
-        match self.random.below(0..100) {
+        let mut event = self.random.below(0..100);
+        if self.long_lived && (event < 6 || (55..59).contains(&event)) && !self.random.once_in(20) {
+            event = 68;
+        }
+        match event {
             0..4 => self.crash(index, false),
             4..6 => self.crash(index, true),
             6..20 => self.nodes[index].alive = true,
@@ -497,7 +504,8 @@ fn run(seed: u64) -> Seen {
         world.register(index);
     }
     let no_failures = !world.disks_may_fail;
-    for _ in 0..400 {
+    let steps = if world.long_lived { 1_200 } else { 400 };
+    for _ in 0..steps {
         world.step();
     }
     world.settle();
