@@ -116,6 +116,8 @@ pub(super) struct Rig {
     pub hold: bool,
     pub fail_metadata: bool,
     pub fail_flush: bool,
+    /// Peers answer at once that nothing of theirs is dirty or readable.
+    pub clean_peers: bool,
     session: u64,
     peer_sequence: u64,
     next_token: u64,
@@ -183,6 +185,7 @@ impl Rig {
             hold: false,
             fail_metadata: false,
             fail_flush: false,
+            clean_peers: true,
             session: 100,
             peer_sequence: 1,
             next_token: 1,
@@ -374,12 +377,25 @@ impl Rig {
                     Action::Report(report) => self.reports.push(report),
                 }
             }
+            if self.clean_peers && io.is_empty() && digests.is_empty() {
+                for unite in self.take(Kind::Unite) {
+                    let answer = Header {
+                        session: self.session_of(unite.to),
+                        sequence: unite.header.sequence,
+                        ..Header::new(Kind::Masks)
+                    };
+                    self.engine.handle_frame(self.now, NodeId(unite.to), &answer, None, &[0; 16], None);
+                }
+            }
             if let Some(op) = digests.pop() {
                 self.engine.handle_digests(self.now, op, Vec::new());
                 continue;
             }
             if io.is_empty() {
-                return;
+                if self.engine.actions.is_empty() {
+                    return;
+                }
+                continue;
             }
             let (id, result) = io.remove(0);
             self.engine.handle_io(self.now, id, result);

@@ -2,6 +2,7 @@
 
 use super::action::{Report, RequestError};
 use super::testing::{Rig, claimed, map, next};
+use crate::ids::MapVersion;
 use crate::map::ReplicaState;
 use crate::wire::header::{Header, Kind, Status, Trailer};
 
@@ -419,14 +420,23 @@ fn a_lost_member_that_joins_again_in_the_next_map_seen_is_not_lost() {
     assert!(rig.reports.iter().all(|report| matches!(report, Report::Adopted { .. })), "{:?}", rig.reports);
     rig.write(0, 4096);
     assert_eq!(rig.take(Kind::Write).len(), 1);
-    // A joining copy that is lost stays so when only the epoch changes.
+}
+
+/// Rule 1: nobody waits for a copy that is being filled and cannot be reached; what it misses is sent
+/// when it is back.
+#[test]
+fn a_syncing_copy_without_a_session_is_left_out_and_caught_up() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
     rig.lane_down(2);
-    rig.open(2, joining.version);
-    rig.reports.clear();
-    rig.adopted(2, 4);
-    rig.adopt(&next(&joining, |span| span.loss.0 += 1));
-    rig.wait(1_200, &[2]);
-    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+    let token = rig.write(0, 4096);
+    assert_eq!(rig.result(token), Some(Ok(())));
+    assert!(rig.reports.is_empty(), "{:?}", rig.reports);
+    rig.take(Kind::Write);
+    rig.open(2, MapVersion(2));
+    assert_eq!(rig.take(Kind::Compare).len(), 1, "its region is compared");
+    let during = rig.write(8192, 4096);
+    assert_eq!(rig.result(during), None, "it has a session: it is waited for");
 }
 
 /// The same for one that is another incarnation than the one that joins.
@@ -436,7 +446,7 @@ fn a_joining_copy_of_another_incarnation_is_lost_anew() {
     let mut rig = Rig::new(1, &first);
     rig.lane_down(2);
     let joining = next(&next(&first, second_stale), |span| span.replicas[1].state = ReplicaState::Syncing);
-    rig.open_as(2, joining.version, 22, 2);
+    rig.open_as(2, joining.version, 2, 22);
     rig.reports.clear();
     rig.adopt(&joining);
     assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
