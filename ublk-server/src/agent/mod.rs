@@ -203,11 +203,12 @@ impl Agent {
                     "no connection to the manager; I/O goes on as long as all copies are well"
                 );
             }
-            Input::Lane(lane) => match &self.io {
-                Some(io) => self.lanes.established(lane, io),
-                // The other side tries again until the map is here.
-                None => self.lanes.closed(&lane.peer),
-            },
+            Input::Lane(lane) => {
+                // Without a map it is dropped: whoever dialled it tries again until the map is here.
+                if let Some(io) = &self.io {
+                    self.lanes.established(lane, io);
+                }
+            }
             Input::NbdClient(client) => {
                 if let Some(io) = &self.io {
                     self.exports.client(client, io);
@@ -387,8 +388,11 @@ impl Agent {
             }
             Event::LaneClosed { peer, session, reason } => {
                 let node = self.map.as_ref().map_or_else(|| peer.to_string(), |map| map.node_name(peer));
-                tracing::warn!(node, session, reason, "session ended");
-                self.lanes.closed(&node);
+                if self.lanes.closed(peer, session) {
+                    tracing::warn!(node, session, reason, "session ended");
+                } else {
+                    tracing::info!(node, session, reason, "a connection that was replaced has ended");
+                }
             }
             Event::MapRefused(reason) => {
                 tracing::error!(reason, "the newest map cannot be adopted");
