@@ -5,6 +5,7 @@
 //! told of a lane then always says which, and the end of the older one is not the end of the newer one.
 
 use super::io::IoHandle;
+use super::told::Told;
 use super::{Common, Input, nonce};
 use anyhow::Context;
 use mirror_net::ids::{ClusterId, NodeId, ProcessId};
@@ -16,7 +17,7 @@ use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -123,11 +124,11 @@ struct Target {
 }
 
 async fn dial(target: Target, common: Common, inputs: mpsc::UnboundedSender<Input>) {
-    let mut told = String::new();
+    let mut told = Told::default();
     while !inputs.is_closed() {
         match tokio::time::timeout(PATIENCE, dial_once(&target, &common)).await {
             Ok(Ok(mut lane)) => {
-                told.clear();
+                told.forget();
                 let (hold, released) = oneshot::channel();
                 lane.hold = Some(hold);
                 if inputs.send(Input::Lane(lane)).is_err() {
@@ -141,14 +142,13 @@ async fn dial(target: Target, common: Common, inputs: mpsc::UnboundedSender<Inpu
                     |_| "no answer".to_owned(),
                     |result| result.err().map_or_else(String::new, |error| error.to_string()),
                 );
-                if told != reason {
+                if told.is_news(Instant::now(), &reason) {
                     tracing::warn!(
                         node = target.name,
                         address = target.address,
                         reason,
                         "cannot connect, trying on"
                     );
-                    told = reason;
                 }
             }
         }
@@ -194,7 +194,7 @@ async fn accept_all(
 ) {
     let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     // Whoever is refused comes again, ten times a second: the same is said once.
-    let told = Arc::new(Mutex::new(String::new()));
+    let told = Arc::new(Mutex::new(Told::default()));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = match listener.accept().await {
@@ -221,7 +221,7 @@ async fn accept_all(
                         Err(_) => "it did not finish its handshake".to_owned(),
                     };
                     let news = format!("{from}: {reason}");
-                    if std::mem::replace(&mut *told.lock().expect("never poisoned"), news.clone()) != news {
+                    if told.lock().expect("never poisoned").is_news(Instant::now(), &news) {
                         tracing::warn!(from, reason, "a connection was refused");
                     }
                 }
@@ -259,7 +259,7 @@ async fn accept_one(mut stream: TcpStream, common: &Common, cluster: &Cluster) -
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::driver::command::{Command, Inbox};
     use mirror_net::map::SegmentSlots;
@@ -273,7 +273,8 @@ mod tests {
         ClusterKey::new([7; 32])
     }
 
-    fn map(addresses: [&str; 2]) -> DistributionMap {
+    /// Two nodes with those addresses that mirror each other.
+    pub(in crate::agent) fn map(addresses: [&str; 2]) -> DistributionMap {
         let nodes = ["n1", "n2"].iter().zip(addresses).map(|(name, address)| NodeSpec {
             name: (*name).into(),
             address: address.into(),

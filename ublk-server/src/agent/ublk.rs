@@ -104,6 +104,13 @@ impl UblkThread {
         Ok(Self { orders })
     }
 
+    /// One whose orders the test takes.
+    #[cfg(test)]
+    pub fn unattended() -> (Self, blocking::Receiver<Order>) {
+        let (orders, received) = blocking::channel();
+        (Self { orders }, received)
+    }
+
     /// Queues an order.
     pub fn order(&self, order: Order) {
         // The thread ends with the agent only.
