@@ -306,6 +306,49 @@ fn an_orderly_stop_leaves_what_a_program_has_open() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[test]
+fn udev_names_devices_as_the_map_does() -> anyhow::Result<()> {
+    let play = Playground::start_with(2, "ublk", "512M")?;
+    // As a package installs it.
+    std::fs::create_dir_all("/run/udev/rules.d")?;
+    let rules = Path::new("/run/udev/rules.d/60-ublk-mirror.rules");
+    std::fs::write(rules, include_str!("../../scripts/udev/60-ublk-mirror.rules"))?;
+    let server = run("sh", &["-c", "command -v ublk-server"])?;
+    std::os::unix::fs::symlink(server.trim(), "/usr/bin/ublk-server")?;
+    std::fs::create_dir_all("/run/ublk-mirror")?;
+    std::os::unix::fs::symlink(play.dir.join("n1/run"), "/run/ublk-mirror/n1")?;
+    run("udevadm", &["control", "--reload"])?;
+
+    let named = |device: &Path, name: &str| {
+        let link = Path::new("/dev/disk/by-ublk-mirror").join(name);
+        play.until(&format!("{} leads to {}", link.display(), device.display()), || {
+            Ok(std::fs::canonicalize(&link).is_ok_and(|found| found == device).then_some(()))
+        })
+    };
+    // Devices that were there before the rule, and new ones.
+    let (mirrored, other) = (play.path("n1-d1")?, play.path("n1-d1-unmirrored")?);
+    run("udevadm", &["trigger", "--action=change", text(&mirrored), text(&other)])?;
+    named(&mirrored, "n1-d1")?;
+    named(&other, "n1-d1-unmirrored")?;
+    let pid = play.pid("n1")?;
+    signal(pid, SIGTERM)?;
+    play.until("n1 has ended", || Ok((!runs(pid)).then_some(())))?;
+    play.until("the names are gone with the devices", || {
+        let left = std::fs::read_dir("/dev/disk/by-ublk-mirror").into_iter().flatten().count();
+        Ok((left == 0).then_some(()))
+    })?;
+    play.restart("n1")?;
+    named(&play.path("n1-d1")?, "n1-d1")?;
+    // Another node's devices here have no run directory where the rule looks.
+    let foreign = play.path("n2-d1")?;
+    run("udevadm", &["trigger", "--action=change", "--settle", text(&foreign)])?;
+    ensure!(!Path::new("/dev/disk/by-ublk-mirror/n2-d1").exists());
+    for made in [rules, Path::new("/usr/bin/ublk-server"), Path::new("/run/ublk-mirror/n1")] {
+        std::fs::remove_file(made)?;
+    }
+    run("udevadm", &["control", "--reload"]).map(drop)
+}
+
 /// Whether a process runs; one that has ended and was not waited for does not.
 fn runs(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
