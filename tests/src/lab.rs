@@ -43,12 +43,15 @@ impl Ended {
 pub struct Daemon {
     child: Child,
     log: PathBuf,
+    /// Where in it this process begins: those before it in the same place wrote to the same file.
+    log_from: usize,
 }
 
 impl Daemon {
     /// What it has logged.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
+        let bytes = std::fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(bytes.get(self.log_from..).unwrap_or_default()).into_owned()
     }
 
     /// Its process id.
@@ -63,7 +66,7 @@ impl Daemon {
 
     /// Waits until its log says something.
     pub fn says(&self, words: &str) -> anyhow::Result<()> {
-        until(&format!("{words:?} in {}", self.log()), || Ok(self.log().contains(words).then_some(())))
+        until(&format!("{words:?} in its log"), || Ok(self.log().contains(words).then_some(())))
             .with_context(|| self.log())
     }
 
@@ -182,8 +185,9 @@ impl Lab {
     fn spawn(&self, name: &str, arguments: &[String], log: &str) -> anyhow::Result<Daemon> {
         let log = self.path(log);
         let file = File::options().create(true).append(true).open(&log)?;
+        let log_from = file.metadata()?.len() as usize;
         let child = self.command(name, arguments).stdout(file.try_clone()?).stderr(file).spawn()?;
-        Ok(Daemon { child, log })
+        Ok(Daemon { child, log, log_from })
     }
 
     fn node_arguments(&self, config: &str, node: &str, place: &str) -> Vec<String> {
@@ -195,14 +199,21 @@ impl Lab {
             .to_vec()
     }
 
-    /// Starts a node's daemon.
+    /// Starts a node's daemon and waits until it listens.
     pub fn node(&self, node: &str) -> anyhow::Result<Daemon> {
         self.node_with("cluster.toml", node, node)
     }
 
     /// Starts a node's daemon with another cluster file, and its state in other directories.
     pub fn node_with(&self, config: &str, node: &str, place: &str) -> anyhow::Result<Daemon> {
-        self.spawn("ublk-server", &self.node_arguments(config, node, place), &format!("{place}.log"))
+        let arguments = self.node_arguments(config, node, place);
+        let mut daemon = self.spawn("ublk-server", &arguments, &format!("{place}.log"))?;
+        // A connection would be a better sign, but the daemon tells of those that are no node's.
+        until("the daemon to listen", || {
+            ensure!(daemon.runs()?, "the daemon ended: {}", daemon.log());
+            Ok(daemon.log().contains("started, waiting for the manager").then_some(()))
+        })?;
+        Ok(daemon)
     }
 
     /// Runs a node's daemon, which has to end by itself. Only errors are logged.

@@ -102,6 +102,11 @@ impl NbdClient {
         self.request(1, 0, offset, data.len() as u32, data)
     }
 
+    /// Sends a read and does not wait.
+    pub fn start_read(&mut self, offset: u64, length: u32) -> anyhow::Result<u64> {
+        self.request(0, 0, offset, length, &[])
+    }
+
     /// The next reply that carries no data; `None` if none comes in time.
     pub fn reply(&mut self) -> anyhow::Result<Option<Reply>> {
         let mut bytes = [0; 16];
@@ -151,8 +156,13 @@ impl NbdClient {
 
     /// Reads and waits.
     pub fn read(&mut self, offset: u64, length: u32) -> anyhow::Result<Vec<u8>> {
-        let cookie = self.request(0, 0, offset, length, &[])?;
+        let cookie = self.start_read(offset, length)?;
         self.done(cookie)?;
+        self.data(length)
+    }
+
+    /// What follows the reply to a read.
+    pub fn data(&mut self, length: u32) -> anyhow::Result<Vec<u8>> {
         let mut data = vec![0; length as usize];
         self.stream.read_exact(&mut data)?;
         Ok(data)

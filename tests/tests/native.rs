@@ -185,6 +185,33 @@ fn two_nodes_that_fill_each_others_buffers_do_not_wait_for_each_other() -> anyho
 }
 
 #[test]
+fn a_client_that_takes_no_replies_keeps_nobody_waiting() -> anyhow::Result<()> {
+    // Of all the memory that a daemon has for requests these would fill twice as much.
+    const READS: u64 = 128;
+    const LENGTH: u32 = 1 << 20;
+    let play = Playground::start(2)?;
+    let uri = play.uri("n1-d1")?;
+    let mut client = NbdClient::connect(&uri)?;
+    let mut slow = NbdClient::connect(&uri)?;
+    let cookies: Vec<u64> = (0..READS).map(|_| slow.start_read(0, LENGTH)).collect::<Result<_, _>>()?;
+    // As long as the slow one's requests are not all taken there is no telling when it holds all it can get.
+    for index in 0..200 {
+        client.write(4096 * index, &stamp(index as u8))?;
+        assert_eq!(client.read(4096 * index, 4096)?, stamp(index as u8));
+    }
+    let large = vec![7; 32 << 20];
+    client.write(64 << 20, &large)?;
+    assert_eq!(client.read(64 << 20, 32 << 20)?, large);
+    // Nor has it lost anything itself. Which reply comes first is not promised.
+    for _ in &cookies {
+        let reply = slow.reply()?.expect("a reply in time");
+        assert!(reply.error == 0 && cookies.contains(&reply.cookie), "{reply:?}");
+        slow.data(LENGTH)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn io_goes_on_without_the_manager_while_both_copies_are_well() -> anyhow::Result<()> {
     let play = Playground::start(2)?;
     let uri = play.uri("n1-d1")?;

@@ -104,6 +104,12 @@ fn fsck_ext4(device: &Path) -> anyhow::Result<()> {
     run("e2fsck", &["-f", "-n", text(device)]).map(drop)
 }
 
+/// Waits until every copy counts: one that was given up on the way, as on a machine that is much too slow, is equal
+/// only once it was filled again.
+fn healthy(play: &Playground) -> anyhow::Result<()> {
+    play.until("all copies to be in sync", || Ok(play.mirrorctl(&["status"])?.status.success().then_some(())))
+}
+
 fn copies_are_equal(play: &Playground) -> anyhow::Result<()> {
     let (primary, secondary) = (slices(&play.disk("n1"), N1_D1)?, slices(&play.disk("n2"), N1_D1)?);
     ensure!(!primary.is_empty() && primary == secondary, "the copies differ: {primary:?} {secondary:?}");
@@ -138,6 +144,7 @@ fn both_copies_are_equal_after_ext4_and_overlapping_writes() -> anyhow::Result<(
     fio_file(&mount.file("data"), &["--size=8m"])?.finish()?;
     mount.unmount()?;
     fsck_ext4(&device)?;
+    healthy(&play)?;
     play.stop()?;
     copies_are_equal(&play)
 }
@@ -161,6 +168,7 @@ fn xfs_holds_files() -> anyhow::Result<()> {
         ensure!(found == content(index), "file {index} is another");
     }
     mount.unmount()?;
+    healthy(&play)?;
     play.stop()?;
     copies_are_equal(&play)
 }
@@ -244,6 +252,7 @@ fn flush_discard_and_zeroes() -> anyhow::Result<()> {
     ensure!(std::fs::read(mount.file("kept"))? == vec![3; 3 << 20], "the file that was kept is another");
     mount.unmount()?;
     fsck_ext4(&device)?;
+    healthy(&play)?;
     play.stop()?;
     copies_are_equal(&play)
 }
@@ -271,6 +280,73 @@ fn an_orderly_stop_removes_what_nobody_uses_and_leaves_what_is_mounted() -> anyh
     play.stop()?;
     ensure!(!device.exists() && !other.exists(), "devices are left");
     Ok(())
+}
+
+#[test]
+fn an_orderly_stop_leaves_what_a_program_has_open() -> anyhow::Result<()> {
+    let mut play = Playground::start_with(2, "ublk", "512M")?;
+    let (device, unused) = (play.path("n1-d1-unmirrored")?, play.path("n1-d1")?);
+    // Nothing but an open file: no claim, no mount.
+    let open = Direct::open(&device)?;
+    open.write(MIB, 5)?;
+    let pid = play.pid("n1")?;
+    signal(pid, SIGTERM)?;
+    play.until("n1 has ended", || Ok((!runs(pid)).then_some(())))?;
+    ensure!(device.exists(), "the open device has gone: {}", play.logs());
+    ensure!(!unused.exists(), "the unused device is still there: {}", play.logs());
+    let own = format!("(process {})", std::process::id());
+    ensure!(play.logs().contains(&own), "its user is not named: {}", play.logs());
+    play.restart("n1")?;
+    ensure!(play.path("n1-d1-unmirrored")? == device, "another device after the recovery");
+    ensure!(open.read(MIB)? == 5);
+    open.write(2 * MIB, 6)?;
+    drop(open);
+    play.stop()?;
+    ensure!(!device.exists(), "nobody has it open, and it is still there");
+    Ok(())
+}
+
+#[test]
+fn udev_names_devices_as_the_map_does() -> anyhow::Result<()> {
+    let play = Playground::start_with(2, "ublk", "512M")?;
+    // As a package installs it.
+    std::fs::create_dir_all("/run/udev/rules.d")?;
+    let rules = Path::new("/run/udev/rules.d/60-ublk-mirror.rules");
+    std::fs::write(rules, include_str!("../../scripts/udev/60-ublk-mirror.rules"))?;
+    let server = run("sh", &["-c", "command -v ublk-server"])?;
+    std::os::unix::fs::symlink(server.trim(), "/usr/bin/ublk-server")?;
+    std::fs::create_dir_all("/run/ublk-mirror")?;
+    std::os::unix::fs::symlink(play.dir.join("n1/run"), "/run/ublk-mirror/n1")?;
+    run("udevadm", &["control", "--reload"])?;
+
+    let named = |device: &Path, name: &str| {
+        let link = Path::new("/dev/disk/by-ublk-mirror").join(name);
+        play.until(&format!("{} leads to {}", link.display(), device.display()), || {
+            Ok(std::fs::canonicalize(&link).is_ok_and(|found| found == device).then_some(()))
+        })
+    };
+    // Devices that were there before the rule, and new ones.
+    let (mirrored, other) = (play.path("n1-d1")?, play.path("n1-d1-unmirrored")?);
+    run("udevadm", &["trigger", "--action=change", text(&mirrored), text(&other)])?;
+    named(&mirrored, "n1-d1")?;
+    named(&other, "n1-d1-unmirrored")?;
+    let pid = play.pid("n1")?;
+    signal(pid, SIGTERM)?;
+    play.until("n1 has ended", || Ok((!runs(pid)).then_some(())))?;
+    play.until("the names are gone with the devices", || {
+        let left = std::fs::read_dir("/dev/disk/by-ublk-mirror").into_iter().flatten().count();
+        Ok((left == 0).then_some(()))
+    })?;
+    play.restart("n1")?;
+    named(&play.path("n1-d1")?, "n1-d1")?;
+    // Another node's devices here have no run directory where the rule looks.
+    let foreign = play.path("n2-d1")?;
+    run("udevadm", &["trigger", "--action=change", "--settle", text(&foreign)])?;
+    ensure!(!Path::new("/dev/disk/by-ublk-mirror/n2-d1").exists());
+    for made in [rules, Path::new("/usr/bin/ublk-server"), Path::new("/run/ublk-mirror/n1")] {
+        std::fs::remove_file(made)?;
+    }
+    run("udevadm", &["control", "--reload"]).map(drop)
 }
 
 /// Whether a process runs; one that has ended and was not waited for does not.

@@ -1,12 +1,15 @@
 //! `ublk-server`: the daemon of one node.
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use mirror_net::config::Frontend;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use ublk_server::agent::{self, Options};
 use ublk_server::driver::BUFFER_BYTES;
+use ublk_server::frontend::ublk::control::Control;
 use ublk_server::frontend::ublk::process::prepare_process;
+use ublk_server::frontend::ublk::{UblkId, names};
 
 /// Exit code for a command line that makes no sense (EX_USAGE).
 const USAGE: u8 = 64;
@@ -22,6 +25,17 @@ struct Arguments {
 enum Command {
     /// Run the daemon in the foreground.
     Run(Run),
+    /// Print the name in the map of a ublk device of this machine; for udev. Fails if it is none of ours.
+    DeviceName(DeviceName),
+}
+
+#[derive(Parser)]
+struct DeviceName {
+    /// The block device, such as /dev/ublkb0.
+    device: PathBuf,
+    /// The `--run-dir` of its daemon [default: all that are in /run/ublk-mirror].
+    #[arg(long)]
+    run_dir: Option<PathBuf>,
 }
 
 #[derive(Parser)]
@@ -67,14 +81,26 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .init();
     ublk_server::abort::on_panic();
-    let Command::Run(run) = arguments.command;
-    match start(run) {
+    let result = match arguments.command {
+        Command::Run(run) => start(run),
+        Command::DeviceName(asked) => device_name(asked),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ublk-server: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn device_name(asked: DeviceName) -> anyhow::Result<()> {
+    let id = asked.device.to_str().and_then(|path| path.strip_prefix("/dev/ublkb")?.parse().ok()).map(UblkId);
+    let id = id.with_context(|| format!("{} is not a path such as /dev/ublkb0", asked.device.display()))?;
+    let run_dirs = asked.run_dir.map_or_else(names::run_directories, |given| vec![given]);
+    let name = names::name_of(&mut Control::open()?, id, &run_dirs)?;
+    println!("{}", name.with_context(|| format!("{} is no device of a node here", asked.device.display()))?);
+    Ok(())
 }
 
 fn start(run: Run) -> anyhow::Result<()> {

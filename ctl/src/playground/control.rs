@@ -55,22 +55,18 @@ pub(super) async fn ask(dir: &Path, request: Request) -> Result<u8, Failure> {
     }
 }
 
-/// The next request; a client that says nothing sensible is dropped.
-pub(super) async fn next(listener: &UnixListener) -> (Request, UnixStream) {
-    loop {
-        let Ok((mut stream, _)) = listener.accept().await else { continue };
-        let mut line = String::new();
-        let read = async {
-            let mut reader = BufReader::new((&mut stream).take(LINE_BYTES_MAX));
-            reader.read_line(&mut line).await
-        };
-        if !matches!(timeout(REQUEST_MAX, read).await, Ok(Ok(_))) {
-            continue;
-        }
-        if let Ok(request) = serde_json::from_str(&line) {
-            return (request, stream);
-        }
-    }
+/// A client that connects within that time. What it asks for is another call: this one may be given up, and a
+/// client that was accepted may not.
+pub(super) async fn accept(listener: &UnixListener, limit: Duration) -> Option<UnixStream> {
+    timeout(limit, listener.accept()).await.ok()?.ok().map(|(stream, _)| stream)
+}
+
+/// What a client asks for; `None` if it says nothing sensible.
+pub(super) async fn request(stream: &mut UnixStream) -> Option<Request> {
+    let mut line = String::new();
+    let mut reader = BufReader::new(stream.take(LINE_BYTES_MAX));
+    timeout(REQUEST_MAX, reader.read_line(&mut line)).await.ok()?.ok()?;
+    serde_json::from_str(&line).ok()
 }
 
 /// Answers a request.
@@ -81,4 +77,28 @@ pub(super) async fn answer(mut stream: UnixStream, result: Result<String, Failur
     };
     let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
     let _ = stream.write_all(text.as_bytes()).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::sleep;
+
+    /// The process looks after its children in between, however slow a client is.
+    #[tokio::test]
+    async fn a_slow_client_is_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let mut client = UnixStream::connect(dir.path().join("socket")).await.unwrap();
+        let limit = Duration::from_millis(20);
+        let mut stream = accept(&listener, limit).await.expect("it has connected");
+        let wanted = Request::Start { name: "n1".into() };
+        let text = serde_json::to_string(&wanted).unwrap() + "\n";
+        let (asked, ()) = tokio::join!(request(&mut stream), async {
+            sleep(10 * limit).await;
+            client.write_all(text.as_bytes()).await.unwrap();
+        });
+        assert_eq!(asked, Some(wanted));
+        assert!(accept(&listener, limit).await.is_none(), "nobody else connects");
+    }
 }

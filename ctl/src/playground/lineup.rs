@@ -210,11 +210,8 @@ impl Playground {
     /// Answers requests and tells of processes that end, for ever.
     pub(super) async fn serve(&mut self) -> Result<(), Failure> {
         loop {
-            let request = match &self.listener {
-                Some(listener) => tokio::select! {
-                    request = control::next(listener) => Some(request),
-                    () = sleep(Duration::from_millis(250)) => None,
-                },
+            let client = match &self.listener {
+                Some(listener) => control::accept(listener, Duration::from_millis(250)).await,
                 None => return Err(Failure::new("the playground is not up")),
             };
             let dir = self.directory.path().display().to_string();
@@ -226,7 +223,9 @@ impl Playground {
                     );
                 }
             }
-            if let Some((request, stream)) = request {
+            if let Some(mut stream) = client
+                && let Some(request) = control::request(&mut stream).await
+            {
                 let result = self.obey(request).await;
                 control::answer(stream, result).await;
             }

@@ -209,7 +209,7 @@ impl Engine {
             return;
         };
         if self.peers[peer].session.is_some() {
-            self.end_session(peer, "replaced by a new connection".into(), false);
+            self.end_session(peer, "replaced by a new connection".into(), true);
         }
         self.peers[peer].session = Some(Session {
             id: session,

@@ -206,14 +206,14 @@ fn a_deposed_write_ends_when_its_messages_have() {
 }
 
 #[test]
-fn a_member_that_is_another_process_now_is_noticed_under_a_new_map_too() {
+fn a_member_that_was_attached_again_is_noticed_under_a_new_map_too() {
     let first = map(3, 2, 1);
-    // Node 2 is the primary; node 1 meets its new process before it takes over with node 2 as a member.
+    // Node 2 is the primary; node 1 meets it with its disk attached anew before it takes over with node 2 as a member.
     let mut before = first.clone();
     before.devices[0].spans[0].replicas.swap(0, 1);
     let mut rig = Rig::new(1, &before);
     rig.lane_down(2);
-    rig.open_as(2, before.version, 22, 2);
+    rig.open_as(2, before.version, 2, 22);
     assert!(rig.reports.is_empty());
     rig.adopt(&next(&before, |span| span.replicas.swap(0, 1)));
     assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
@@ -434,7 +434,7 @@ fn a_syncing_copy_without_a_session_is_left_out_and_caught_up() {
     assert!(rig.reports.is_empty(), "{:?}", rig.reports);
     rig.take(Kind::Write);
     rig.open(2, MapVersion(2));
-    assert_eq!(rig.take(Kind::Compare).len(), 1, "its region is compared");
+    assert_eq!(rig.take(Kind::Write).len(), 1, "what it missed");
     let during = rig.write(8192, 4096);
     assert_eq!(rig.result(during), None, "it has a session: it is waited for");
 }

@@ -6,8 +6,8 @@
 //! acknowledged without the copy while the word is on its way.
 //!
 //! Nothing here makes a copy swing between the two: a primary asks only while its session with the
-//! peer is open, the peer has to be up and registered, and what is syncing already under the peer's
-//! present incarnation is left alone.
+//! peer is open, the peer has to be up and registered, and what is syncing already under the disk's
+//! present attachment is left alone.
 
 use super::registry::Registry;
 use super::stale::spoken_for;
@@ -19,7 +19,7 @@ use crate::map::{DistributionMap, ReplicaState};
 /// Marks `peer`'s stale copies syncing wherever `asker` may speak, under the incarnations that the
 /// peer is registered with now; empty if there are none, or the peer is not there.
 ///
-/// A copy that was syncing under another incarnation begins anew under the present one.
+/// A copy that was syncing under another attachment begins anew under the present one.
 pub fn ask_syncing(
     map: &DistributionMap,
     registry: &Registry,
@@ -36,7 +36,7 @@ pub fn ask_syncing(
                 let Some(now) = registry.usable(map, replica.disk, now_ms) else { continue };
                 let begins = match replica.state {
                     ReplicaState::InSync => false,
-                    ReplicaState::Syncing => replica.incarnation != now,
+                    ReplicaState::Syncing => replica.incarnation.attach != now.attach,
                     ReplicaState::Stale => true,
                 };
                 if begins {

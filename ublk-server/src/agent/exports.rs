@@ -3,22 +3,63 @@
 use super::Input;
 use super::io::IoHandle;
 use super::nbd::{self, Address, NewClient, Shelf};
+use super::retry::Retry;
 use super::ublk::{Done, Order, Start, UblkThread};
 use crate::frontend::nbd::ExportInfo;
 use anyhow::Context;
 use mirror_net::config::{Frontend, NbdListen, NodeFile};
 use mirror_net::control::ExportReport;
 use mirror_net::ids::{ClaimGeneration, DeviceId, MapVersion, NodeId};
-use mirror_net::map::DistributionMap;
+use mirror_net::map::{Device, DistributionMap};
 use mirror_net::region::masks::REGIONS_PER_SLICE;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Instant;
 use tokio::sync::mpsc;
 
 /// How this node exports.
 enum Server {
     Ublk(UblkThread),
     Nbd { shelf: Shelf, address: Address },
+}
+
+impl Server {
+    /// Begins to export a device.
+    fn start(&self, entry: &Device, map: &DistributionMap, io: &IoHandle) -> State {
+        let size = entry.bytes(map.slice_bytes);
+        match self {
+            Self::Nbd { shelf, address } => {
+                shelf.add(
+                    entry.id,
+                    ExportInfo {
+                        name: entry.name.clone(),
+                        description: format!("cluster {}", map.cluster_name),
+                        size,
+                        block_size_min: entry.block_bytes,
+                        block_size_preferred: 4096,
+                        read_only: false,
+                        rotational: false,
+                        fast_zero: false,
+                    },
+                );
+                let uri = address.uri(&entry.name);
+                tracing::info!(device = entry.name, uri, "exported");
+                State::Exported { path: None, uri: Some(uri) }
+            }
+            Self::Ublk(thread) => {
+                thread.order(Order::Start(Start {
+                    device: entry.id,
+                    name: entry.name.clone(),
+                    size,
+                    block_bytes: entry.block_bytes,
+                    region_bytes: map.slice_bytes / REGIONS_PER_SLICE,
+                    generation: entry.claim.generation.0,
+                    serve: Box::new(io.ublk_starter()),
+                }));
+                State::Starting
+            }
+        }
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -29,13 +70,15 @@ enum State {
     Exported { path: Option<String>, uri: Option<String> },
     /// It is being stopped.
     Stopping,
-    /// It could not be started.
-    Failed(String),
+    /// It could not be started, or the kernel would not go on with it.
+    Failed,
 }
 
 struct Export {
     generation: ClaimGeneration,
     state: State,
+    /// What went wrong the last time, until it is exported.
+    retry: Option<Retry>,
 }
 
 /// The devices that this node exports.
@@ -43,7 +86,8 @@ pub(super) struct Exports {
     server: Server,
     frontend: Frontend,
     exports: BTreeMap<DeviceId, Export>,
-    /// The newest claims that the manager allowed to be exported.
+    /// The newest claims that the manager allowed to be exported. It says so once for each connection, and may
+    /// do so before the export can start.
     allowed: BTreeMap<DeviceId, ClaimGeneration>,
     /// The map version that the engine of this process acts on.
     adopted: MapVersion,
@@ -97,53 +141,36 @@ impl Exports {
     }
 
     /// The manager's word: every primary has adopted this claim.
-    pub fn allow(
-        &mut self,
-        device: DeviceId,
-        generation: ClaimGeneration,
-        map: &DistributionMap,
-        io: &IoHandle,
-    ) {
-        let Some(entry) = map.device(device).filter(|entry| entry.claim.generation == generation) else {
-            return;
-        };
-        if self.exports.get(&device).is_some_and(|export| !matches!(export.state, State::Failed(_))) {
-            return;
+    pub fn allow(&mut self, device: DeviceId, generation: ClaimGeneration) {
+        self.allowed.insert(device, generation);
+    }
+
+    /// The engine acts on this map version.
+    pub fn adopted(&mut self, version: MapVersion) {
+        self.adopted = version;
+    }
+
+    /// Starts what was allowed and is not exported: when it was allowed, the engine may not have adopted the
+    /// claim, an older export of the device was still being stopped, or it failed.
+    pub fn start_due(&mut self, now: Instant, map: &DistributionMap, me: NodeId, io: &IoHandle) {
+        for (id, generation) in &self.allowed {
+            let Some(device) = map.device(*id).filter(|device| {
+                let claim = device.claim;
+                // Before the engine acts on the claim it would refuse the first requests.
+                claim.node == me && claim.generation == *generation && claim.since <= self.adopted
+            }) else {
+                continue;
+            };
+            let export = self.exports.get(id);
+            let due = export.is_none_or(|export| {
+                export.state == State::Failed && export.retry.as_ref().is_none_or(|retry| retry.is_due(now))
+            });
+            if due {
+                let retry = export.and_then(|export| export.retry.clone());
+                let state = self.server.start(device, map, io);
+                self.exports.insert(*id, Export { generation: *generation, state, retry });
+            }
         }
-        let size = entry.bytes(map.slice_bytes);
-        let state = match &self.server {
-            Server::Nbd { shelf, address } => {
-                shelf.add(
-                    device,
-                    ExportInfo {
-                        name: entry.name.clone(),
-                        description: format!("cluster {}", map.cluster_name),
-                        size,
-                        block_size_min: entry.block_bytes,
-                        block_size_preferred: 4096,
-                        read_only: false,
-                        rotational: false,
-                        fast_zero: false,
-                    },
-                );
-                let uri = address.uri(&entry.name);
-                tracing::info!(device = entry.name, uri, "exported");
-                State::Exported { path: None, uri: Some(uri) }
-            }
-            Server::Ublk(thread) => {
-                thread.order(Order::Start(Start {
-                    device,
-                    name: entry.name.clone(),
-                    size,
-                    block_bytes: entry.block_bytes,
-                    region_bytes: map.slice_bytes / REGIONS_PER_SLICE,
-                    generation: generation.0,
-                    serve: Box::new(io.ublk_starter()),
-                }));
-                State::Starting
-            }
-        };
-        self.exports.insert(device, Export { generation, state });
     }
 
     /// A new map: devices whose claim moved away are stopped, and what an earlier process left of
@@ -158,8 +185,13 @@ impl Exports {
             })
             .map(|(id, _)| *id)
             .collect();
+        self.allowed.retain(|id, generation| {
+            map.device(*id)
+                .is_some_and(|device| device.claim.node == me && device.claim.generation == *generation)
+        });
         for device in lost {
             tracing::warn!(%device, "this node may not export the device any more: stopping it");
+            self.exports.entry(device).and_modify(|export| export.retry = None);
             if let Server::Nbd { shelf, .. } = &self.server {
                 shelf.remove(device);
                 io.stop_nbd(device);
@@ -171,26 +203,6 @@ impl Exports {
         if let Server::Ublk(thread) = &self.server {
             let mine = map.devices.iter().filter(|device| device.claim.node == me);
             thread.order(Order::Fence { ours: mine.map(|device| device.name.clone()).collect() });
-        }
-    }
-
-    /// The engine acts on this map version: exports that waited for it may start.
-    pub fn adopted(&mut self, version: MapVersion, map: &DistributionMap, me: NodeId, io: &IoHandle) {
-        self.adopted = version;
-        self.allow_again(map, me, io);
-    }
-
-    /// Starts what was allowed and could not start then.
-    pub fn allow_again(&mut self, map: &DistributionMap, me: NodeId, io: &IoHandle) {
-        let ours = |device: &DeviceId| map.device(*device).is_some_and(|entry| entry.claim.node == me);
-        let missing: Vec<(DeviceId, ClaimGeneration)> = self
-            .allowed
-            .iter()
-            .filter(|(device, _)| ours(device) && !self.exports.contains_key(device))
-            .map(|(device, generation)| (*device, *generation))
-            .collect();
-        for (device, generation) in missing {
-            self.allow(device, generation, map, io);
         }
     }
 
@@ -217,31 +229,43 @@ impl Exports {
         }
     }
 
+    /// The kernel refuses to go on with a device: it is stopped, and started anew later.
+    pub fn refused(&mut self, now: Instant, device: DeviceId, reason: String) {
+        if let Some(export) = self.exports.get_mut(&device) {
+            export.retry = Some(Retry::new(export.retry.take(), now, reason));
+        }
+        self.stop_device(device);
+    }
+
     /// The ublk control thread is done with something.
-    pub fn ublk_done(&mut self, done: Done) {
+    pub fn ublk_done(&mut self, now: Instant, done: Done) {
         match done {
             Done::Started { device, path } => {
                 tracing::info!(%device, path, "exported");
                 if let Some(export) =
                     self.exports.get_mut(&device).filter(|export| export.state == State::Starting)
                 {
-                    export.state = State::Exported { path: Some(path), uri: None };
+                    (export.state, export.retry) = (State::Exported { path: Some(path), uri: None }, None);
                 }
             }
             Done::Failed { device, reason } => {
-                tracing::error!(%device, reason, "cannot be exported");
-                if let Some(export) = self.exports.get_mut(&device) {
-                    export.state = State::Failed(reason);
-                }
+                let export = self.exports.get_mut(&device);
+                // If it is to be stopped, the thread has that order still before it.
+                let Some(export) = export.filter(|export| export.state == State::Starting) else { return };
+                let retry = Retry::new(export.retry.take(), now, reason);
+                tracing::error!(%device, reason = retry.describe(now), "cannot be exported");
+                (export.state, export.retry) = (State::Failed, Some(retry));
             }
-            Done::Gone { device } => {
-                self.exports.remove(&device);
-            }
+            Done::Gone { device } => match self.exports.get_mut(&device) {
+                Some(export) if export.retry.is_some() => export.state = State::Failed,
+                _ => drop(self.exports.remove(&device)),
+            },
         }
     }
 
     /// The daemon ends: stops what nobody uses.
     pub fn stop_all(&mut self, io: Option<&IoHandle>) {
+        self.allowed.clear();
         match &self.server {
             Server::Nbd { shelf, .. } => {
                 for device in std::mem::take(&mut self.exports).into_keys() {
@@ -253,7 +277,7 @@ impl Exports {
             }
             Server::Ublk(thread) => {
                 for (device, export) in &mut self.exports {
-                    export.state = State::Stopping;
+                    (export.state, export.retry) = (State::Stopping, None);
                     thread.order(Order::StopUnused { device: *device });
                 }
             }
@@ -266,18 +290,172 @@ impl Exports {
     }
 
     /// For the manager.
-    pub fn reports(&self) -> Vec<ExportReport> {
+    pub fn reports(&self, now: Instant) -> Vec<ExportReport> {
         let report = |(device, export): (&DeviceId, &Export)| {
             let mut report =
                 ExportReport { device: *device, path: None, uri: None, error: None, requests: 0, pending: 0 };
+            let trouble = export.retry.as_ref().map(|retry| retry.describe(now));
             match &export.state {
-                State::Starting => report.error = Some("being started".into()),
+                State::Starting => report.error = Some(trouble.unwrap_or_else(|| "being started".into())),
                 State::Stopping => report.error = Some("being stopped".into()),
-                State::Failed(reason) => report.error = Some(reason.clone()),
+                State::Failed => report.error = trouble,
                 State::Exported { path, uri } => (report.path, report.uri) = (path.clone(), uri.clone()),
             }
             report
         };
         self.exports.iter().map(report).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lanes::tests::map;
+    use super::*;
+    use std::sync::mpsc::Receiver;
+    use std::time::Duration;
+
+    const ME: NodeId = NodeId(1);
+    const DEVICE: DeviceId = DeviceId(1);
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    struct World {
+        exports: Exports,
+        orders: Receiver<Order>,
+        io: IoHandle,
+        map: DistributionMap,
+        now: Instant,
+    }
+
+    impl World {
+        /// A node with the claim on a device, which the manager allows and the engine acts on.
+        fn new() -> Self {
+            let (thread, orders) = UblkThread::unattended();
+            let exports = Exports {
+                server: Server::Ublk(thread),
+                frontend: Frontend::Ublk,
+                exports: BTreeMap::new(),
+                allowed: BTreeMap::new(),
+                adopted: MapVersion(0),
+            };
+            let map = map(["127.0.0.1:1", "127.0.0.1:2"]);
+            let mut world = Self { exports, orders, io: IoHandle::unattended().0, map, now: Instant::now() };
+            world.exports.allow(DEVICE, world.generation());
+            world.exports.adopted(world.map.version);
+            world
+        }
+
+        fn generation(&self) -> ClaimGeneration {
+            self.map.device(DEVICE).unwrap().claim.generation
+        }
+
+        /// Whether the device is ordered to be started.
+        fn starts(&mut self) -> bool {
+            self.exports.start_due(self.now, &self.map, ME, &self.io);
+            self.orders.try_iter().any(|order| matches!(order, Order::Start(start) if start.device == DEVICE))
+        }
+
+        fn done(&mut self, done: Done) {
+            self.exports.ublk_done(self.now, done);
+        }
+
+        fn error(&self) -> Option<String> {
+            self.exports.reports(self.now).into_iter().next()?.error
+        }
+
+        fn failed(&mut self) {
+            self.done(Done::Failed { device: DEVICE, reason: "no memory".into() });
+        }
+
+        fn started(&mut self) {
+            self.done(Done::Started { device: DEVICE, path: "/dev/ublkb0".into() });
+            assert_eq!(self.error(), None);
+        }
+    }
+
+    #[test]
+    fn what_failed_is_tried_again_and_says_why() {
+        let mut world = World::new();
+        assert!(world.starts());
+        world.failed();
+        assert_eq!(world.error().unwrap(), "no memory; trying again in 1 s");
+        assert!(!world.starts(), "without a pause");
+        world.now += Duration::from_secs(1);
+        assert!(world.starts() && !world.starts());
+        assert!(world.error().unwrap().starts_with("no memory"), "the reason is kept while it is tried");
+        world.failed();
+        world.now += Duration::from_secs(1);
+        assert!(!world.starts(), "the pauses grow");
+        world.now += MINUTE;
+        assert!(world.starts());
+        world.started();
+        world.now += MINUTE;
+        assert!(!world.starts());
+    }
+
+    #[test]
+    fn what_the_kernel_refused_is_stopped_and_started_anew() {
+        let mut world = World::new();
+        assert!(world.starts());
+        world.started();
+        world.exports.refused(world.now, DEVICE, "EINVAL".into());
+        assert!(matches!(world.orders.try_recv(), Ok(Order::Stop { device: DEVICE })));
+        world.now += MINUTE;
+        assert!(!world.starts(), "it is still being stopped");
+        world.done(Done::Gone { device: DEVICE });
+        assert!(world.starts());
+    }
+
+    #[test]
+    fn an_export_waits_until_the_engine_acts_on_its_claim() {
+        let mut world = World::new();
+        world.exports.adopted(MapVersion(0));
+        assert!(!world.starts());
+        world.exports.adopted(world.map.version);
+        assert!(world.starts());
+    }
+
+    #[test]
+    fn a_claim_that_comes_back_is_exported_once_the_old_export_is_gone() {
+        let mut world = World::new();
+        assert!(world.starts());
+        world.started();
+        let claim = |map: &mut DistributionMap, node| {
+            map.version.0 += 1;
+            let device = map.devices.iter_mut().find(|device| device.id == DEVICE).unwrap();
+            (device.claim.node, device.claim.since) = (NodeId(node), map.version);
+            device.claim.generation.0 += 1;
+        };
+        claim(&mut world.map, 2);
+        world.exports.follow(&world.map, ME, &world.io);
+        claim(&mut world.map, 1);
+        world.exports.follow(&world.map, ME, &world.io);
+        world.exports.allow(DEVICE, world.generation());
+        world.exports.adopted(world.map.version);
+        assert!(!world.starts(), "it is still being stopped");
+        world.done(Done::Gone { device: DEVICE });
+        assert!(world.starts());
+    }
+
+    #[test]
+    fn nothing_is_started_that_is_not_ours_or_when_the_daemon_ends() {
+        let mut world = World::new();
+        assert!(world.starts());
+        world.failed();
+        let claim = &mut world.map.devices.iter_mut().find(|device| device.id == DEVICE).unwrap().claim;
+        claim.node = NodeId(2);
+        world.exports.follow(&world.map, ME, &world.io);
+        world.now += MINUTE;
+        assert!(!world.starts());
+        world.done(Done::Gone { device: DEVICE });
+        assert!(world.exports.all_stopped());
+
+        let mut world = World::new();
+        assert!(world.starts());
+        world.failed();
+        world.exports.stop_all(None);
+        world.now += MINUTE;
+        assert!(!world.starts());
+        world.done(Done::Gone { device: DEVICE });
+        assert!(!world.starts() && world.exports.all_stopped());
     }
 }

@@ -24,6 +24,13 @@ pub struct IoHandle {
 }
 
 impl IoHandle {
+    /// One whose thread is the test.
+    #[cfg(test)]
+    pub fn unattended() -> (Self, crate::driver::command::Inbox) {
+        let (handle, inbox) = channel().expect("an eventfd");
+        (Self { handle }, inbox)
+    }
+
     /// Opens the node's disks and starts the thread. Disks that cannot be used are left out, and why
     /// is returned beside.
     pub fn start(

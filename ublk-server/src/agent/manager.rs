@@ -1,12 +1,13 @@
 //! The connection to the manager: made again whenever it is lost.
 
+use super::told::Told;
 use super::{Common, Input, nonce};
 use mirror_net::control::{ManagerMessage, NodeMessage};
 use mirror_net::ids::ClusterId;
 use mirror_net::wire::handshake::Purpose;
 use mirror_net::wire::transport::{self, TransportError};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
@@ -39,12 +40,12 @@ pub(super) fn start(
     inputs: mpsc::UnboundedSender<Input>,
 ) {
     tokio::spawn(async move {
-        let mut told = String::new();
+        let mut told = Told::default();
         while !inputs.is_closed() {
             let reason = match tokio::time::timeout(PATIENCE, connect(&address, &common, cluster.get())).await
             {
                 Ok(Ok(stream)) => {
-                    told.clear();
+                    told.forget();
                     let reason = converse(stream, &inputs).await.to_string();
                     if inputs.send(Input::ManagerDown(reason.clone())).is_err() {
                         return;
@@ -55,9 +56,8 @@ pub(super) fn start(
                 Err(_) => "no answer".to_owned(),
             };
             // The same reason is said once.
-            if told != reason {
+            if told.is_news(Instant::now(), &reason) {
                 tracing::warn!(address, reason, "cannot reach the manager, trying on");
-                told = reason;
             }
             tokio::time::sleep(RETRY).await;
         }

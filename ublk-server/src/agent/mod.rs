@@ -9,7 +9,9 @@ mod io;
 mod lanes;
 mod manager;
 mod nbd;
+mod retry;
 mod state;
+mod told;
 mod ublk;
 
 pub use state::StateError;
@@ -34,7 +36,7 @@ use state::StateDir;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// How a daemon was started.
@@ -179,7 +181,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 let Some(input) = input else { break };
                 agent.handle(input).await?;
             }
-            _ = report.tick() => agent.report().await,
+            _ = report.tick() => {
+                agent.start_exports();
+                agent.report().await;
+            }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -203,11 +208,12 @@ impl Agent {
                     "no connection to the manager; I/O goes on as long as all copies are well"
                 );
             }
-            Input::Lane(lane) => match &self.io {
-                Some(io) => self.lanes.established(lane, io),
-                // The other side tries again until the map is here.
-                None => self.lanes.closed(&lane.peer),
-            },
+            Input::Lane(lane) => {
+                // Without a map it is dropped: whoever dialled it tries again until the map is here.
+                if let Some(io) = &self.io {
+                    self.lanes.established(lane, io);
+                }
+            }
             Input::NbdClient(client) => {
                 if let Some(io) = &self.io {
                     self.exports.client(client, io);
@@ -215,12 +221,8 @@ impl Agent {
             }
             Input::Io(event) => self.io_said(event)?,
             Input::Ublk(done) => {
-                self.exports.ublk_done(done);
-                if let (Some(map), Some(io)) = (&self.map, &self.io)
-                    && let Some(me) = map.node_named(&self.common.node)
-                {
-                    self.exports.allow_again(map, me.id, io);
-                }
+                self.exports.ublk_done(Instant::now(), done);
+                self.start_exports();
             }
         }
         Ok(())
@@ -272,9 +274,8 @@ impl Agent {
             }
             ManagerMessage::Map { map } => self.new_map(Arc::new(*map))?,
             ManagerMessage::Export { device, generation } => {
-                let Some(map) = self.map.clone() else { return Ok(()) };
-                let Some(io) = &self.io else { return Ok(()) };
-                self.exports.allow(device, generation, &map, io);
+                self.exports.allow(device, generation);
+                self.start_exports();
             }
             ManagerMessage::Refused { reason } => {
                 // Another process, or another cluster's disks: going on would only repeat it.
@@ -360,16 +361,22 @@ impl Agent {
         }
     }
 
+    /// Starts what may be exported and is not.
+    fn start_exports(&mut self) {
+        if let (Some(map), Some(io)) = (&self.map, &self.io)
+            && let Some(me) = map.node_named(&self.common.node)
+        {
+            self.exports.start_due(Instant::now(), map, me.id, io);
+        }
+    }
+
     fn io_said(&mut self, event: Event) -> anyhow::Result<()> {
         match event {
             Event::Report(Report::Adopted { version }) => {
                 tracing::info!(%version, "map adopted");
                 self.adopted = version;
-                if let (Some(map), Some(io)) = (&self.map, &self.io)
-                    && let Some(me) = map.node_named(&self.common.node)
-                {
-                    self.exports.adopted(version, map, me.id, io);
-                }
+                self.exports.adopted(version);
+                self.start_exports();
                 self.tell_manager(NodeMessage::Adopted { version });
             }
             Event::Report(Report::AskStale { peer, version, cause }) => {
@@ -402,8 +409,11 @@ impl Agent {
             }
             Event::LaneClosed { peer, session, reason } => {
                 let node = self.node_name(peer);
-                tracing::warn!(node, session, reason, "session ended");
-                self.lanes.closed(&node);
+                if self.lanes.closed(peer, session) {
+                    tracing::warn!(node, session, reason, "session ended");
+                } else {
+                    tracing::info!(node, session, reason, "a connection that was replaced has ended");
+                }
             }
             Event::MapRefused(reason) => {
                 tracing::error!(reason, "the newest map cannot be adopted");
@@ -411,7 +421,7 @@ impl Agent {
             }
             Event::UblkRefused(device, errno) => {
                 tracing::error!(%device, %errno, "the kernel refused an entry of this device");
-                self.exports.stop_device(device);
+                self.exports.refused(Instant::now(), device, format!("the kernel refused an entry: {errno}"));
             }
             Event::UblkDrained(device) => self.exports.drained(device),
             Event::Ended(error) => {
@@ -431,8 +441,11 @@ impl Agent {
         if self.manager.is_none() {
             return;
         }
-        let mut report =
-            NodeReport { adopted: self.adopted, exports: self.exports.reports(), ..NodeReport::default() };
+        let mut report = NodeReport {
+            adopted: self.adopted,
+            exports: self.exports.reports(Instant::now()),
+            ..NodeReport::default()
+        };
         if let Some(io) = &self.io
             && let Some(thread) = io.report().await
         {

@@ -5,7 +5,7 @@
 //! taken over only after the manager allowed its export, and stopped if the claim went elsewhere.
 
 use super::Input;
-use crate::frontend::ublk::control::{Control, NewDevice, sync_block_device};
+use crate::frontend::ublk::control::{Control, ControlError, NewDevice, sync_block_device};
 use crate::frontend::ublk::export::Export;
 use crate::frontend::ublk::params::{DeviceParams, DiscardParams};
 use crate::frontend::ublk::process::prepare_thread;
@@ -13,22 +13,26 @@ use crate::frontend::ublk::queue::CharDevice;
 use crate::frontend::ublk::recovery::{
     ClaimConfirmed, DeviceRecord, Records, RecoveryError, Survivor, discard, shorten_io_timeout, survey,
 };
+use crate::frontend::ublk::users::{User, users_of};
 use crate::frontend::ublk::{Cookie, UblkId};
 use anyhow::Context;
 use kmod::abi::Features;
 use mirror_net::ids::DeviceId;
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::mpsc as blocking;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// For a control command that depends on others.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// For writing a device's page cache back; the agent waits for all of its devices a little longer.
 const SYNC_PATIENCE: Duration = Duration::from_secs(8);
+/// For programs that have a device open to be done with it, all devices together: udev looks at a device when
+/// somebody who wrote to it has closed it.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+/// Between two looks at who has a device open.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Hardware queues of a device, at most: one thread serves them all.
 const QUEUES_MAX: usize = 4;
 /// How soon the kernel notices on old kernels that a server died with all tags in flight.
@@ -85,6 +89,8 @@ struct Worker {
     control: Control,
     records: Records,
     running: BTreeMap<DeviceId, (UblkId, String)>,
+    /// Until when programs may close what is to be stopped unless it is in use.
+    close_by: Option<Instant>,
     inputs: mpsc::UnboundedSender<Input>,
 }
 
@@ -94,7 +100,7 @@ impl UblkThread {
         let control = Control::open()?;
         let records = Records::open(run_dir, node).context("ublk records")?;
         let (orders, received) = blocking::channel();
-        let mut worker = Worker { control, records, running: BTreeMap::new(), inputs };
+        let mut worker = Worker { control, records, running: BTreeMap::new(), close_by: None, inputs };
         std::thread::Builder::new().name("ublk-control".into()).spawn(move || {
             prepare_thread_or_warn();
             while let Ok(order) = received.recv() {
@@ -102,6 +108,13 @@ impl UblkThread {
             }
         })?;
         Ok(Self { orders })
+    }
+
+    /// One whose orders the test takes.
+    #[cfg(test)]
+    pub fn unattended() -> (Self, blocking::Receiver<Order>) {
+        let (orders, received) = blocking::channel();
+        (Self { orders }, received)
     }
 
     /// Queues an order.
@@ -140,23 +153,7 @@ impl Worker {
                 }
             }
             Order::Stop { device } => self.stop(device),
-            Order::StopUnused { device } => match self.running.get(&device) {
-                Some((id, name)) if in_use(*id) => {
-                    tracing::warn!(device = name, path = %id.block_path().display(), "in use: left to the next start");
-                    self.running.remove(&device);
-                    self.tell(Done::Gone { device });
-                }
-                Some((id, name)) => match sync_block_device(*id, SYNC_PATIENCE) {
-                    Ok(()) => self.stop(device),
-                    // Stopped now it would lose what is in the page cache.
-                    Err(error) => {
-                        tracing::warn!(device = name, %error, "cannot be written back: left to the next start");
-                        self.running.remove(&device);
-                        self.tell(Done::Gone { device });
-                    }
-                },
-                None => self.tell(Done::Gone { device }),
-            },
+            Order::StopUnused { device } => self.stop_unused(device),
             Order::Delete { device } => self.delete(device),
             Order::Fence { ours } => {
                 if let Err(error) = self.fence(&ours) {
@@ -259,6 +256,42 @@ impl Worker {
         }
     }
 
+    fn stop_unused(&mut self, device: DeviceId) {
+        let Some((id, name)) = self.running.get(&device) else { return self.tell(Done::Gone { device }) };
+        let (id, name) = (*id, name.clone());
+        let stop_by = *self.close_by.get_or_insert_with(|| Instant::now() + CLOSE_PATIENCE);
+        if let Some(hindrance) = self.stop_if_unused(id, stop_by).err() {
+            let path = id.block_path();
+            tracing::warn!(device = name, path = %path.display(), "left to the next start: {hindrance:#}");
+            self.running.remove(&device);
+            self.tell(Done::Gone { device });
+        }
+    }
+
+    /// Stops a device that nobody has open; why it does not otherwise.
+    fn stop_if_unused(&mut self, id: UblkId, stop_by: Instant) -> anyhow::Result<()> {
+        let in_use = |users: &[User]| {
+            let users: Vec<String> = users.iter().map(ToString::to_string).collect();
+            anyhow::anyhow!("in use by {}", users.join(", "))
+        };
+        // First, since writing back what is used would never end.
+        let users = users_until(id, stop_by)?;
+        anyhow::ensure!(users.is_empty(), in_use(&users));
+        // Stopped before it would lose what is in the page cache.
+        sync_block_device(id, SYNC_PATIENCE).context("cannot be written back")?;
+        loop {
+            let users = users_until(id, stop_by)?;
+            anyhow::ensure!(users.is_empty(), in_use(&users));
+            match self.control.try_stop_dev(id, PATIENCE) {
+                Err(ControlError::Busy { .. }) if Instant::now() < stop_by => std::thread::sleep(LOOK_EVERY),
+                Err(error @ ControlError::Busy { .. }) => return Err(error).context("in use"),
+                // Before 7.0 whoever opens it between the look and this is cut off.
+                Err(ControlError::Unsupported { .. }) => return Ok(self.control.stop_dev(id, PATIENCE)?),
+                result => return Ok(result?),
+            }
+        }
+    }
+
     fn delete(&mut self, device: DeviceId) {
         let Some((id, name)) = self.running.remove(&device) else { return };
         // Whoever still has it mounted keeps the number in use; nobody waits for that.
@@ -301,8 +334,14 @@ impl Worker {
     }
 }
 
-/// Whether somebody has the block device mounted or open for himself.
-fn in_use(id: UblkId) -> bool {
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(id.block_path());
-    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+/// Who uses a device; if only programs that may be done soon, those that have not closed it in time.
+fn users_until(id: UblkId, close_by: Instant) -> anyhow::Result<Vec<User>> {
+    loop {
+        let users = users_of(id).context("cannot see who uses it")?;
+        let waits = !users.is_empty() && users.iter().all(|user| matches!(user, User::Process { .. }));
+        if !waits || Instant::now() >= close_by {
+            return Ok(users);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
 }

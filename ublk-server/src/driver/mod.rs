@@ -7,6 +7,7 @@ pub mod command;
 mod tokens;
 
 use crate::frontend::Answer;
+use crate::frontend::nbd::CONNECTIONS_MAX;
 use crate::frontend::nbd::connection::{Connection, Wanted};
 use crate::frontend::ublk::export::{Arrived, Export};
 use crate::mirror::lane::Lane;
@@ -221,6 +222,11 @@ impl IoThread {
                 let index = self.lanes.insert(Lane::new(peer, session, socket, self.keys.seed));
                 self.engine.handle_lane_up(now(), peer, session, process);
                 self.read_lane(index)?;
+            }
+            Command::NbdClient { device, .. }
+                if self.clients.len() + self.queued_clients.len() >= CONNECTIONS_MAX =>
+            {
+                tracing::warn!(%device, "a client was turned away: {CONNECTIONS_MAX} are connected");
             }
             Command::NbdClient { device, socket, session, unread } => {
                 let client = Connection::new(device, socket, session, &unread);

@@ -56,7 +56,11 @@ pub struct Message {
 impl Lane {
     /// Takes a connection whose handshake is done.
     pub fn new(peer: NodeId, session: u64, fd: OwnedFd, seed: CrcSeed) -> Self {
-        Self { peer, session, stream: Stream::new(fd, LaneParser { seed }, &[]), seed, read_buffer: None }
+        Self::with_unread(peer, session, fd, seed, &[])
+    }
+
+    fn with_unread(peer: NodeId, session: u64, fd: OwnedFd, seed: CrcSeed, unread: &[u8]) -> Self {
+        Self { peer, session, stream: Stream::new(fd, LaneParser { seed }, unread), seed, read_buffer: None }
     }
 
     /// The next message that is complete; `None` until more was received.
@@ -72,6 +76,10 @@ impl Lane {
 
     /// Finds the place of a body.
     fn place(&mut self, header: &Header, length: usize, buffers: &mut Buffers) -> Result<(), BadFrame> {
+        // A lane carries one session: whatever else comes on it ends this one, not the one it names.
+        if header.session != self.session {
+            return Err(BadFrame::Session);
+        }
         // A write's body that is missing is for the engine to refuse, and takes a place until then.
         let is_write = matches!(header.kind, Kind::Write | Kind::ForwardWrite);
         if header.kind.carries_data() && (is_write || length > 0) {
@@ -147,5 +155,28 @@ impl Lane {
             buffers.release(buffer);
         }
         self.stream.release_all(buffers);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mirror_net::ids::ClusterId;
+
+    #[test]
+    fn a_lane_carries_its_own_session_only() {
+        let seed = CrcSeed::new(&ClusterId::default());
+        let frame = |session| {
+            let mut header = Header::new(Kind::Ping);
+            (header.session, header.body_crc) = (session, seed.body([&[], &[]]));
+            header.encode(seed)
+        };
+        let mut buffers = Buffers::new(1 << 20);
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let frames = [frame(7), frame(8)].concat();
+        let mut lane = Lane::with_unread(NodeId(2), 7, socket.into(), seed, &frames);
+        let message = lane.next(&mut buffers).unwrap().unwrap();
+        assert_eq!(message.header.session, 7);
+        assert!(matches!(lane.next(&mut buffers), Err(BadFrame::Session)));
     }
 }

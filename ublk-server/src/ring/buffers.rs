@@ -63,17 +63,22 @@ pub struct Buffers {
 unsafe impl Send for Buffers {}
 
 impl Buffers {
-    /// [`Buffers::allocate`] hands out at most `limit_bytes` at a time; beyond that it says no.
+    /// The clients of [`Buffers::allocate`] share `limit_bytes`.
     pub fn new(limit_bytes: usize) -> Self {
         Self { entries: Vec::new(), free: Default::default(), vacant: Vec::new(), used_bytes: 0, limit_bytes }
     }
 
-    /// A buffer of at least that many bytes for a request of this node's own clients, with whatever
-    /// content; `None` while too much is in use.
-    pub fn allocate(&mut self, bytes: usize) -> Option<BufferId> {
+    /// A buffer of at least that many bytes, with whatever content, for a client that holds `held_bytes`
+    /// already; `None` if it has to give some back first, or others have.
+    ///
+    /// Nobody may hold more than what then stays free. So a client that takes none of its replies keeps at
+    /// most half of the memory, a second one at most a quarter, and clients that are all greedy end with
+    /// equal parts. The first request of each is always let through: whatever others hold, everybody gets
+    /// on, with one request at a time if need be, even one that is larger than the limit.
+    pub fn allocate(&mut self, bytes: usize, held_bytes: usize) -> Option<BufferId> {
         let (_, size) = class_of(bytes);
-        // One request is always let through, or one that is larger than the limit would wait for ever.
-        if self.used_bytes > 0 && self.used_bytes + size > self.limit_bytes {
+        let free = self.limit_bytes.checked_sub(self.used_bytes + size);
+        if held_bytes > 0 && free.is_none_or(|free| held_bytes + size > free) {
             return None;
         }
         self.used_bytes += size;
@@ -206,6 +211,11 @@ impl Buffers {
         }
     }
 
+    /// A buffer's size in bytes; at least what was asked for.
+    pub fn size(&self, buffer: BufferId) -> usize {
+        self.entries[buffer.0 as usize].length
+    }
+
     /// Bytes that count against the limit.
     pub fn used_bytes(&self) -> usize {
         self.used_bytes
@@ -284,33 +294,56 @@ mod tests {
     #[test]
     fn buffers_are_aligned_and_used_again() {
         let mut buffers = Buffers::new(1 << 20);
-        let first = buffers.allocate(4096).unwrap();
+        let first = buffers.allocate(4096, 0).unwrap();
         assert_eq!(buffers.pointer(range(first, 0, 1)).as_ptr() as usize % ALIGNMENT, 0);
         buffers.bytes_mut(range(first, 0, 4096)).fill(7);
         buffers.release(first);
-        assert_eq!(buffers.allocate(100), Some(first));
+        assert_eq!(buffers.allocate(100, 0), Some(first));
     }
 
     #[test]
-    fn the_limit_holds_but_lets_one_request_through() {
+    fn the_limit_holds_but_lets_one_request_of_each_client_through() {
         let mut buffers = Buffers::new(100 << 10);
-        let large = buffers.allocate(32 << 20).unwrap();
-        assert_eq!(buffers.allocate(1), None);
+        let large = buffers.allocate(32 << 20, 0).unwrap();
+        assert_eq!(buffers.allocate(1, 32 << 20), None);
+        let other = buffers.allocate(1, 0).unwrap();
+        assert_eq!(buffers.allocate(1, 8 << 10), None);
         buffers.release(large);
-        let a = buffers.allocate(64 << 10).unwrap();
-        assert_eq!(buffers.allocate(64 << 10), None);
-        buffers.release(a);
+        buffers.release(other);
         assert_eq!(buffers.used_bytes(), 0);
     }
 
     #[test]
+    fn what_a_client_may_hold_shrinks_with_what_others_do() {
+        const PIECE: usize = 64 << 10;
+        let mut buffers = Buffers::new(64 * PIECE);
+        let mut held = [0; 4];
+        // One after the other takes all that it can get and never gives any back.
+        for held in &mut held {
+            while buffers.allocate(PIECE, *held).is_some() {
+                *held += PIECE;
+            }
+        }
+        assert_eq!(held.map(|bytes| bytes / PIECE), [32, 16, 8, 4]);
+        // Those who take turns end with equal parts.
+        let mut buffers = Buffers::new(64 * PIECE);
+        let mut held = [0; 3];
+        for turn in 0..300 {
+            if buffers.allocate(PIECE, held[turn % 3]).is_some() {
+                held[turn % 3] += PIECE;
+            }
+        }
+        assert_eq!(held.map(|bytes| bytes / PIECE), [16; 3]);
+    }
+
+    #[test]
     fn what_peers_send_finds_room_beyond_the_limit_and_leaves_the_limit_alone() {
-        let mut buffers = Buffers::new(64 << 10);
-        let own = buffers.allocate(64 << 10).unwrap();
-        assert_eq!(buffers.allocate(1), None);
+        let mut buffers = Buffers::new(128 << 10);
+        let own = buffers.allocate(64 << 10, 0).unwrap();
+        assert_eq!(buffers.allocate(1, 64 << 10), None);
         let theirs = buffers.allocate_for_peer(64 << 10);
         buffers.release(own);
-        assert_eq!(buffers.allocate(64 << 10), Some(own), "theirs does not count");
+        assert_eq!(buffers.allocate(64 << 10, 0), Some(own), "theirs does not count");
         buffers.release(theirs);
         assert_eq!(buffers.used_bytes(), 64 << 10);
     }
@@ -319,7 +352,7 @@ mod tests {
     #[should_panic(expected = "released twice")]
     fn a_double_release_is_caught() {
         let mut buffers = Buffers::new(1 << 20);
-        let buffer = buffers.allocate(1).unwrap();
+        let buffer = buffers.allocate(1, 0).unwrap();
         buffers.release(buffer);
         buffers.release(buffer);
     }
@@ -327,18 +360,18 @@ mod tests {
     #[test]
     fn a_pinned_buffer_stays_until_its_frame_is_sent() {
         let mut buffers = Buffers::new(1 << 20);
-        let buffer = buffers.allocate(1).unwrap();
+        let buffer = buffers.allocate(1, 0).unwrap();
         buffers.pin(buffer);
         buffers.release(buffer);
-        assert_ne!(buffers.allocate(1), Some(buffer));
+        assert_ne!(buffers.allocate(1, 0), Some(buffer));
         buffers.unpin(buffer);
-        assert_eq!(buffers.allocate(1), Some(buffer));
+        assert_eq!(buffers.allocate(1, 0), Some(buffer));
     }
 
     #[test]
     fn copies() {
         let mut buffers = Buffers::new(1 << 20);
-        let (a, b) = (buffers.allocate(10).unwrap(), buffers.allocate(10).unwrap());
+        let (a, b) = (buffers.allocate(10, 0).unwrap(), buffers.allocate(10, 0).unwrap());
         buffers.bytes_mut(range(a, 2, 3)).copy_from_slice(b"abc");
         buffers.copy(range(a, 2, 3), range(b, 5, 3));
         assert_eq!(buffers.bytes(range(b, 5, 3)), b"abc");

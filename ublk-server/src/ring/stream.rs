@@ -64,12 +64,18 @@ impl Outgoing {
         Self { head: Short::new(bytes), body: OutgoingBody::None, tail: Short::new(&[]) }
     }
 
-    fn release(self, buffers: &mut Buffers) {
+    /// Returns the size of what was released, in bytes.
+    fn release(self, buffers: &mut Buffers) -> usize {
         match self.body {
-            OutgoingBody::Release(range) => buffers.release(range.buffer),
+            OutgoingBody::Release(range) => {
+                let bytes = buffers.size(range.buffer);
+                buffers.release(range.buffer);
+                return bytes;
+            }
             OutgoingBody::Keep(range) => buffers.unpin(range.buffer),
             OutgoingBody::None | OutgoingBody::Bytes(_) => {}
         }
+        0
     }
 }
 
@@ -112,6 +118,8 @@ pub struct Stream<P: FrameParser> {
     starved: bool,
     queue: VecDeque<Outgoing>,
     sending: Vec<Outgoing>,
+    /// In buffers that are released with their frames.
+    unsent_bytes: usize,
     message: Box<Message>,
     send_under_way: bool,
     closed: bool,
@@ -148,6 +156,7 @@ where
             starved: false,
             queue: VecDeque::new(),
             sending: Vec::new(),
+            unsent_bytes: 0,
             message: Box::new(Message { pieces: Vec::new(), header }),
             send_under_way: false,
             closed: false,
@@ -306,10 +315,17 @@ where
 
     /// Queues a frame; it goes out with the next [`Stream::send`].
     pub fn queue(&mut self, frame: Outgoing, buffers: &mut Buffers) {
-        if let OutgoingBody::Keep(range) = &frame.body {
-            buffers.pin(range.buffer);
+        match &frame.body {
+            OutgoingBody::Keep(range) => buffers.pin(range.buffer),
+            OutgoingBody::Release(range) => self.unsent_bytes += buffers.size(range.buffer),
+            OutgoingBody::None | OutgoingBody::Bytes(_) => {}
         }
         self.queue.push_back(frame);
+    }
+
+    /// The sizes of the buffers that frames will release once they are sent, in bytes.
+    pub fn unsent_bytes(&self) -> usize {
+        self.unsent_bytes
     }
 
     /// Frames that have not been handed to the kernel completely.
@@ -374,7 +390,7 @@ where
             piece.iov_len -= bytes;
         } else {
             for frame in self.sending.drain(..) {
-                frame.release(buffers);
+                self.unsent_bytes -= frame.release(buffers);
             }
         }
         Ok(())
@@ -414,7 +430,7 @@ where
     pub fn release_all(&mut self, buffers: &mut Buffers) {
         debug_assert!(self.is_idle());
         for frame in self.sending.drain(..).chain(self.queue.drain(..)) {
-            frame.release(buffers);
+            self.unsent_bytes -= frame.release(buffers);
         }
     }
 }

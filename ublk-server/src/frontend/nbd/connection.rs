@@ -29,6 +29,8 @@ pub struct Connection {
     pub stream: Stream<RequestParser>,
     session: Session,
     pending: Slab<Pending>,
+    /// The sizes of the buffers of requests that are not answered yet, in bytes.
+    request_bytes: usize,
     refused: Option<Refusal>,
     /// Room for the data of the read whose header was just seen.
     read_room: Option<BufferRange>,
@@ -66,6 +68,7 @@ impl Connection {
             stream: Stream::new(fd, RequestParser, unread),
             session,
             pending: Slab::new(),
+            request_bytes: 0,
             refused: None,
             read_room: None,
             leaving: false,
@@ -98,7 +101,7 @@ impl Connection {
         }
     }
 
-    /// Finds a place for a request's data; false while no buffer is free.
+    /// Finds a place for a request's data; false while the connection may have no buffer more.
     fn place(&mut self, request: &Request, payload: usize, buffers: &mut Buffers) -> bool {
         if let Err(refusal) = request.check(&self.session) {
             self.refused = Some(refusal);
@@ -109,7 +112,10 @@ impl Connection {
             self.stream.accept_small(payload);
             return true;
         }
-        let Some(buffer) = buffers.allocate(request.length as usize) else { return false };
+        // What it was answered and has not taken counts as well.
+        let held = self.request_bytes + self.stream.unsent_bytes();
+        let Some(buffer) = buffers.allocate(request.length as usize, held) else { return false };
+        self.request_bytes += buffers.size(buffer);
         let range = BufferRange { buffer, offset: 0, length: request.length };
         if request.command == Command::Write {
             self.stream.accept(range);
@@ -172,6 +178,7 @@ impl Connection {
         buffers: &mut Buffers,
     ) -> Answer {
         let Some(Pending { request, buffer }) = self.pending.try_remove(slot) else { return Answer::Unknown };
+        self.request_bytes -= buffer.map_or(0, |range| buffers.size(range.buffer));
         if let (Ok(()), Command::Read, Some(range)) = (&result, request.command, buffer) {
             let head = Short::new(&reply::read_head(&self.session, &request));
             self.stream
@@ -216,5 +223,82 @@ impl Connection {
             buffers.release(range.buffer);
         }
         self.stream.release_all(buffers);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frontend::nbd::ExportInfo;
+    use std::os::unix::net::UnixStream;
+
+    const PIECE: u32 = 64 << 10;
+
+    /// A client that has sent `count` reads of a piece each, and its end of the socket.
+    fn reader(count: u64) -> (Connection, UnixStream) {
+        let export = ExportInfo {
+            name: "device".into(),
+            description: String::new(),
+            size: 1 << 30,
+            block_size_min: 512,
+            block_size_preferred: 4096,
+            read_only: false,
+            rotational: false,
+            fast_zero: false,
+        };
+        let session = Session { export, structured: false, base_allocation: false };
+        let request = |cookie: u64| {
+            let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+            // Neither flags nor another command than READ.
+            bytes.extend([0; 4]);
+            bytes.extend(cookie.to_be_bytes());
+            bytes.extend(0u64.to_be_bytes());
+            bytes.extend(PIECE.to_be_bytes());
+            bytes
+        };
+        let requests: Vec<u8> = (0..count).flat_map(request).collect();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Connection::new(DeviceId(1), ours.into(), session, &requests), theirs)
+    }
+
+    /// Takes and answers all requests that there is memory for.
+    fn answer_all(client: &mut Connection, buffers: &mut Buffers) -> usize {
+        let mut count = 0;
+        while let Some(wanted) = client.next(buffers).unwrap() {
+            let Wanted::Request(ask) = wanted else { panic!("not a read") };
+            assert_eq!(client.complete(ask.slot, Ok(()), buffers), Answer::Given);
+            count += 1;
+        }
+        count
+    }
+
+    #[test]
+    fn what_a_client_does_not_take_is_its_own_loss() {
+        let mut buffers = Buffers::new(16 * PIECE as usize);
+        // Nothing is ever sent: the replies stay where they are.
+        let (mut slow, _slow) = reader(100);
+        assert_eq!(answer_all(&mut slow, &mut buffers), 8);
+        let (mut other, _other) = reader(100);
+        assert_eq!(answer_all(&mut other, &mut buffers), 4);
+        // What is left is never nothing.
+        let (mut late, _late) = reader(100);
+        buffers.allocate(4 * PIECE as usize, 0).unwrap();
+        assert_eq!(answer_all(&mut late, &mut buffers), 1);
+        for client in [&mut slow, &mut other, &mut late] {
+            client.release_all(&mut buffers);
+            assert_eq!((client.request_bytes, client.stream.unsent_bytes()), (0, 0));
+        }
+        assert_eq!(buffers.used_bytes(), 4 * PIECE as usize);
+    }
+
+    #[test]
+    fn a_failed_request_gives_its_memory_back() {
+        let mut buffers = Buffers::new(16 * PIECE as usize);
+        let (mut client, _socket) = reader(100);
+        for _ in 0..100 {
+            let Some(Wanted::Request(ask)) = client.next(&mut buffers).unwrap() else { panic!("held up") };
+            client.complete(ask.slot, Err(RequestError::Io), &mut buffers);
+        }
+        assert_eq!((client.request_bytes, buffers.used_bytes()), (0, 0));
     }
 }

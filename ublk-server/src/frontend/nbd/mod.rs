@@ -31,6 +31,9 @@ pub use transmission::{Bad, Command, CommandFlags, Refusal, Request, RequestHead
 /// protocol calls 32 MiB what every server should take.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 
+/// Connections of one daemon, at most: each is owed the memory for one request, whatever else is under way.
+pub const CONNECTIONS_MAX: usize = 256;
+
 /// The longest string (an export's name, a description, a message) the protocol allows, in bytes.
 pub const STRING_BYTES_MAX: usize = 4096;
 

@@ -2,7 +2,9 @@
 //!
 //! - [`control`]: adding, starting, stopping and deleting devices, for a control thread;
 //! - [`queue`]: one hardware queue of a device, for the I/O thread that serves it;
-//! - [`recovery`]: taking over devices whose server died.
+//! - [`recovery`]: taking over devices whose server died;
+//! - [`users`]: who uses a device;
+//! - [`names`]: what a device is called in the map.
 //!
 //! Life of a device: [`control::Control::add_dev`], [`control::Control::set_params`],
 //! [`queue::CharDevice::open`]; each I/O thread makes its [`queue::Queue`] and submits a fetch of every tag;
@@ -20,10 +22,12 @@ use serde::{Deserialize, Serialize};
 
 pub mod control;
 pub mod export;
+pub mod names;
 pub mod params;
 pub mod process;
 pub mod queue;
 pub mod recovery;
+pub mod users;
 
 /// The number of a device in the kernel: the N of `/dev/ublkbN`. It says nothing about whose device it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -493,9 +493,27 @@ impl Mapping {
     }
 
     /// Fresh memory, zeroed and present, so that no request pays for page faults.
+    ///
+    /// It becomes present piece by piece. While the kernel fills a mapping no other thread can change the address
+    /// space, that is, allocate much; filling all of this at once stops an I/O thread long enough for its peers
+    /// to take it for dead.
     fn anonymous(bytes: usize) -> Result<Mapping, Errno> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-        let mapping = Mapping::map(bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
+        const PIECE_BYTES: usize = 1 << 20;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // Inaccessible memory is not filled, even if the process locks all its memory.
+        let mapping = Mapping::map(bytes, libc::PROT_NONE, flags | libc::MAP_NORESERVE, -1, 0)?;
+        for at in (0..bytes).step_by(PIECE_BYTES) {
+            let length = PIECE_BYTES.min(bytes - at);
+            let flags = flags | libc::MAP_FIXED | libc::MAP_POPULATE;
+            // SAFETY: takes the place of a part of the mapping made above, which nobody uses yet.
+            let piece = unsafe {
+                let start = mapping.start.as_ptr().add(at);
+                libc::mmap(start.cast(), length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+            };
+            if piece == libc::MAP_FAILED {
+                return Err(Errno::last());
+            }
+        }
         // SAFETY: the range is the mapping made above. A child of a fork must not make its pages copy-on-write,
         // since rings may have them pinned.
         let result = unsafe { libc::madvise(mapping.start.as_ptr().cast(), bytes, libc::MADV_DONTFORK) };
@@ -544,6 +562,22 @@ mod tests {
 
     fn decoded(op_flags: u32, nr_sectors: u32, start_sector: u64) -> Request {
         decode(&IoDesc { op_flags, nr_sectors, start_sector, addr: 0 }, 7, NonNull::dangling())
+    }
+
+    #[test]
+    fn memory_for_buffers_is_present_to_the_last_page() {
+        let page = page_bytes() as usize;
+        let bytes = (5 << 20) / 2 + page;
+        let mapping = Mapping::anonymous(bytes).unwrap();
+        let mut present = vec![0u8; bytes / page];
+        // SAFETY: one byte for each page of the mapping.
+        let result = unsafe { libc::mincore(mapping.start.as_ptr().cast(), bytes, present.as_mut_ptr()) };
+        assert_eq!(result, 0);
+        assert!(present.iter().all(|page| page & 1 == 1));
+        // SAFETY: within the mapping, which nobody else uses.
+        let memory = unsafe { std::slice::from_raw_parts_mut(mapping.start.as_ptr(), bytes) };
+        assert!(memory.iter().all(|byte| *byte == 0));
+        memory.fill(1);
     }
 
     #[test]
