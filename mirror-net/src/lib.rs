@@ -11,5 +11,6 @@ pub mod format;
 pub mod ids;
 pub mod manager;
 pub mod map;
+pub mod planted;
 pub mod region;
 pub mod wire;

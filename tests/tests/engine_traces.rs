@@ -3,7 +3,7 @@
 
 use mirror_net::engine::action::RequestKind;
 use mirror_net::map::ReplicaState;
-use mirror_tests::sim::cluster::{Cluster, Fault, Shape};
+use mirror_tests::sim::cluster::{Cluster, Fault, Shape, Wrong};
 use mirror_tests::sim::schedule::finish;
 use mirror_tests::sim::scheduler::MS;
 use mirror_tests::sim::workload::Wish;
@@ -13,12 +13,21 @@ const WRITE: RequestKind = RequestKind::Write { fua: false };
 /// Device 1 has its primary on node 1 and its secondary on node 2; node 1 exports it. Device 2 is
 /// the other way round, or with three nodes has its primary on node 3.
 fn shape(nodes: u16, copies: u16) -> Shape {
-    Shape { nodes, copies, devices: 2, depth: 0, discards: false, drift: true }
+    Shape {
+        nodes,
+        disks: 1,
+        pairs: false,
+        copies,
+        devices: 2,
+        mirrored_only: false,
+        depth: 0,
+        discards: false,
+        drift: true,
+    }
 }
 
 struct Story {
     cluster: Cluster,
-    shape: Shape,
 }
 
 impl Story {
@@ -27,7 +36,7 @@ impl Story {
         let mut cluster = Cluster::new(7, shape, false);
         cluster.busy = false;
         cluster.run_until(2_000 * MS);
-        Self { cluster, shape }
+        Self { cluster }
     }
 
     fn wait(&mut self, ms: u64) -> &mut Self {
@@ -83,7 +92,7 @@ impl Story {
 
     /// Everything heals; all is answered, nothing is lost, the copies are equal.
     fn end(mut self) {
-        finish(&mut self.cluster, self.shape);
+        finish(&mut self.cluster);
         assert_eq!(self.cluster.checker.violations, Vec::<String>::new());
     }
 }
@@ -249,7 +258,8 @@ fn when_all_members_restarted_one_goes_on_alone() {
 #[test]
 fn a_disk_that_fails_on_either_side_costs_no_request() {
     for node in [1, 2] {
-        for fault in [Fault::DiskWrites { node }, Fault::DiskFlush { node }, Fault::DiskMetadata { node }] {
+        for wrong in [Wrong::Writes, Wrong::OneWrite, Wrong::Flush, Wrong::Metadata, Wrong::Dead] {
+            let fault = Fault::Disk { node, disk: 0, wrong };
             let mut story = Story::new(2, 2);
             let stamp = story.write();
             story.fault(fault);

@@ -31,6 +31,10 @@ pub(super) struct Pending {
     pub device: usize,
     remaining: u32,
     error: Option<RequestError>,
+    /// What was done of it so far may be lost: the flush after it has to say so, whatever one before it said.
+    lossy: bool,
+    /// It changes what is stored.
+    stores: bool,
 }
 
 /// A piece within one slice.
@@ -121,10 +125,12 @@ impl Engine {
         {
             return Err(RequestError::Invalid);
         }
-        let pending = Pending { token: request.token, device, remaining: 0, error: None };
+        let stores = !matches!(request.kind, RequestKind::Read | RequestKind::Flush);
+        let pending =
+            Pending { token: request.token, device, remaining: 0, error: None, lossy: false, stores };
         let key = self.requests.insert(pending);
         if request.kind == RequestKind::Flush {
-            let lossy = std::mem::take(&mut self.devices[device].unflushed.owed);
+            let lossy = self.devices[device].unflushed.owed;
             self.start_export_flush(key, device, lossy);
         } else {
             self.cut(key, device, request);
@@ -397,6 +403,9 @@ impl Engine {
         if self.requests.get(key).is_some_and(|request| request.remaining == 0)
             && let Some(request) = self.requests.remove(key)
         {
+            if request.lossy && request.stores {
+                self.devices[request.device].unflushed.owed = true;
+            }
             let result = request.error.map_or(Ok(()), Err);
             self.actions.push_back(Action::Complete { token: request.token, result });
         }
@@ -515,26 +524,31 @@ impl Engine {
             return;
         }
         let Some(flush) = self.export_flushes.remove(key) else { return };
+        let unflushed = &mut self.devices[flush.device].unflushed;
         if error.is_none() {
-            self.devices[flush.device].unflushed.flushed(flush.since);
+            unflushed.flushed(flush.since);
+        }
+        if flush.lossy {
+            unflushed.owed = false;
         }
         let lost = flush.lossy.then_some(RequestError::Io);
         self.request_part_done(flush.request, error.or(lost));
     }
 
-    /// A new map: if acknowledged writes may be lost, every flush that runs fails, or else the next.
+    /// A new map: if acknowledged writes may be lost, every flush fails until its caller knows.
     /// Those that run begin anew with the map, and so cover everything acknowledged until now.
     pub(super) fn note_losses(&mut self, device: usize) {
         let Device { view, unflushed, .. } = &mut self.devices[device];
         if !unflushed.forget_lost(|slice| view.span(slice).loss) {
             return;
         }
-        let mut owed = true;
+        unflushed.owed = true;
         for flush in self.export_flushes.values_mut().filter(|flush| flush.device == device) {
             flush.lossy = true;
-            owed = false;
         }
-        self.devices[device].unflushed.owed |= owed;
+        for request in self.requests.values_mut().filter(|request| request.device == device) {
+            request.lossy = true;
+        }
     }
 
     /// Requests of a device that have not completed.

@@ -150,8 +150,9 @@ impl Engine {
             }
         };
         let disks = match origin {
-            // A secondary does not choose: under another map it may have stored for another primary.
-            FlushOrigin::Primary(_) => view.disks.clone(),
+            // Whatever may hold something of that primary's, under its map or ours; a copy that our map
+            // calls stale is counted on by nobody, and its disk may be broken.
+            FlushOrigin::Primary(_) => view.live_disks.clone(),
             FlushOrigin::Joining(_) => Vec::new(),
             _ => view.serving_disks.clone(),
         };

@@ -100,7 +100,7 @@ impl Engine {
     }
 
     /// Goes on with the data once these regions' dirty bits are durable.
-    fn require_dirty(&mut self, key: OpKey, regions: u64) {
+    pub(super) fn require_dirty(&mut self, key: OpKey, regions: u64) {
         let op = &self.ops[key];
         let journal = &self.disks[op.disk].journal;
         if regions & !journal.dirty_durable(SlotIndex(op.slot)) == 0 {
@@ -159,6 +159,7 @@ impl Engine {
         let (io, disk, slot, offset, length) = (Io::Op(key), op.disk, op.slot, op.offset, op.length);
         let action = match (op.kind, op.buffer) {
             (OpKind::Write { fua }, Some(buffer)) => Action::Write { io, disk, slot, offset, buffer, fua },
+            (OpKind::Repair, Some(buffer)) => Action::Write { io, disk, slot, offset, buffer, fua: false },
             (OpKind::Zero { fua }, _) => Action::Zero { io, disk, slot, offset, length, fua },
             (OpKind::Discard, _) => {
                 let region = self.region_bytes();

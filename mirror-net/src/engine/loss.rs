@@ -12,7 +12,7 @@ pub(super) struct Unflushed {
     slices: BTreeMap<u32, Entry>,
     /// Counts acknowledgements.
     clock: u64,
-    /// The next flush to begin fails.
+    /// A flush has to fail, and so does every other that is asked for before one has.
     pub owed: bool,
 }
 

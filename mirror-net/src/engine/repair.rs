@@ -1,10 +1,11 @@
 //! What this disk cannot read is taken from another copy and written anew.
 
 use super::Engine;
-use super::action::{Action, Body, BufferId, BufferRange, Io, OpKey};
+use super::action::{Body, BufferId, BufferRange, OpKey};
 use super::op::{Local, Op, OpKind, Origin};
 use super::session::Awaited;
 use super::view::PeerIndex;
+use crate::region::masks::touched;
 use crate::wire::header::{Header, Kind, Status};
 
 /// Whether a read that failed can be helped.
@@ -113,9 +114,9 @@ impl Engine {
         match data.filter(|_| status == Status::Done && doomed.is_none()) {
             Some(buffer) => {
                 let range = BufferRange { buffer, offset: 0, length: op.length };
-                (op.buffer, op.owns_buffer, op.local) = (Some(range), true, Local::Data { ios: 1 });
-                let (io, disk, slot, offset) = (Io::Op(key), op.disk, op.slot, op.offset);
-                self.actions.push_back(Action::Write { io, disk, slot, offset, buffer: range, fua: false });
+                (op.buffer, op.owns_buffer) = (Some(range), true);
+                let regions = touched(op.offset, op.length, self.region_bytes());
+                self.require_dirty(key, regions);
             }
             None => {
                 self.release(body);

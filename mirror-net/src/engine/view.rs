@@ -28,8 +28,8 @@ pub struct DeviceView {
     pub primaries: Vec<Place>,
     /// Peers that hold a member or syncing copy of a slice that this node is primary of.
     pub secondaries: Vec<PeerIndex>,
-    /// This node's disks that hold copies of it.
-    pub disks: Vec<DiskIndex>,
+    /// This node's disks that hold copies of it which are not stale.
+    pub live_disks: Vec<DiskIndex>,
     /// Those from which it serves as primary.
     pub serving_disks: Vec<DiskIndex>,
 }
@@ -146,7 +146,7 @@ impl Viewer<'_> {
             spans: device.spans.iter().map(|span| self.span(map, span)).collect(),
             primaries: Vec::new(),
             secondaries: Vec::new(),
-            disks: Vec::new(),
+            live_disks: Vec::new(),
             serving_disks: Vec::new(),
         };
         for span in &view.spans {
@@ -155,7 +155,9 @@ impl Viewer<'_> {
                 span.others.iter().for_each(|peer| push_new(&mut view.secondaries, *peer));
             }
             if let Some(mine) = span.mine {
-                push_new(&mut view.disks, mine.disk);
+                if mine.state != ReplicaState::Stale {
+                    push_new(&mut view.live_disks, mine.disk);
+                }
                 if span.serves() {
                     push_new(&mut view.serving_disks, mine.disk);
                 }

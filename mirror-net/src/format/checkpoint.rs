@@ -3,6 +3,7 @@
 
 use super::journal::IoId;
 use super::page::PageKind;
+use crate::planted::{self, Bug};
 use std::collections::HashSet;
 
 /// Page writes in flight at once: enough to keep a disk busy, few enough to leave it to the data.
@@ -175,6 +176,14 @@ impl Checkpoint {
             && next == self.pages.len()
             && self.writes.is_empty()
         {
+            if planted::is(Bug::TailEarly) {
+                if copy == 0 {
+                    self.enter_copy(1)
+                } else {
+                    self.phase = Phase::Tail
+                }
+                return;
+            }
             self.phase = Phase::Flush { copy, flush: None };
         }
     }

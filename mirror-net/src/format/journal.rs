@@ -14,6 +14,7 @@ use super::log::{self, LogBlock, RECORDS_PER_BLOCK, Record};
 use super::page::{self, PageHeader, PageKind};
 use super::table::{Assignment, CopyState, Role, SlotState, Table, page_of};
 use crate::ids::{LossGeneration, SliceEpoch, SlotIndex};
+use crate::planted::{self, Bug};
 use crate::region::masks::RegionMasks;
 use std::collections::{HashMap, VecDeque};
 
@@ -236,6 +237,9 @@ impl Journal {
     pub fn dirty_durable(&self, slot: SlotIndex) -> u64 {
         let clearing =
             if self.clears.is_empty() { 0 } else { self.clears.get(&slot).map_or(0, |clear| clear.bits) };
+        if planted::is(Bug::DataBeforeIntent) {
+            return self.newest.masks(slot).dirty;
+        }
         self.durable.masks(slot).dirty & !clearing
     }
 
@@ -438,7 +442,7 @@ impl Journal {
             id,
             offset: self.geometry.log_offset(block.lsn),
             block: bytes,
-            durable: true,
+            durable: !planted::is(Bug::IntentVolatile),
         })
     }
 

@@ -10,6 +10,7 @@ use crate::control::{
 };
 use crate::ids::{ClusterId, ExporterSession, MapVersion, NodeId};
 use crate::map::DistributionMap;
+use crate::planted::{self, Bug};
 use std::collections::{BTreeMap, VecDeque};
 
 /// The system manager: see the module's description.
@@ -295,6 +296,10 @@ impl Manager {
     }
 
     fn store(&mut self, proposal: Proposal, then: Then) {
+        if planted::is(Bug::SentBeforeStored) {
+            self.map = Some((*proposal.next).clone());
+            self.send_map_to_all();
+        }
         self.outputs.push_back(Output::Store(proposal.clone()));
         self.storing = Some((proposal, then));
     }

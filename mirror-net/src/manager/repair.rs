@@ -5,6 +5,7 @@ use super::{Change, Lines, promotion, run_of};
 use crate::ids::{DiskId, Incarnation};
 use crate::map::verbs::Verb;
 use crate::map::{DistributionMap, ReplicaState, Span};
+use crate::planted::{self, Bug};
 
 /// What is to be done about a span.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,7 +39,18 @@ pub fn plan_span(map: &DistributionMap, span: &Span, registry: &Registry, now_ms
         Standing::Intact => return SpanPlan::Served,
         // The machine may be well and only the cable out: failing it over is the operator's decision.
         Standing::Unknown | Standing::Away => return SpanPlan::Wait,
+        Standing::Changed { up: true, now, .. } if planted::is(Bug::RebootBelieved) => {
+            return SpanPlan::Readmit { disk: members[0].0, incarnation: now, lost: false };
+        }
         Standing::Changed { .. } | Standing::Gone => {}
+    }
+    if planted::is(Bug::StalePromoted)
+        && let Some(stale) = span.replicas[1..].iter().find(|replica| {
+            replica.state == ReplicaState::Stale
+                && registry.standing(map, span, replica, now_ms) == Standing::Intact
+        })
+    {
+        return SpanPlan::Promote { disk: stale.disk };
     }
     if let Some((disk, _)) = members.iter().find(|(_, standing)| *standing == Standing::Intact) {
         return SpanPlan::Promote { disk: *disk };

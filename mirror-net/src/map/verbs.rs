@@ -9,6 +9,7 @@ use crate::ids::{
     ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch,
     SliceIndex,
 };
+use crate::planted::{self, Bug};
 use serde::{Deserialize, Serialize};
 
 /// A run of slices of one device: what a verb works on.
@@ -152,7 +153,9 @@ impl DistributionMap {
             Verb::Promote { run, disk } => self.each_span(*run, |device, span| {
                 let index = position(device, span, *disk)?;
                 let state = span.replicas[index].state;
-                if state != ReplicaState::InSync {
+                if planted::is(Bug::StalePromoted) {
+                    span.replicas[index].state = ReplicaState::InSync;
+                } else if state != ReplicaState::InSync {
                     return Err(VerbError::NotInSync { device, slice: span.first.0, disk: *disk, state });
                 }
                 span.replicas[..=index].rotate_right(1);
@@ -192,7 +195,8 @@ impl DistributionMap {
                 for replica in &mut span.replicas {
                     replica.state = ReplicaState::Stale;
                 }
-                if *lost && span.replicas[index].incarnation != *incarnation {
+                if *lost && span.replicas[index].incarnation != *incarnation && !planted::is(Bug::LossUntold)
+                {
                     span.loss = LossGeneration(span.loss.0 + 1);
                 }
                 span.replicas[index].state = ReplicaState::InSync;

@@ -6,7 +6,6 @@
 //! taken effect at any time until its end, which is when the next exporter starts.
 
 use crate::sim::scheduler::Nanos;
-use std::collections::{BTreeMap, HashMap};
 
 /// What a sector holds: a write's stamp, 0 for zeros.
 pub type Stamp = u64;
@@ -25,21 +24,33 @@ struct Write {
     durable: bool,
     /// Gone with a cache although acknowledged, as the loss generation says.
     lost: bool,
+    /// Some of it may be gone, since it went to several slices and was under way when one of them lost its
+    /// caches: it counts as effective only once a flush says so.
+    uncertain: bool,
     /// An exporter heard of its loss.
     reported: bool,
     sectors: (usize, usize),
     device: usize,
 }
 
+/// A write in one sector's history.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    write: WriteId,
+    /// When a read first returned it here: without an acknowledgement it may be torn.
+    seen: Option<Nanos>,
+}
+
 /// The histories.
-#[derive(Default)]
 pub struct Checker {
     writes: Vec<Write>,
-    sectors: HashMap<(usize, usize), Vec<WriteId>>,
-    /// When a read first returned that write in that sector: without an acknowledgement it may be torn.
-    seen: BTreeMap<(WriteId, usize), Nanos>,
-    /// Which node acted as primary of (device, slice) under an epoch.
-    primaries: HashMap<(u32, u32, u64), u16>,
+    /// For each device and sector its writes, in the order in which they began.
+    sectors: Vec<Vec<Vec<Entry>>>,
+    slice_sectors: usize,
+    /// For each device what was acknowledged and no flush has covered yet.
+    unflushed: Vec<Vec<WriteId>>,
+    /// For each device and slice who acted as its primary, by epoch.
+    primaries: Vec<Vec<Vec<(u64, u16)>>>,
     /// What is wrong.
     pub violations: Vec<String>,
     /// Reads that were compared.
@@ -47,6 +58,19 @@ pub struct Checker {
 }
 
 impl Checker {
+    /// For so many devices of that length in slices, and slices of that length in sectors.
+    pub fn new(devices: usize, slices: usize, sectors: usize) -> Self {
+        Self {
+            writes: Vec::new(),
+            sectors: vec![vec![Vec::new(); slices * sectors]; devices],
+            slice_sectors: sectors,
+            unflushed: vec![Vec::new(); devices],
+            primaries: vec![vec![Vec::new(); slices]; devices],
+            violations: Vec::new(),
+            reads: 0,
+        }
+    }
+
     /// A write (or zeroing) is asked for; sectors count from the device's start.
     pub fn begin_write(
         &mut self,
@@ -65,12 +89,13 @@ impl Checker {
             acknowledged: None,
             durable: false,
             lost: false,
+            uncertain: false,
             reported: false,
             sectors: (first, count),
             device,
         });
-        for sector in first..first + count {
-            self.sectors.entry((device, sector)).or_default().push(id);
+        for entries in &mut self.sectors[device][first..first + count] {
+            entries.push(Entry { write: id, seen: None });
         }
         id
     }
@@ -82,8 +107,11 @@ impl Checker {
         write.acknowledged = Some(now);
         write.durable = fua;
         write.lost = lost && !fua;
-        if !write.lost {
+        if !write.lost && (fua || !write.uncertain) {
             write.effective = Some(write.effective.map_or(now, |at| at.min(now)));
+        }
+        if !fua {
+            self.unflushed[write.device].push(id);
         }
     }
 
@@ -95,24 +123,31 @@ impl Checker {
 
     /// A flush that was asked for at `began` succeeded.
     pub fn flushed(&mut self, device: usize, began: Nanos, now: Nanos) {
-        for write in self.writes.iter_mut().filter(|write| write.device == device) {
-            if write.acknowledged.is_some_and(|at| at < began) {
-                if write.lost && !write.reported {
-                    self.violations.push(format!(
-                        "{}: a flush succeeded although write {:x} was lost",
-                        crate::sim::cluster::clock(now),
-                        write.stamp
-                    ));
-                }
-                write.durable = true;
+        let Self { writes, unflushed, violations, .. } = self;
+        unflushed[device].retain(|id| {
+            let write = &mut writes[*id];
+            if write.acknowledged.is_none_or(|at| at >= began) {
+                return true;
             }
-        }
+            if write.lost && !write.reported {
+                violations.push(format!(
+                    "{}: a flush succeeded although write {:x} was lost",
+                    crate::sim::cluster::clock(now),
+                    write.stamp
+                ));
+            }
+            if write.uncertain && !write.lost {
+                write.effective.get_or_insert(now);
+            }
+            write.durable = true;
+            false
+        });
     }
 
     /// A flush failed: the exporter knows.
     pub fn flush_failed(&mut self, device: usize) {
-        for write in self.writes.iter_mut().filter(|write| write.device == device && write.lost) {
-            write.reported = true;
+        for id in &self.unflushed[device] {
+            self.writes[*id].reported |= self.writes[*id].lost;
         }
     }
 
@@ -129,83 +164,85 @@ impl Checker {
             if write.sectors.0 < first + count && first < write.sectors.0 + write.sectors.1 {
                 write.effective = None;
                 write.lost |= write.acknowledged.is_some();
+                let slices = [write.sectors.0, write.sectors.0 + write.sectors.1 - 1]
+                    .map(|sector| sector / self.slice_sectors);
+                write.uncertain |= write.acknowledged.is_none() && slices[0] != slices[1];
             }
         }
         // What was read from a cache may be gone as well; what was flushed is not.
-        let writes = &self.writes;
-        self.seen.retain(|(id, _), _| writes[*id].device != device || writes[*id].durable);
+        for entry in self.sectors[device].iter_mut().flatten() {
+            if !self.writes[entry.write].durable {
+                entry.seen = None;
+            }
+        }
+    }
+
+    /// The newest write of a sector that is known to have taken effect before `by`, and began after `end`.
+    fn overwritten(&self, device: usize, sector: usize, end: Nanos, by: Nanos) -> Option<&Write> {
+        let newer = self.sectors[device][sector].iter().rev();
+        newer
+            .map(|entry| (entry, &self.writes[entry.write]))
+            .take_while(|(_, write)| write.began > end)
+            .find(|(entry, write)| {
+                write.effective.is_some_and(|at| at < by) || entry.seen.is_some_and(|at| at < by)
+            })
+            .map(|(_, write)| write)
     }
 
     /// A read of one sector, asked for at `began`, returned `stamp`.
     pub fn read(&mut self, began: Nanos, now: Nanos, device: usize, sector: usize, stamp: Stamp) {
         self.reads += 1;
-        let none = Vec::new();
-        let writes = self.sectors.get(&(device, sector)).unwrap_or(&none);
-        let overwritten = |end: Nanos| {
-            writes
-                .iter()
-                .find(|id| {
-                    let later = &self.writes[**id];
-                    let seen = || self.seen.get(&(**id, sector)).is_some_and(|at| *at < began);
-                    later.began > end && (later.effective.is_some_and(|at| at < began) || seen())
-                })
-                .map(|id| &self.writes[*id])
-        };
-        let mut over = None;
-        if stamp == 0 {
-            // Zeros may be those from before the first write.
-            over = overwritten(0);
-            if over.is_none() {
-                return;
-            }
+        // Zeros may be those from before the first write.
+        let mut over = (stamp == 0).then(|| self.overwritten(device, sector, 0, began)).flatten();
+        if stamp == 0 && over.is_none() {
+            return;
         }
         let mut known = false;
         let mut newest = None;
-        for id in writes.iter().rev() {
-            let write = &self.writes[*id];
+        for (index, entry) in self.sectors[device][sector].iter().enumerate().rev() {
+            let write = &self.writes[entry.write];
             if write.stamp != stamp || write.began > now {
                 continue;
             }
             known = true;
-            match overwritten(write.end) {
+            match self.overwritten(device, sector, write.end, began) {
                 None => {
-                    newest = Some(*id);
+                    newest = Some(index);
                     break;
                 }
                 Some(later) => over = Some(later),
             }
         }
-        match newest {
-            Some(id) if stamp != 0 => {
-                self.seen.entry((id, sector)).or_insert(now);
+        if let Some(index) = newest {
+            if stamp != 0 {
+                self.sectors[device][sector][index].seen.get_or_insert(now);
             }
-            Some(_) => {}
-            None => {
-                let why = match over {
-                    Some(later) => {
-                        format!("write {:x} took effect before it began", later.stamp)
-                    }
-                    None if known => "?".into(),
-                    None => "nobody wrote that".into(),
-                };
-                let recent: Vec<&Write> = writes.iter().rev().take(4).map(|id| &self.writes[*id]).collect();
-                let sample = format!(
-                    "{}: device {device} sector {sector}: a read since {} returned {stamp:x}: {why}; the last writes: {recent:x?}",
-                    crate::sim::cluster::clock(now),
-                    crate::sim::cluster::clock(began),
-                );
-                self.violations.push(sample);
-            }
+            return;
         }
+        let why = match over {
+            Some(later) => format!("write {:x} took effect before it began", later.stamp),
+            None if known => "?".into(),
+            None => "nobody wrote that".into(),
+        };
+        let entries = self.sectors[device][sector].iter().rev().take(4);
+        let recent: Vec<&Write> = entries.map(|entry| &self.writes[entry.write]).collect();
+        let sample = format!(
+            "{}: device {device} sector {sector}: a read since {} returned {stamp:x}: {why}; the last writes: {recent:x?}",
+            crate::sim::cluster::clock(now),
+            crate::sim::cluster::clock(began),
+        );
+        self.violations.push(sample);
     }
 
     /// That node acted as primary.
     pub fn acts_as_primary(&mut self, device: u32, slice: u32, epoch: u64, node: u16) {
-        let first = *self.primaries.entry((device, slice, epoch)).or_insert(node);
-        if first != node {
-            self.violations.push(format!(
+        let known = &mut self.primaries[device as usize - 1][slice as usize];
+        match known.iter().rev().find(|(other, _)| *other == epoch) {
+            None => known.push((epoch, node)),
+            Some((_, first)) if *first == node => {}
+            Some((_, first)) => self.violations.push(format!(
                 "device {device} slice {slice} epoch {epoch}: both {first} and {node} act as primary"
-            ));
+            )),
         }
     }
 }
@@ -216,7 +253,7 @@ mod tests {
 
     #[test]
     fn an_overwritten_value_is_a_violation_and_a_concurrent_one_is_not() {
-        let mut checker = Checker::default();
+        let mut checker = Checker::new(1, 1, 1);
         let a = checker.begin_write(1, 0, 0, 1, 10);
         checker.acknowledge(2, a, false, false);
         let b = checker.begin_write(3, 0, 0, 1, 11);

@@ -19,41 +19,96 @@ pub const SECTOR: usize = 512;
 
 type Page = [u8; PAGE];
 
+/// A write within a page.
+#[derive(Clone, Copy)]
+struct Piece {
+    /// Counts the writes of the disk.
+    number: u64,
+    offset: u64,
+    /// Where its bytes are.
+    at: usize,
+    length: usize,
+}
+
+impl Piece {
+    fn page(self) -> usize {
+        self.offset as usize / PAGE
+    }
+
+    fn bytes(self, written: &[u8]) -> &[u8] {
+        &written[self.at..self.at + self.length]
+    }
+}
+
 /// A disk's contents.
 #[derive(Clone)]
 pub struct SimDisk {
+    /// What fills pages that were never written.
+    blank: u8,
     durable: Vec<Option<Arc<Page>>>,
     current: Vec<Option<Arc<Page>>>,
-    /// Completed writes that no flush has covered, in pieces within a page.
-    pending: Vec<(u64, Vec<u8>)>,
+    /// Completed writes that no flush has covered, in their order.
+    pending: Vec<Piece>,
+    /// What they wrote.
+    written: Vec<u8>,
+    /// How many of them lie in each page.
+    unflushed: Vec<u32>,
+    next_number: u64,
     /// Sectors that cannot be read until they are written.
     unreadable: BTreeSet<u64>,
     /// Kinds of I/O that fail from now on.
     pub faults: Faults,
 }
 
-/// What fails.
+/// What is wrong with a disk.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Faults {
-    /// Data writes.
+    /// Data writes fail.
     pub write: bool,
-    /// The next flush, once.
+    /// The next data write fails, once.
+    pub write_once: bool,
+    /// The next flush fails, once.
     pub flush: bool,
-    /// Metadata writes.
+    /// Metadata writes fail.
     pub metadata: bool,
+    /// Everything fails, for ever.
+    pub dead: bool,
+    /// Nothing ends.
+    pub hung: bool,
+    /// Everything takes so many times longer.
+    pub slow: u64,
 }
 
 impl SimDisk {
     /// A disk of zeros.
     pub fn new(bytes: u64) -> Self {
+        Self::filled(bytes, 0)
+    }
+
+    /// A disk full of that byte.
+    pub fn filled(bytes: u64, blank: u8) -> Self {
         let pages = bytes as usize / PAGE;
         Self {
+            blank,
             durable: vec![None; pages],
             current: vec![None; pages],
             pending: Vec::new(),
+            written: Vec::new(),
+            unflushed: vec![0; pages],
+            next_number: 0,
             unreadable: BTreeSet::new(),
             faults: Faults::default(),
         }
+    }
+
+    /// Whether a sector cannot be read.
+    pub fn has_unreadable(&self) -> bool {
+        !self.unreadable.is_empty()
+    }
+
+    /// Whether everything fails.
+    pub fn is_dead(&self) -> bool {
+        self.faults.dead
     }
 
     /// Its size.
@@ -68,7 +123,7 @@ impl SimDisk {
             let (page, within, length) = piece(offset + at as u64, into.len() - at);
             match &self.current[page] {
                 Some(bytes) => into[at..at + length].copy_from_slice(&bytes[within..within + length]),
-                None => into[at..at + length].fill(0),
+                None => into[at..at + length].fill(self.blank),
             }
             at += length;
         }
@@ -96,56 +151,74 @@ impl SimDisk {
         while at < data.len() {
             let (page, _, length) = piece(offset + at as u64, data.len() - at);
             let bytes = &data[at..at + length];
-            put(&mut self.current, offset + at as u64, bytes);
+            put(&mut self.current, self.blank, offset + at as u64, bytes);
             if durable {
-                // What was written before to this page goes with it.
-                let mut kept = Vec::new();
-                for (other, bytes) in std::mem::take(&mut self.pending) {
-                    if other as usize / PAGE == page {
-                        put(&mut self.durable, other, &bytes);
-                    } else {
-                        kept.push((other, bytes));
-                    }
-                }
-                self.pending = kept;
-                put(&mut self.durable, offset + at as u64, bytes);
+                self.flush_page(page);
+                put(&mut self.durable, self.blank, offset + at as u64, bytes);
             } else {
-                self.pending.push((offset + at as u64, bytes.to_vec()));
+                self.next_number += 1;
+                let (number, offset) = (self.next_number, offset + at as u64);
+                self.pending.push(Piece { number, offset, at: self.written.len(), length });
+                self.written.extend_from_slice(bytes);
+                self.unflushed[page] += 1;
             }
             at += length;
         }
     }
 
+    /// What was written before to a page becomes durable with a write to it that is.
+    fn flush_page(&mut self, page: usize) {
+        if self.unflushed[page] == 0 {
+            return;
+        }
+        self.unflushed[page] = 0;
+        let Self { durable, pending, written, blank, .. } = self;
+        pending.retain(|piece| {
+            if piece.page() == page {
+                put(durable, *blank, piece.offset, piece.bytes(written));
+            }
+            piece.page() != page
+        });
+    }
+
     /// What a flush that begins now will cover.
-    pub fn flush_mark(&self) -> usize {
-        self.pending.len()
+    pub fn flush_mark(&self) -> u64 {
+        self.next_number
     }
 
     /// A flush completed.
-    pub fn flushed(&mut self, mark: usize) {
-        for (offset, bytes) in self.pending.drain(..mark.min(self.pending.len())) {
-            put(&mut self.durable, offset, &bytes);
+    pub fn flushed(&mut self, mark: u64) {
+        let covered = self.pending.partition_point(|piece| piece.number <= mark);
+        for piece in self.pending.drain(..covered) {
+            put(&mut self.durable, self.blank, piece.offset, piece.bytes(&self.written));
+            self.unflushed[piece.page()] -= 1;
+        }
+        if self.pending.is_empty() {
+            self.written.clear();
         }
     }
 
     /// The cache is lost, but for a subset.
     pub fn lose_cache(&mut self, random: &mut Random) {
         let keep_of_8 = random.below(9);
-        for (offset, bytes) in std::mem::take(&mut self.pending) {
+        for piece in std::mem::take(&mut self.pending) {
+            self.unflushed[piece.page()] = 0;
+            let bytes = piece.bytes(&self.written);
             if random.below(8) >= keep_of_8 {
                 continue;
             }
             if random.one_in(4) {
                 for (sector, bytes) in bytes.chunks(SECTOR).enumerate() {
                     if random.one_in(2) {
-                        put(&mut self.durable, offset + (sector * SECTOR) as u64, bytes);
+                        put(&mut self.durable, self.blank, piece.offset + (sector * SECTOR) as u64, bytes);
                     }
                 }
             } else {
-                put(&mut self.durable, offset, &bytes);
+                put(&mut self.durable, self.blank, piece.offset, bytes);
             }
         }
-        self.current = self.durable.clone();
+        self.written.clear();
+        self.current.clone_from(&self.durable);
     }
 }
 
@@ -154,15 +227,27 @@ fn piece(offset: u64, length: usize) -> (usize, usize, usize) {
     (offset as usize / PAGE, within, length.min(PAGE - within))
 }
 
-fn put(pages: &mut [Option<Arc<Page>>], offset: u64, bytes: &[u8]) {
+fn put(pages: &mut [Option<Arc<Page>>], blank: u8, offset: u64, bytes: &[u8]) {
     let (page, within, _) = piece(offset, bytes.len());
-    let page = pages[page].get_or_insert_with(|| Arc::new([0; PAGE]));
+    let page = pages[page].get_or_insert_with(|| Arc::new([blank; PAGE]));
     Arc::make_mut(page)[within..within + bytes.len()].copy_from_slice(bytes);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_flush_covers_what_had_completed_when_it_began() {
+        let mut disk = SimDisk::new(64 << 10);
+        disk.write(0, &[1; 512], false);
+        let mark = disk.flush_mark();
+        disk.write(0, &[2; 512], true);
+        disk.write(4096, &[3; 512], false);
+        disk.flushed(mark);
+        assert_eq!(disk.pending.len(), 1);
+        assert!(disk.durable[1].is_none());
+    }
 
     #[test]
     fn a_power_cut_never_loses_what_was_flushed_or_written_through() {

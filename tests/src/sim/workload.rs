@@ -1,10 +1,14 @@
 //! What the users of the devices do: a few requests at a time, over each other, each write unique.
+//!
+//! Reads, writes, zeroing, discards and flushes, some of them through the cache (FUA), of one sector to
+//! several regions, aligned to regions or not, across the border between slices.
 
 use crate::sim::checker::{Stamp, WriteId};
 use crate::sim::disk::SECTOR;
 use crate::sim::node::SLICE;
 use crate::sim::scheduler::{Nanos, Random};
-use mirror_net::engine::action::RequestKind;
+use mirror_net::engine::action::{BufferId, RequestKind};
+use mirror_net::region::masks::REGIONS_PER_SLICE;
 
 /// Slices of a device.
 pub const SLICES: u32 = 2;
@@ -21,7 +25,7 @@ pub struct Asked {
     /// Bytes.
     pub length: u32,
     /// Its buffer.
-    pub buffer: Option<u32>,
+    pub buffer: Option<BufferId>,
     /// When.
     pub began: Nanos,
     /// What it writes.
@@ -32,6 +36,8 @@ pub struct Asked {
     pub claim: u64,
     /// Another exporter started meanwhile, and its user asks in place of this one.
     pub replaced: bool,
+    /// Somebody will look at its result.
+    pub wanted: bool,
 }
 
 /// What to ask next.
@@ -45,24 +51,46 @@ pub struct Wish {
     pub length: u32,
 }
 
-/// Draws a request. A few places are hot, so that requests meet.
+/// Sectors of a region.
+const REGION: u64 = (SLICE / REGIONS_PER_SLICE) as u64 / SECTOR as u64;
+
+/// Draws a range, in sectors. A few places are hot, so that requests meet: the first regions, a few in the
+/// middle, and those on both sides of the border between slices.
+fn range(random: &mut Random, sectors: u64) -> (u64, u64) {
+    let slice = u64::from(SLICE) / SECTOR as u64;
+    let hot = [0, 3 * REGION, slice - 2 * REGION, slice + 5 * REGION][random.below(4) as usize];
+    let first = hot + random.below(3 * REGION);
+    let (first, count) = match random.below(8) {
+        // Whole regions.
+        0 => (first / REGION * REGION, (1 + random.below(4)) * REGION),
+        // Pieces of two regions with whole ones between them.
+        1 => (first | 1, (1 + random.below(3)) * REGION + 1 + random.below(REGION - 2)),
+        // Anything, short or long.
+        _ => {
+            let longest = [1, 8, 32][random.below(3) as usize];
+            (first, 1 + random.below(longest))
+        }
+    };
+    let first = first.min(sectors - 1);
+    (first, count.min(sectors - first))
+}
+
+/// Draws a request.
 pub fn wish(random: &mut Random, discards: bool) -> Wish {
-    let hot =
-        [0u64, 3 * 4096, u64::from(SLICE) - 8192, u64::from(SLICE) + 4096 * 5][random.below(4) as usize];
     let sectors = u64::from(SLICE) * u64::from(SLICES) / SECTOR as u64;
-    let first = (hot / SECTOR as u64 + random.below(24)).min(sectors - 1);
-    let longest = [1, 8, 32][random.below(3) as usize];
-    let count = (1 + random.below(longest)).min(sectors - first);
-    let (offset, length) = (first * SECTOR as u64, count as u32 * SECTOR as u32);
+    let (first, count) = range(random, sectors);
     let fua = random.one_in(8);
     let kind = match random.below(100) {
-        0..=39 => RequestKind::Write { fua },
-        40..=79 => RequestKind::Read,
-        80..=87 => RequestKind::WriteZeroes { fua },
-        88..=91 if discards => RequestKind::Discard,
+        0..=37 => RequestKind::Write { fua },
+        38..=77 => RequestKind::Read,
+        78..=85 => RequestKind::WriteZeroes { fua },
+        86..=91 if discards => RequestKind::Discard,
         _ => return Wish { kind: RequestKind::Flush, offset: 0, length: 0 },
     };
-    Wish { kind, offset, length }
+    // What carries no data may be as long as the device.
+    let long = matches!(kind, RequestKind::WriteZeroes { .. } | RequestKind::Discard) && random.one_in(150);
+    let count = if long { random.range(count, sectors - first + 1) } else { count };
+    Wish { kind, offset: first * SECTOR as u64, length: (count * SECTOR as u64) as u32 }
 }
 
 /// The content of sectors with that stamp.
@@ -73,5 +101,5 @@ pub fn fill(stamp: Stamp, length: u32) -> Vec<u8> {
 /// The stamp of a sector; `None` if it is not one sector's worth of the same.
 pub fn stamp(sector: &[u8]) -> Option<Stamp> {
     let first = Stamp::from_le_bytes(sector[..8].try_into().ok()?);
-    sector.chunks_exact(8).all(|word| word == &sector[..8]).then_some(first)
+    (sector[8..] == sector[..sector.len() - 8]).then_some(first)
 }

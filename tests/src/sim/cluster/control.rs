@@ -3,12 +3,13 @@
 use super::{Cluster, Event};
 use crate::sim::control::{Control, Word};
 use crate::sim::disk::SECTOR;
-use crate::sim::node::{DISK_BYTES, SLICE};
+use crate::sim::node::{DISK_BYTES, Mounted, SLICE};
 use crate::sim::scheduler::{MS, Nanos};
+use crate::sim::transitions::wrong_with;
 use mirror_net::control::{
     DiskContent, DiskInventory, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
 };
-use mirror_net::ids::{AttachId, ClusterId, DeviceId, DiskId, NodeId, ProcessId};
+use mirror_net::ids::{AttachId, ClusterId, DeviceId, NodeId, ProcessId};
 use mirror_net::manager::{Input, Output, Proposal, Ticket};
 use mirror_net::map::verbs::Verb;
 use mirror_net::map::{DistributionMap, ReplicaState};
@@ -75,7 +76,7 @@ impl Cluster {
         let version = proposal.next.version;
         let stored = self.manager.store(proposal.base, *proposal.next);
         if stored {
-            self.note_losses(&before);
+            self.note_change(&before);
         }
         if life != self.manager.life || self.manager.core.is_none() {
             return;
@@ -116,7 +117,7 @@ impl Cluster {
     pub(super) fn change_map(&mut self, batch: &[Verb]) {
         let before = Arc::clone(&self.manager.map);
         if self.manager.change(batch) {
-            self.note_losses(&before);
+            self.note_change(&before);
             if !self.manager.storing {
                 let newest = Some(Box::new((*self.manager.map).clone()));
                 self.feed(Input::Conflict { newest });
@@ -216,14 +217,7 @@ impl Cluster {
             process: ProcessId(at.process_id),
             adopted: self.adopted(node),
             address: String::new(),
-            disks: vec![DiskInventory {
-                name: "d1".into(),
-                path: "/dev/d1".into(),
-                bytes: DISK_BYTES,
-                block_bytes: 512,
-                attach: AttachId(at.attach),
-                content: DiskContent::Ours { cluster: ClusterId::default(), disk: DiskId(u32::from(node)) },
-            }],
+            disks: (1..).zip(&at.disks).map(|(index, disk)| inventory(index, disk)).collect(),
         }
     }
 
@@ -280,8 +274,9 @@ impl Cluster {
     // ---- the store ----
 
     /// The stored map changed.
-    fn note_losses(&mut self, before: &DistributionMap) {
+    fn note_change(&mut self, before: &DistributionMap) {
         let map = Arc::clone(&self.manager.map);
+        self.checker.violations.extend(wrong_with(before, &map));
         for (device, (old, new)) in before.devices.iter().zip(&map.devices).enumerate() {
             for span in &new.spans {
                 let was = old.span(span.first).map(|old| old.loss);
@@ -304,6 +299,22 @@ impl Cluster {
     }
 }
 
+/// What the agent finds on a disk.
+fn inventory(index: usize, disk: &Mounted) -> DiskInventory {
+    DiskInventory {
+        name: format!("d{index}"),
+        path: format!("/dev/d{index}"),
+        bytes: DISK_BYTES,
+        block_bytes: 512,
+        attach: AttachId(disk.attach),
+        content: if disk.media.is_dead() {
+            DiskContent::Unusable { why: "input/output error".into() }
+        } else {
+            DiskContent::Ours { cluster: ClusterId::default(), disk: disk.id }
+        },
+    }
+}
+
 /// A device's copies and claim.
 fn device_text(device: &mirror_net::map::Device) -> String {
     let spans = device.spans.iter().map(|span| {
@@ -313,7 +324,7 @@ fn device_text(device: &mirror_net::map::Device) -> String {
                 ReplicaState::Syncing => "+",
                 ReplicaState::Stale => "-",
             };
-            format!("{state}n{}", replica.disk.0)
+            format!("{state}{}", replica.disk)
         });
         let copies: Vec<String> = copies.collect();
         format!("[{}] e{} loss {}", copies.join(" "), span.epoch.0, span.loss.0)

@@ -2,14 +2,22 @@
 
 use super::{Cluster, Event};
 use crate::sim::network::Frame;
-use crate::sim::node::DiskIo;
-use crate::sim::scheduler::MS;
+use crate::sim::node::{PUNCH, position};
+use crate::sim::process::{Content, DiskIo, Started};
+use crate::sim::scheduler::{MS, Nanos};
 use mirror_net::control::NodeMessage;
-use mirror_net::engine::action::{Action, Body, BufferId, BufferRange, Io, Report};
+use mirror_net::engine::action::{Action, Body, Io, Report};
 use mirror_net::format::MetadataIo;
 use mirror_net::ids::NodeId;
 use mirror_net::region::digest::DigestKey;
 use mirror_net::wire::header::{HEADER_BYTES, Header, Kind, Status, TRAILER_BYTES, Trailer};
+
+/// No I/O takes longer, however slow its disk.
+const SLOWEST: Nanos = 1_500 * MS;
+/// One in so many data writes is looked at as it begins; reading a disk's metadata takes a while.
+const INTENT_LOOK: u64 = 200;
+/// How often a disk that hangs is looked at.
+const HANG_LOOK: Nanos = 20 * MS;
 
 impl Cluster {
     pub(super) fn drain(&mut self, node: u16) {
@@ -26,73 +34,63 @@ impl Cluster {
         }
     }
 
-    pub(super) fn begin_io(&mut self, node: u16, id: Io, io: DiskIo) {
-        let now = self.now;
+    /// A disk begins an I/O.
+    pub(super) fn begin_io(&mut self, node: u16, id: Io, disk: usize, io: DiskIo) {
         let latency = if self.random.one_in(40) {
             self.random.range(MS, 30 * MS)
         } else {
             self.random.range(20_000, 300_000)
         };
+        let slow = self.node_mut(node).media(disk).map_or(0, |media| media.faults.slow);
+        let latency = if slow > 0 { (latency * slow).min(SLOWEST) } else { latency };
         let process = self.node(node).process_id;
         let Some(running) = self.process(node) else { return };
-        let number = running.begin(id, io);
-        self.queue.push(now + latency, Event::Io { node, process, number });
+        match running.begin(id, disk, io) {
+            Ok(number) => self.queue.push(self.now + latency, Event::Io { node, process, number }),
+            Err(wrong) => self.checker.violations.push(format!("n{node} gives a disk {wrong}")),
+        }
     }
 
     pub(super) fn carry_out(&mut self, node: u16, action: Action) {
         let Some(process) = self.process(node) else { return };
         match action {
-            Action::Read { io, slot, offset, buffer, .. } => {
-                let offset = self.node(node).offset(slot, offset);
-                self.begin_io(node, io, DiskIo::Read { offset, buffer });
+            Action::Read { io, disk, slot, offset, buffer } => {
+                self.begin_io(node, io, disk, DiskIo::Read { offset: position(slot, offset), buffer });
             }
-            Action::Write { io, slot, offset, buffer, fua, .. } => {
-                let Some(data) = process.bytes(buffer).map(<[u8]>::to_vec) else {
-                    self.checker
-                        .violations
-                        .push(format!("n{node} writes from {buffer:?}, which it gave back"));
-                    return;
-                };
-                let offset = self.node(node).offset(slot, offset);
-                let io_work =
-                    DiskIo::Write { offset, data, buffer: Some(buffer), durable: fua, metadata: false };
-                self.begin_io(node, io, io_work);
+            Action::Write { io, disk, slot, offset, buffer, fua } => {
+                if self.random.one_in(INTENT_LOOK) {
+                    self.check_intent(node, disk, slot, offset, buffer.length);
+                }
+                let content = Content::Buffer(buffer);
+                let work = DiskIo::Write { offset: position(slot, offset), content, durable: fua };
+                self.begin_io(node, io, disk, work);
             }
-            Action::Zero { io, slot, offset, length, fua, .. } => {
-                let offset = self.node(node).offset(slot, offset);
-                let data = vec![0; length as usize];
-                self.begin_io(
-                    node,
-                    io,
-                    DiskIo::Write { offset, data, buffer: None, durable: fua, metadata: false },
-                );
+            Action::Zero { io, disk, slot, offset, length, fua } => {
+                let content = Content::Fill(0, length as usize);
+                let work = DiskIo::Write { offset: position(slot, offset), content, durable: fua };
+                self.begin_io(node, io, disk, work);
             }
-            Action::Punch { io, slot, offset, length, .. } => {
-                let offset = self.node(node).offset(slot, offset);
+            Action::Punch { io, disk, slot, offset, length } => {
                 // Punched space may hold anything.
-                let data = vec![0x77; length as usize];
-                self.begin_io(
-                    node,
-                    io,
-                    DiskIo::Write { offset, data, buffer: None, durable: false, metadata: false },
-                );
+                let content = Content::Fill(PUNCH, length as usize);
+                let work = DiskIo::Write { offset: position(slot, offset), content, durable: false };
+                self.begin_io(node, io, disk, work);
             }
-            Action::Flush { io, .. } => {
-                let mark = self.node(node).disk.flush_mark();
-                self.begin_io(node, io, DiskIo::Flush(mark));
+            Action::Flush { io, disk } => {
+                let mark = self.node_mut(node).media(disk).map_or(0, |media| media.flush_mark());
+                self.begin_io(node, io, disk, DiskIo::Flush(mark));
             }
-            Action::Metadata { io, work, .. } => {
+            Action::Metadata { io, disk, work } => {
                 let work = match work {
-                    MetadataIo::Write { offset, block, durable, .. } => DiskIo::Write {
-                        offset,
-                        data: block.0.to_vec(),
-                        buffer: None,
-                        durable,
-                        metadata: true,
-                    },
-                    MetadataIo::Flush { .. } => DiskIo::Flush(self.node(node).disk.flush_mark()),
+                    MetadataIo::Write { offset, block, durable, .. } => {
+                        DiskIo::Write { offset, content: Content::Metadata(block), durable }
+                    }
+                    MetadataIo::Flush { .. } => {
+                        let mark = self.node_mut(node).media(disk).map_or(0, |media| media.flush_mark());
+                        DiskIo::Flush(mark)
+                    }
                 };
-                self.begin_io(node, io, work);
+                self.begin_io(node, io, disk, work);
             }
             Action::Send { peer, session, header, trailer, body } => {
                 self.send(node, peer.0, session, header, trailer, body);
@@ -122,7 +120,7 @@ impl Cluster {
                 }
             }
             Action::Release { buffer } => {
-                if let Some(wrong) = process.free(buffer) {
+                if let Err(wrong) = process.free(buffer) {
                     self.checker.violations.push(format!("n{node}: {wrong}"));
                 }
             }
@@ -150,7 +148,7 @@ impl Cluster {
                     },
                 );
                 if adopted {
-                    for device in 0..self.shape.devices {
+                    for device in 0..self.exporting.len() {
                         self.export(node, device);
                     }
                 }
@@ -169,27 +167,29 @@ impl Cluster {
     ) {
         let Some(process) = self.process(node) else { return };
         let mut borrowed = None;
-        let mut content = Vec::new();
+        // Header, body and trailer in one piece; the header is put in place when the rest is known.
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + TRAILER_BYTES + body_length(&body));
+        bytes.resize(HEADER_BYTES, 0);
         match &body {
             Body::None => {}
-            Body::Bytes(bytes) => content.extend(bytes),
+            Body::Bytes(content) => bytes.extend_from_slice(content),
             Body::Buffer(range) | Body::Release(range) => match process.bytes(*range) {
-                Some(bytes) => {
-                    content.extend(bytes);
+                Some(content) => {
+                    bytes.extend_from_slice(content);
                     if matches!(body, Body::Buffer(_)) {
-                        borrowed = Some((range.buffer.0, range.offset, range.length));
+                        borrowed = Some(*range);
                     }
                 }
                 None => self.checker.violations.push(format!("n{node} sends {range:?}, which it gave back")),
             },
         }
         if let Body::Release(range) = body
-            && let Some(wrong) = self.process(node).and_then(|process| process.free(range.buffer))
+            && let Some(Err(wrong)) = self.process(node).map(|process| process.free(range.buffer))
         {
             self.checker.violations.push(format!("n{node}: {wrong}"));
         }
         if let Some(trailer) = trailer {
-            content.extend(trailer.encode());
+            bytes.extend_from_slice(&trailer.encode());
         }
         match header.kind {
             Kind::Write | Kind::Zero | Kind::Discard => {
@@ -204,116 +204,166 @@ impl Cluster {
             }
             _ => {}
         }
-        header.body_bytes = content.len() as u32;
-        header.body_crc = self.seed.body([&content, &[]]);
-        let mut bytes = header.encode(self.seed).to_vec();
-        bytes.extend(content);
+        header.body_bytes = (bytes.len() - HEADER_BYTES) as u32;
+        // Nothing but damage alters a body, so only one that will be damaged needs its checksum.
+        let damaged = self.network.take_damage(node, peer);
+        if damaged {
+            header.body_crc = self.seed.body([&bytes[HEADER_BYTES..], &[]]);
+        }
+        bytes[..HEADER_BYTES].copy_from_slice(&header.encode(self.seed));
         let Some(at) = self.network.arrival(self.now, node, peer, session, &mut self.random) else { return };
         let process = self.node(peer).process_id;
-        let frame = Frame { bytes, borrowed };
-        self.queue.push(at, Event::Frame { from: node, to: peer, process, session, frame });
+        if damaged {
+            let bit = self.random.below(8 * bytes.len() as u64) as usize;
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+        let frame = Box::new(Frame { session, bytes, borrowed, damaged, late: false });
+        self.queue.push(at, Event::Frame { from: node, to: peer, process, frame });
     }
 
-    pub(super) fn deliver(&mut self, from: u16, to: u16, session: u64, frame: Frame) {
-        let now = self.now;
-        if let (Some((buffer, offset, length)), Some(sender)) = (frame.borrowed, &self.node(from).process) {
-            let range = BufferRange { buffer: BufferId(buffer), offset, length };
-            let sent = &frame.bytes[HEADER_BYTES..HEADER_BYTES + length as usize];
+    /// A frame comes to where it was sent, or waits for the end of a silence.
+    pub(super) fn arrive(&mut self, from: u16, to: u16, process: u64, frame: Box<Frame>) {
+        if self.network.is_silent(from, to) {
+            // Kept in order: they all wait for the same moments.
+            let at = self.now / (10 * MS) * (10 * MS) + 10 * MS;
+            self.queue.push(at, Event::Frame { from, to, process, frame });
+        } else if frame.late || self.network.session(from, to) == Some(frame.session) {
+            self.deliver(from, to, *frame);
+        } else {
+            let (now, session) = (self.now, frame.session);
+            let Some(at) = self.network.linger(now, from, to, session, &mut self.random) else { return };
+            self.late_frames += 1;
+            let frame = Box::new(Frame { late: true, borrowed: None, ..*frame });
+            self.queue.push(at, Event::Frame { from, to, process, frame });
+        }
+    }
+
+    fn deliver(&mut self, from: u16, to: u16, frame: Frame) {
+        if let (Some(range), Some(sender), false) = (frame.borrowed, &self.node(from).process, frame.damaged)
+        {
+            let sent = &frame.bytes[HEADER_BYTES..HEADER_BYTES + range.length as usize];
             if sender.bytes(range) != Some(sent) {
                 self.checker
                     .violations
                     .push(format!("n{from}: {range:?} was given back while it was being sent"));
             }
         }
-        let Ok(head) = <&[u8; HEADER_BYTES]>::try_from(&frame.bytes[..HEADER_BYTES]) else { return };
-        let header = match Header::decode(head, self.seed) {
-            Ok(header) => header,
-            Err(error) => {
-                self.checker.violations.push(format!("a frame from n{from}: {error}"));
+        let header = match self.decode(&frame.bytes, frame.damaged) {
+            Ok(header) if !frame.damaged => header,
+            Err(error) if frame.damaged => {
+                self.say(|| format!("n{to}: a frame from n{from}: {error}"));
+                self.cut(to, from, frame.session, None);
+                return;
+            }
+            decoded => {
+                let violation = format!("a frame from n{from}, damaged {}: {decoded:?}", frame.damaged);
+                self.checker.violations.push(violation);
                 return;
             }
         };
-        let mut body = &frame.bytes[HEADER_BYTES..];
-        if self.seed.body([body, &[]]) != header.body_crc {
-            self.checker.violations.push(format!("a frame from n{from}: body checksum"));
-        }
         self.note(u64::from(to) << 8 | header.kind as u64);
         if !matches!(header.kind, Kind::Ping | Kind::Pong) {
             self.say(|| format!("n{from} -> n{to}: {header:?}"));
         }
+        let mut end = frame.bytes.len();
         let mut trailer = None;
         if header.kind.is_forwarded() {
-            let (data, tail) = body.split_at(body.len() - TRAILER_BYTES);
-            trailer = tail.try_into().ok().map(Trailer::decode);
-            body = data;
+            end = frame.bytes.len() - TRAILER_BYTES;
+            trailer = frame.bytes[end..].try_into().ok().map(Trailer::decode);
         }
-        let clock = self.node(to).clock(now);
+        let clock = self.node(to).clock(self.now);
         let Some(process) = self.process(to) else { return };
-        let (small, data) = match header.kind {
-            kind if kind.asks_for_data() => (Vec::new(), Some(vec![0xcc; header.length as usize])),
-            kind if kind.carries_data() && !body.is_empty() => (Vec::new(), Some(body.to_vec())),
-            kind if kind.carries_data() => (Vec::new(), None),
-            _ => (body.to_vec(), None),
+        let (small, buffer) = match header.kind {
+            kind if kind.asks_for_data() => {
+                (Vec::new(), Some(process.allocate(vec![0xcc; header.length as usize])))
+            }
+            kind if kind.carries_data() && end > HEADER_BYTES => {
+                (Vec::new(), Some(process.allocate_within(frame.bytes, HEADER_BYTES, end)))
+            }
+            _ => (frame.bytes[HEADER_BYTES..end].to_vec(), None),
         };
-        let buffer = data.map(|data| process.allocate(data));
-        let _ = session;
         process.engine.handle_frame(clock, NodeId(from), &header, trailer, &small, buffer);
         self.drain(to);
     }
 
+    fn decode(&self, bytes: &[u8], damaged: bool) -> Result<Header, String> {
+        let head = bytes[..HEADER_BYTES].try_into().map_err(|_| "too short".to_owned())?;
+        let header = Header::decode(head, self.seed).map_err(|error| error.to_string())?;
+        if damaged && self.seed.body([&bytes[HEADER_BYTES..], &[]]) != header.body_crc {
+            return Err("body checksum".to_owned());
+        }
+        Ok(header)
+    }
+
+    /// An I/O comes to its end, unless its disk hangs.
     pub(super) fn io_done(&mut self, node: u16, number: u64) {
-        let now = self.now;
-        let faults = self.node(node).disk.faults;
-        let Some(process) = self.process(node) else { return };
-        let Some((id, io)) = process.ios.remove(&number) else { return };
+        let Some(disk) = self.process(node).and_then(|process| Some(process.io(number)?.disk)) else {
+            return;
+        };
+        let Some(media) = self.node_mut(node).media(disk) else { return };
+        if media.faults.hung {
+            let process = self.node(node).process_id;
+            self.queue.push(self.now + HANG_LOOK, Event::Io { node, process, number });
+            return;
+        }
+        let Some(started) = self.process(node).and_then(|process| process.end(number)) else { return };
         self.note(u64::from(node) << 16 | number);
-        let mut result = Ok(());
-        match io {
-            DiskIo::Read { offset, buffer } => {
-                let mut data = vec![0; buffer.length as usize];
-                if !self.node(node).disk.read_checked(offset, &mut data) {
-                    result = Err("unreadable sector".to_owned());
-                }
-                match self.process(node).and_then(|process| process.bytes_mut(buffer)) {
-                    Some(bytes) => bytes.copy_from_slice(&data),
-                    None => self
-                        .checker
-                        .violations
-                        .push(format!("n{node} reads into {buffer:?}, which it gave back")),
-                }
-            }
-            DiskIo::Write { offset, data, buffer, durable, metadata } => {
-                if let Some(range) = buffer
-                    && self.process(node).and_then(|process| process.bytes(range)) != Some(&data[..])
-                {
-                    self.checker.violations.push(format!("n{node}: {range:?} changed while it was written"));
-                }
-                if if metadata { faults.metadata } else { faults.write } {
-                    result = Err("input/output error".to_owned());
-                } else {
-                    self.node_mut(node).disk.write(offset, &data, durable);
-                }
-            }
-            DiskIo::Flush(mark) => {
-                if faults.flush {
-                    result = Err("flush failed".to_owned());
-                    let mut random = self.random.clone();
-                    let disk = &mut self.node_mut(node).disk;
-                    disk.faults.flush = false;
-                    disk.lose_cache(&mut random);
-                    self.random = random;
-                } else {
-                    self.node_mut(node).disk.flushed(mark);
-                }
-            }
-        }
+        let result = self.end_io(node, &started);
         if let Err(error) = &result {
-            self.say(|| format!("n{node}: disk: {error}"));
+            self.say(|| format!("n{node}: disk {disk}: {:?}: {error}", started.io));
         }
-        let clock = self.node(node).clock(now);
+        let clock = self.node(node).clock(self.now);
         if let Some(process) = self.process(node) {
-            process.engine.handle_io(clock, id, result);
+            process.engine.handle_io(clock, started.id, result);
         }
         self.drain(node);
+    }
+
+    fn end_io(&mut self, node: u16, started: &Started) -> Result<(), String> {
+        let Some(media) = self.node_mut(node).media(started.disk) else { return Ok(()) };
+        let faults = media.faults;
+        if faults.dead {
+            return Err("the disk is dead".to_owned());
+        }
+        match &started.io {
+            DiskIo::Read { offset, buffer } => match self.node_mut(node).load(started, *offset, *buffer) {
+                Some(true) => return Ok(()),
+                Some(false) => return Err("unreadable sector".to_owned()),
+                None => {
+                    self.checker.violations.push(format!("n{node} reads into {buffer:?}, which it gave back"))
+                }
+            },
+            DiskIo::Write { offset, content, durable } => {
+                let metadata = matches!(content, Content::Metadata(_));
+                if if metadata { faults.metadata } else { faults.write | faults.write_once } {
+                    media.faults.write_once &= metadata;
+                    return Err("input/output error".to_owned());
+                }
+                if !self.node_mut(node).store(started, *offset, content, *durable) {
+                    self.checker
+                        .violations
+                        .push(format!("n{node} gave back a buffer while it was written: {content:?}"));
+                }
+            }
+            DiskIo::Flush(_) if faults.flush => {
+                let mut random = self.random.clone();
+                if let Some(media) = self.node_mut(node).media(started.disk) {
+                    media.faults.flush = false;
+                    media.lose_cache(&mut random);
+                }
+                self.random = random;
+                return Err("flush failed".to_owned());
+            }
+            DiskIo::Flush(mark) => media.flushed(*mark),
+        }
+        Ok(())
+    }
+}
+
+fn body_length(body: &Body) -> usize {
+    match body {
+        Body::None => 0,
+        Body::Buffer(range) | Body::Release(range) => range.length as usize,
+        Body::Bytes(bytes) => bytes.len(),
     }
 }

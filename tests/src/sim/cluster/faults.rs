@@ -1,7 +1,13 @@
 //! What goes wrong, or is done by an operator.
+//!
+//! The fault model is that of the parts, see [`node`](crate::sim::node), [`disk`](crate::sim::disk),
+//! [`network`](crate::sim::network) and [`control`](crate::sim::control). Here is who hears of what when.
+//! A daemon that is killed leaves closed connections, which the others see within milliseconds. A machine
+//! that loses power says no goodbye: its lanes are found broken half a second to a second and a half later,
+//! its connection to the manager up to three seconds later, or not before it is back and connects again.
 
 use super::{Cluster, Event};
-use crate::sim::disk::Faults;
+use crate::sim::node::position;
 use crate::sim::scheduler::{MS, Nanos};
 
 /// What goes wrong, or is done by an operator.
@@ -13,17 +19,29 @@ pub enum Fault {
     Start { node: u16 },
     Pause { node: u16, ms: u64 },
     CutLane { a: u16, b: u16 },
+    Damage { from: u16, to: u16 },
     Silence { from: u16, to: u16, on: bool },
     NoManager { node: u16, on: bool },
-    DiskWrites { node: u16 },
-    DiskFlush { node: u16 },
-    DiskMetadata { node: u16 },
-    BadSector { node: u16, slot: u32, offset: u32 },
+    Disk { node: u16, disk: usize, wrong: Wrong },
+    BadSector { node: u16, disk: usize, slot: u32, offset: u32 },
     FailOver { node: u16 },
     KillManager,
     StartManager,
     CutControl { node: u16 },
     MoveClaim { device: usize, node: u16 },
+}
+
+/// What becomes wrong with a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Wrong {
+    Writes,
+    OneWrite,
+    Flush,
+    Metadata,
+    Dead,
+    Hung(bool),
+    Slow(u64),
 }
 
 impl Cluster {
@@ -44,6 +62,11 @@ impl Cluster {
         let mut random = self.random.clone();
         self.node_mut(node).stop(power, &mut random);
         self.random = random;
+        for disk in &mut self.node_mut(node).disks {
+            // Whoever opens a disk finds it quiet.
+            disk.media.faults.hung = false;
+        }
+        self.compare_members(false);
         for peer in 1..=self.nodes.len() as u16 {
             if let Some(session) = self.network.session(node, peer).filter(|_| peer != node) {
                 if power {
@@ -68,7 +91,7 @@ impl Cluster {
         let node = self.node_mut(node);
         node.process_id = process;
         if power {
-            node.attach = process + 1_000;
+            node.reattach(process);
         }
         node.paused_until = 0;
     }
@@ -82,12 +105,12 @@ impl Cluster {
             Fault::PowerCut { node } if self.node(node).process.is_some() => self.stop(node, true),
             Fault::PowerCut { node } => {
                 let mut random = self.random.clone();
-                self.node_mut(node).disk.lose_cache(&mut random);
+                self.node_mut(node).lose_caches(&mut random);
                 self.random = random;
                 self.next_process += 1;
                 let process = self.next_process;
                 self.node_mut(node).process_id = process;
-                self.node_mut(node).attach = process + 1_000;
+                self.node_mut(node).reattach(process);
             }
             Fault::Start { node } if self.node(node).process.is_none() => self.launch(node),
             Fault::Kill { .. } | Fault::Start { .. } => {}
@@ -97,14 +120,23 @@ impl Cluster {
                     self.cut(a, b, session, None);
                 }
             }
+            Fault::Damage { from, to } => self.network.damage_next(from, to),
             Fault::Silence { from, to, on } => self.network.set_silent(from, to, on),
             Fault::NoManager { node, on } => self.cut_off[usize::from(node) - 1] = on,
-            Fault::DiskWrites { node } => self.fail_disk(node, |faults| faults.write = true),
-            Fault::DiskFlush { node } => self.fail_disk(node, |faults| faults.flush = true),
-            Fault::DiskMetadata { node } => self.fail_disk(node, |faults| faults.metadata = true),
-            Fault::BadSector { node, slot, offset } => {
-                let at = self.node(node).offset(slot, offset);
-                self.node_mut(node).disk.spoil(at);
+            Fault::Disk { node, disk, wrong } => {
+                let faults = &mut self.node_mut(node).disks[disk].media.faults;
+                match wrong {
+                    Wrong::Writes => faults.write = true,
+                    Wrong::OneWrite => faults.write_once = true,
+                    Wrong::Flush => faults.flush = true,
+                    Wrong::Metadata => faults.metadata = true,
+                    Wrong::Dead => faults.dead = true,
+                    Wrong::Hung(hung) => faults.hung = hung,
+                    Wrong::Slow(times) => faults.slow = times,
+                }
+            }
+            Fault::BadSector { node, disk, slot, offset } => {
+                self.node_mut(node).disks[disk].media.spoil(position(slot, offset));
             }
             Fault::FailOver { node } => self.fail_over(node),
             Fault::KillManager => self.kill_manager(),
@@ -114,11 +146,7 @@ impl Cluster {
         }
     }
 
-    pub(super) fn fail_disk(&mut self, node: u16, set: impl FnOnce(&mut Faults)) {
-        set(&mut self.node_mut(node).disk.faults);
-    }
-
-    /// Everything works again, and everybody is there.
+    /// Everything works again but what is broken for ever, and everybody is there.
     pub fn heal(&mut self) {
         self.manager.start();
         for a in 1..=self.nodes.len() as u16 {
@@ -128,6 +156,9 @@ impl Cluster {
             self.cut_off[usize::from(a) - 1] = false;
             let now = self.now;
             self.node_mut(a).paused_until = now;
+            for disk in &mut self.node_mut(a).disks {
+                (disk.media.faults.hung, disk.media.faults.slow) = (false, 0);
+            }
             if self.node(a).process.is_none() {
                 self.launch(a);
             }

@@ -4,23 +4,68 @@ use super::Shape;
 use crate::sim::node::{Node, SLICE};
 use crate::sim::workload::SLICES;
 use mirror_net::ids::{
-    ClaimGeneration, ClusterId, DeviceId, DiskId, LossGeneration, MapVersion, SliceEpoch, SliceIndex,
+    ClaimGeneration, ClusterId, DeviceId, LossGeneration, MapVersion, SliceEpoch, SliceIndex,
 };
+use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
 use mirror_net::map::{
     Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node as MapNode, Replica, ReplicaState, SegmentSlots,
     Span,
 };
 
-/// The devices with their copies spread over the nodes, everything in sync.
-pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
-    let replica = |node: usize| Replica {
-        disk: DiskId(u32::from(nodes[node].id.0)),
-        state: ReplicaState::InSync,
-        incarnation: nodes[node].incarnation(),
+/// What the map says of every disk's slots. A partner with three disks holds some devices on two of them.
+const SLOTS: SegmentSlots = SegmentSlots { primary: SLICES, secondary: SLICES + 1, unmirrored: SLICES };
+
+/// The map, with everything in sync, and the devices that have users.
+pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> (DistributionMap, Vec<usize>) {
+    if !shape.pairs {
+        let map = spread(shape, nodes);
+        let users = (0..map.devices.len()).collect();
+        return (map, users);
+    }
+    let nodes: Vec<NodeSpec> = nodes.iter().map(spec).collect();
+    let map = pairs(ClusterId::default(), "sim", SLICE, &nodes).expect("there is room");
+    // As far from each other as can be; mirrored ones first.
+    let mut users: Vec<usize> = (0..map.devices.len()).collect();
+    users.sort_by_key(|device| (map.devices[*device].copies == 1, device % 3, *device));
+    if shape.mirrored_only {
+        users.retain(|device| map.devices[*device].is_mirrored());
+    }
+    users.truncate(shape.devices);
+    (map, users)
+}
+
+fn spec(node: &Node) -> NodeSpec {
+    let disk = |index: usize| DiskSpec {
+        name: format!("d{}", index + 1),
+        slots: SLOTS,
+        block_bytes: 512,
+        incarnation: node.incarnation(index),
     };
+    NodeSpec {
+        name: format!("n{}", node.id.0),
+        address: String::new(),
+        power: None,
+        switch: None,
+        disks: (0..node.disks.len()).map(disk).collect(),
+        spare: false,
+    }
+}
+
+/// Devices with any number of copies, spread over the nodes.
+fn spread(shape: Shape, nodes: &[Node]) -> DistributionMap {
     let count = nodes.len();
+    let replica = |device: usize, copy: usize| {
+        let node = &nodes[(device * (count - 1) + copy) % count];
+        let disk = (device + copy) % node.disks.len();
+        Replica {
+            disk: node.disks[disk].id,
+            state: ReplicaState::InSync,
+            incarnation: node.incarnation(disk),
+        }
+    };
     // Those after the first two are mirrored by nobody.
     let copies = |device: usize| if device < 2 { shape.copies } else { 1 };
+    let devices = if shape.mirrored_only { shape.devices.min(2) } else { shape.devices };
     DistributionMap {
         format: MAP_FORMAT,
         cluster: ClusterId::default(),
@@ -39,16 +84,17 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
             .collect(),
         disks: nodes
             .iter()
-            .map(|node| Disk {
-                id: DiskId(u32::from(node.id.0)),
+            .flat_map(|node| (1..).zip(&node.disks).map(move |disk| (node, disk)))
+            .map(|(node, (index, disk))| Disk {
+                id: disk.id,
                 node: node.id,
-                name: "d1".into(),
+                name: format!("d{index}"),
                 slots: SegmentSlots { primary: 4, secondary: 4, unmirrored: 2 },
                 block_bytes: 512,
                 failed: None,
             })
             .collect(),
-        devices: (0..shape.devices)
+        devices: (0..devices)
             .map(|device| Device {
                 id: DeviceId(device as u32 + 1),
                 name: format!("dev{}", device + 1),
@@ -66,9 +112,7 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> DistributionMap {
                     count: SLICES,
                     epoch: SliceEpoch(1),
                     loss: LossGeneration(0),
-                    replicas: (0..usize::from(copies(device)))
-                        .map(|copy| replica((device * (count - 1) + copy) % count))
-                        .collect(),
+                    replicas: (0..usize::from(copies(device))).map(|copy| replica(device, copy)).collect(),
                 }],
             })
             .collect(),

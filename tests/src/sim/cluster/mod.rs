@@ -1,24 +1,26 @@
 //! The world: nodes, network, manager and users on one queue of events.
 
 mod control;
+mod copies;
 mod driver;
 mod faults;
 mod first_map;
 mod users;
 
-pub use self::faults::Fault;
+pub use self::faults::{Fault, Wrong};
 
 use crate::sim::checker::Checker;
 use crate::sim::control::{Agent, Control};
+use crate::sim::disk::SECTOR;
 use crate::sim::network::{Frame, Network};
-use crate::sim::node::{Node, Process};
+use crate::sim::node::{Node, SLICE};
+use crate::sim::process::Process;
 use crate::sim::scheduler::{MS, Nanos, Queue, Random};
-use crate::sim::workload::Asked;
-use mirror_net::ids::{ClusterId, NodeId, ProcessId};
+use crate::sim::workload::{Asked, SLICES};
+use mirror_net::ids::{ClusterId, DiskId, NodeId, ProcessId};
 use mirror_net::manager::Proposal;
 use mirror_net::wire::header::CrcSeed;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// Between two looks at what is not connected.
 const HEARTBEAT: Nanos = 100 * MS;
@@ -33,7 +35,7 @@ pub fn clock(now: Nanos) -> String {
 enum Event {
     Tick { node: u16, process: u64 },
     Io { node: u16, process: u64, number: u64 },
-    Frame { from: u16, to: u16, process: u64, session: u64, frame: Frame },
+    Frame { from: u16, to: u16, process: u64, frame: Box<Frame> },
     LaneUp { node: u16, process: u64, peer: u16, session: u64, of: u64 },
     LaneDown { node: u16, process: u64, peer: u16, session: u64 },
     ToManager { connection: u64 },
@@ -51,12 +53,18 @@ enum Event {
 /// How large and how busy.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
-    /// Nodes.
+    /// Nodes, 2 to 5.
     pub nodes: u16,
-    /// Copies of every device.
+    /// Disks of each node, 1 to 3.
+    pub disks: u16,
+    /// The layout is the product's own for a new cluster, which makes two copies.
+    pub pairs: bool,
+    /// Copies of the first two devices in any other layout.
     pub copies: u16,
-    /// Devices.
+    /// Devices that have users.
     pub devices: usize,
+    /// None of those is mirrored by nobody.
+    pub mirrored_only: bool,
     /// Requests at a time, of each device's user.
     pub depth: usize,
     /// Whether the nodes' clocks run at different speeds.
@@ -78,6 +86,8 @@ pub struct Cluster {
     agents: Vec<Agent>,
     /// The network.
     pub network: Network,
+    /// Frames that arrived after the end of their lane.
+    pub late_frames: u64,
     /// Requests that completed.
     pub completed: u64,
     /// A hash over everything that happened.
@@ -86,7 +96,6 @@ pub struct Cluster {
     pub trace: bool,
     /// Whether users go on asking.
     pub busy: bool,
-    /// No slower I/O, no waits between requests.
     nodes: Vec<Node>,
     queue: Queue<Event>,
     cut_off: Vec<bool>,
@@ -99,6 +108,8 @@ pub struct Cluster {
     /// Exporters before, by device: they may not know it yet, and their users go on reading.
     former: Vec<(usize, (u16, u64))>,
     shape: Shape,
+    /// Devices that have users.
+    pub users: Vec<usize>,
     next_token: u64,
     next_process: u64,
     next_stamp: u64,
@@ -112,21 +123,25 @@ pub struct Cluster {
 impl Cluster {
     /// A cluster that has just been created, all nodes running.
     pub fn new(seed: u64, shape: Shape, trace: bool) -> Self {
-        let mut nodes: Vec<Node> = (1..=shape.nodes).map(Node::new).collect();
+        let disks = |node: u16| u32::from((node - 1) * shape.disks + 1)..u32::from(node * shape.disks + 1);
+        let mut nodes: Vec<Node> = (1..=shape.nodes).map(|node| Node::new(node, disks(node))).collect();
         for node in &mut nodes {
             // Two clocks differ by less than the margin over one lease.
             let step = (seed >> (8 * node.id.0)) as i64 ^ seed as i64;
             node.drift_ppm = if shape.drift { step.rem_euclid(9) * 10_000 - 40_000 } else { 0 };
         }
-        let map = first_map::first_map(shape, &nodes);
+        let (map, users) = first_map::first_map(shape, &nodes);
         map.validate().expect("the first map is valid");
+        let devices = map.devices.len();
+        let sectors = SLICE as usize / SECTOR;
         let mut cluster = Self {
             now: 0,
             random: Random::new(seed),
-            checker: Checker::default(),
+            checker: Checker::new(devices, SLICES as usize, sectors),
             manager: Control::new(map),
             agents: nodes.iter().map(|_| Agent::default()).collect(),
             network: Network::default(),
+            late_frames: 0,
             completed: 0,
             hash: 0xcbf2_9ce4_8422_2325,
             trace,
@@ -136,11 +151,12 @@ impl Cluster {
             nodes,
             queue: Queue::default(),
             asked: BTreeMap::new(),
-            orphans: vec![Vec::new(); shape.devices],
-            exporting: vec![None; shape.devices],
-            exported: vec![0; shape.devices],
+            orphans: vec![Vec::new(); devices],
+            exporting: vec![None; devices],
+            exported: vec![0; devices],
             former: Vec::new(),
             shape,
+            users,
             next_token: 0,
             next_stamp: 0,
             seed: CrcSeed::new(&ClusterId::default()),
@@ -152,7 +168,7 @@ impl Cluster {
         }
         cluster.queue.push(MS, Event::Housekeeping);
         cluster.queue.push(MS, Event::ManagerTick);
-        for device in 0..shape.devices {
+        for device in cluster.users.clone() {
             for _ in 0..shape.depth {
                 cluster.queue.push(1_000 * MS, Event::Ask { device });
             }
@@ -176,6 +192,12 @@ impl Cluster {
     /// That node.
     pub fn node(&self, id: u16) -> &Node {
         &self.nodes[usize::from(id) - 1]
+    }
+
+    /// The node that has that disk, and which of its disks it is.
+    pub fn locate(&self, disk: DiskId) -> (u16, usize) {
+        let index = disk.0 as u16 - 1;
+        (index / self.shape.disks + 1, usize::from(index % self.shape.disks))
     }
 
     fn node_mut(&mut self, id: u16) -> &mut Node {
@@ -232,17 +254,7 @@ impl Cluster {
                 self.drain(node);
             }
             Event::Io { node, number, .. } => self.io_done(node, number),
-            Event::Frame { from, to, session, frame, process } => {
-                if self.network.is_silent(from, to) {
-                    let again = Event::Frame { from, to, session, frame, process };
-                    // Kept in order: they all wait for the same moments.
-                    self.queue.push(now / (10 * MS) * (10 * MS) + 10 * MS, again);
-                    return;
-                }
-                if self.network.session(from, to) == Some(session) {
-                    self.deliver(from, to, session, frame);
-                }
-            }
+            Event::Frame { from, to, frame, process } => self.arrive(from, to, process, frame),
             Event::LaneUp { node, peer, session, of, .. } => {
                 self.say(|| format!("n{node}: lane {session} to n{peer}"));
                 let clock = self.node(node).clock(now);
@@ -306,29 +318,5 @@ impl Cluster {
             }
         }
         self.queue.push(now + HEARTBEAT, Event::Housekeeping);
-    }
-
-    /// Compares the members' contents; for a cluster at rest.
-    pub fn compare_copies(&mut self) {
-        let map = Arc::clone(&self.manager.map);
-        for device in &map.devices {
-            for span in &device.spans {
-                let members: Vec<u16> = span.members().map(|member| member.disk.0 as u16).collect();
-                for slice in span.first.0..span.end() {
-                    let copies: Vec<_> =
-                        members.iter().map(|node| self.node(*node).slice(device.id.0, slice)).collect();
-                    let Some(Some((first, _))) = copies.first() else { continue };
-                    for (node, copy) in members.iter().zip(&copies).skip(1) {
-                        let same = copy.as_ref().is_some_and(|(bytes, _)| bytes == first);
-                        if !same {
-                            self.checker.violations.push(format!(
-                                "{} slice {slice}: n{} and n{node} are in sync and differ",
-                                device.name, members[0]
-                            ));
-                        }
-                    }
-                }
-            }
-        }
     }
 }

@@ -5,9 +5,9 @@ use crate::sim::disk::SECTOR;
 use crate::sim::node::SLICE;
 use crate::sim::scheduler::MS;
 use crate::sim::workload::{Asked, Wish, fill, stamp, wish};
-use mirror_net::engine::action::{BufferId, BufferRange, Request, RequestKind, RequestToken};
-use mirror_net::ids::{DeviceId, SliceIndex};
-use mirror_net::map::DistributionMap;
+use mirror_net::engine::action::{BufferRange, Request, RequestKind, RequestToken};
+use mirror_net::ids::{DeviceId, MapVersion, SliceIndex};
+use mirror_net::map::{DistributionMap, Span};
 
 impl Cluster {
     /// Users follow the claim, once its holder was allowed to export and has adopted it.
@@ -28,6 +28,7 @@ impl Cluster {
             return;
         }
         self.exported[device] = allowed.0;
+        self.check_primaries_know(device, claim.map_or_else(Default::default, |claim| claim.since));
         self.say(|| format!("n{node}: exports dev{}", device + 1));
         let now = self.now;
         if let Some(old) = self.exporting[device].replace(exporter) {
@@ -56,6 +57,31 @@ impl Cluster {
         self.checker.exporter_changed(device);
     }
 
+    /// Nobody acts as primary of a device whose exporter starts without knowing its claim (rule 15).
+    fn check_primaries_know(&mut self, device: usize, since: MapVersion) {
+        for index in 0..self.nodes.len() {
+            let node = &self.nodes[index];
+            let adopted = node.process.as_ref().map(|process| process.engine.adopted_version());
+            let Some(adopted) = adopted.filter(|adopted| *adopted < since) else { continue };
+            let Some(map) = self.manager.history.get(&adopted.0) else { continue };
+            let is_primary = |span: &Span| {
+                let newest = self.manager.map.devices[device].span(span.first);
+                let (of, disk) = self.locate(span.primary().disk);
+                newest.is_some_and(|newest| newest.primary() == span.primary())
+                    && of == node.id.0
+                    && span.primary().incarnation == node.incarnation(disk)
+            };
+            if map.devices[device].spans.iter().any(is_primary) {
+                let wrong = format!(
+                    "dev{} is exported under a claim of {since}, {} serves it and knows {adopted}",
+                    device + 1,
+                    node.id
+                );
+                self.checker.violations.push(wrong);
+            }
+        }
+    }
+
     pub(super) fn ask(&mut self, device: usize) {
         if !self.busy {
             return;
@@ -64,21 +90,26 @@ impl Cluster {
         if wish.kind == RequestKind::Read && self.random.one_in(2) {
             let former = self.former.iter().rev().find(|(of, old)| *of == device && self.alive(old.0, old.1));
             if let Some((_, old)) = former.copied() {
-                self.submit_to(device, old, wish);
+                self.submit_to(device, old, wish, false);
                 return;
             }
         }
-        if self.submit(device, wish).is_none() {
+        let exporter = self.exporter(device);
+        if exporter.and_then(|exporter| self.submit_to(device, exporter, wish, false)).is_none() {
             self.queue.push(self.now + 50 * MS, Event::Ask { device });
         }
     }
 
-    /// Gives a request to the device's exporter; its token, or `None` if nobody exports.
+    /// Gives a request to the device's exporter; its token for the results, or `None` if nobody exports.
     pub fn submit(&mut self, device: usize, wish: Wish) -> Option<u64> {
-        let exporter = self.exporting[device].filter(|(node, process)| {
+        let exporter = self.exporter(device)?;
+        self.submit_to(device, exporter, wish, true)
+    }
+
+    fn exporter(&self, device: usize) -> Option<(u16, u64)> {
+        self.exporting[device].filter(|(node, process)| {
             self.alive(*node, *process) && self.node(*node).paused_until <= self.now
-        })?;
-        self.submit_to(device, exporter, wish)
+        })
     }
 
     pub(super) fn submit_to(
@@ -86,6 +117,7 @@ impl Cluster {
         device: usize,
         (node, process): (u16, u64),
         wish: Wish,
+        wanted: bool,
     ) -> Option<u64> {
         let now = self.now;
         self.next_token += 1;
@@ -138,7 +170,7 @@ impl Cluster {
                 kind: wish.kind,
                 offset: wish.offset,
                 length,
-                buffer: buffer.map(|buffer| buffer.0),
+                buffer,
                 began: now,
                 writes,
                 exporter: (node, process),
@@ -148,6 +180,7 @@ impl Cluster {
                     0
                 },
                 replaced: false,
+                wanted,
             },
         );
         self.drain(node);
@@ -193,14 +226,15 @@ impl Cluster {
                 .push(format!("n{node}: request {token} is refused under the present claim"));
         }
         let (device, first) = (asked.device, (asked.offset / SECTOR as u64) as usize);
+        let freed = asked.buffer.and_then(|buffer| Some(self.process(node)?.free(buffer))).transpose();
+        let buffer = freed.unwrap_or_else(|wrong| {
+            self.checker.violations.push(format!("n{node}: request {token}: {wrong}"));
+            None
+        });
         let mut stamps = Vec::new();
-        if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, asked.buffer) {
-            let data = self
-                .process(node)
-                .and_then(|process| process.buffers.get(&buffer))
-                .cloned()
-                .unwrap_or_default();
-            for (index, sector) in data.chunks(SECTOR).enumerate() {
+        if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, buffer) {
+            stamps.reserve(buffer.bytes().len() / SECTOR);
+            for (index, sector) in buffer.bytes().chunks(SECTOR).enumerate() {
                 match stamp(sector) {
                     Some(stamp) => {
                         stamps.push(stamp);
@@ -213,12 +247,6 @@ impl Cluster {
                         .violations
                         .push(format!("request {token}: a torn sector {:x?}", &sector[..32])),
                 }
-            }
-        }
-        if let Some(buffer) = asked.buffer {
-            let freed = self.process(node).and_then(|process| process.free(BufferId(buffer)));
-            if let Some(wrong) = freed {
-                self.checker.violations.push(format!("n{node}: request {token}: {wrong}"));
             }
         }
         match (&result, asked.kind) {
@@ -248,7 +276,9 @@ impl Cluster {
         if !stamps.is_empty() {
             self.say(|| format!("n{node}: request {token} read {stamps:x?}"));
         }
-        self.results.insert(token, result.map(|()| stamps));
+        if asked.wanted {
+            self.results.insert(token, result.map(|()| stamps));
+        }
         // Bursts, and silence between them.
         let longest = if self.random.one_in(3) { MS } else { 250 * MS };
         let pause = self.random.range(10_000, longest);

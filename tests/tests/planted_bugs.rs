@@ -1,0 +1,24 @@
+//! The simulator notices what it is there for: each planted mistake has a seed that shows it, and
+//! shows nothing without it.
+
+use mirror_net::planted::Bug;
+use mirror_tests::sim::schedule::{broken_by, run};
+
+/// Lines of `BUG SEED`; `mirror-sim --hunt all` prints such lines.
+const SEEDS: &str = include_str!("../planted-seeds.txt");
+
+#[test]
+fn every_planted_bug_is_noticed_by_its_seed_and_only_with_it() {
+    let mut left: Vec<Bug> = Bug::ALL.to_vec();
+    for line in SEEDS.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
+        let mut words = line.split_whitespace();
+        let bug = words.next().and_then(Bug::named).unwrap_or_else(|| panic!("no bug: {line}"));
+        let seed =
+            words.next().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| panic!("no seed: {line}"));
+        assert_eq!(run(seed, false).violations, Vec::<String>::new(), "seed {seed} without {}", bug.name());
+        assert!(broken_by(bug, seed).is_some(), "seed {seed} shows nothing of {}", bug.name());
+        left.retain(|other| *other != bug);
+    }
+    let left: Vec<&str> = left.iter().map(|bug| bug.name()).collect();
+    assert_eq!(left, Vec::<&str>::new(), "no seed for these: mirror-sim --hunt all");
+}
