@@ -100,7 +100,7 @@ pub const SCENARIOS: &[Scenario] = &[
         replication::Bounds { writes: 2, crashes: 2, partitions: 1, newcomer: true, ..NONE },
     ),
     long("three-power", replication::Bounds { nodes: 3, writes: 1, crashes: 2, ..NONE }),
-    long("three-newcomer", replication::Bounds { nodes: 3, writes: 1, crashes: 2, newcomer: true, ..NONE }),
+    long("three-newcomer", replication::Bounds { nodes: 3, writes: 2, crashes: 2, newcomer: true, ..NONE }),
     long(
         "three-all",
         replication::Bounds { nodes: 3, writes: 1, crashes: 2, partitions: 1, power_cuts: false, ..NONE },

@@ -20,7 +20,7 @@ pub struct Bounds {
     pub nodes: usize,
     /// Regions.
     pub regions: usize,
-    /// Writes.
+    /// Writes; where a copy is new, the first of them is what the others begin with.
     pub writes: u8,
     /// Crashes of any node, of the kinds below.
     pub crashes: u8,
