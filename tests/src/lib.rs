@@ -4,6 +4,7 @@
 pub mod contents;
 pub mod fio;
 pub mod lab;
+pub mod model;
 pub mod nbd;
 pub mod playground;
 pub mod sim;

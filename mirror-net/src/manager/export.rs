@@ -1,13 +1,15 @@
 //! When a device's exporter may start (rules 14 and 15).
 
 use super::registry::{Registry, Standing};
+use crate::ids::MapVersion;
 use crate::map::{Device, DistributionMap};
 use crate::planted::{self, Bug};
 
 /// Why a device may not be exported yet; one line for each thing that is missing, none if it may.
 ///
-/// The present primary of every slice must be what the map says and have adopted the claim: only
-/// then is every older exporter's write finished or refused.
+/// The present primary of every slice must be what the map says and have adopted the claim, and that
+/// it is primary: only then is every older exporter's write finished or refused. One that knows the
+/// claim but not yet its role still takes the writes of the primary before it.
 pub fn hindrances(map: &DistributionMap, device: &Device, registry: &Registry, now_ms: u64) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for span in &device.spans {
@@ -16,10 +18,11 @@ pub fn hindrances(map: &DistributionMap, device: &Device, registry: &Registry, n
         let line = match registry.standing(map, span, replica, now_ms) {
             Standing::Intact => {
                 let adopted = registry.get(&node.name).map_or_else(Default::default, |node| node.adopted);
-                if adopted >= device.claim.since || planted::is(Bug::ExportedEarly) {
+                let fence = MapVersion(device.claim.since.0.max(span.epoch.0));
+                if adopted >= fence || planted::is(Bug::ExportedEarly) {
                     continue;
                 }
-                format!("{} has not adopted map {} yet", node.name, device.claim.since)
+                format!("{} has not adopted map {fence} yet", node.name)
             }
             Standing::Unknown => format!("its primary {} has not registered", node.name),
             Standing::Away => format!("its primary {} is not connected", node.name),

@@ -149,6 +149,8 @@ fn an_exporter_that_restarted_waits_for_its_primaries() {
     // n2 is not here, and n1-d1 has its primary on n1: exported. n2-d1 is not n1's.
     bench.register(1, restarted(1));
     assert_eq!(bench.copies("n1-d1"), "n1+ n2-", "readmitted alone");
+    assert_eq!(bench.exports(1), [""; 0], "not before it knows that it is primary in this incarnation");
+    bench.adopt(1);
     assert_eq!(bench.exports(1), ["n1-d1", "n1-d1-unmirrored"]);
 }
 
