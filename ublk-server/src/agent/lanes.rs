@@ -86,7 +86,10 @@ impl Lanes {
                 tracing::info!(node = lane.peer, session = lane.session, "connected");
                 io.lane(*id, lane.session, lane.process, lane.socket);
             }
-            None => self.closed(&lane.peer),
+            None => {
+                tracing::warn!(node = lane.peer, "a connection was refused: that node is not in the map");
+                self.closed(&lane.peer);
+            }
         }
     }
 

@@ -18,6 +18,26 @@ pub struct LaneParser {
     seed: CrcSeed,
 }
 
+impl LaneParser {
+    /// For the lanes of a cluster.
+    pub fn new(seed: CrcSeed) -> Self {
+        Self { seed }
+    }
+}
+
+/// Checks a body that arrived, and reads the trailer that ends it where the message was forwarded.
+pub fn open_body(header: &Header, body: &[u8], seed: CrcSeed) -> Result<Option<Trailer>, BadFrame> {
+    if seed.body([body, &[]]) != header.body_crc {
+        return Err(BadFrame::BodyCrc);
+    }
+    if !header.kind.is_forwarded() {
+        return Ok(None);
+    }
+    let trailer =
+        body.last_chunk::<TRAILER_BYTES>().ok_or(BadFrame::Content("forwarded without a trailer"))?;
+    Ok(Some(Trailer::decode(trailer)))
+}
+
 impl FrameParser for LaneParser {
     const HEADER_BYTES: usize = HEADER_BYTES;
     type Header = Header;
@@ -56,7 +76,7 @@ pub struct Message {
 impl Lane {
     /// Takes a connection whose handshake is done.
     pub fn new(peer: NodeId, session: u64, fd: OwnedFd, seed: CrcSeed) -> Self {
-        Self { peer, session, stream: Stream::new(fd, LaneParser { seed }, &[]), seed, read_buffer: None }
+        Self { peer, session, stream: Stream::new(fd, LaneParser::new(seed), &[]), seed, read_buffer: None }
     }
 
     /// The next message that is complete; `None` until more was received.
@@ -72,6 +92,11 @@ impl Lane {
 
     /// Finds the place of a body.
     fn place(&mut self, header: &Header, length: usize, buffers: &mut Buffers) -> Result<(), BadFrame> {
+        // The engine forgives a message that was on its way when its session ended; on this connection
+        // there never was another session.
+        if header.session != self.session {
+            return Err(BadFrame::Session);
+        }
         let carries_data = match header.kind {
             Kind::Write | Kind::ForwardWrite => true,
             Kind::Reply => length > 0,
@@ -101,13 +126,7 @@ impl Lane {
             Some(range) => buffers.bytes(range),
             None => self.stream.small(),
         };
-        let mut result =
-            if self.seed.body([body, &[]]) == header.body_crc { Ok(None) } else { Err(BadFrame::BodyCrc) };
-        if header.kind.is_forwarded() && result.is_ok() {
-            let trailer =
-                body.last_chunk::<TRAILER_BYTES>().ok_or(BadFrame::Content("forwarded without a trailer"));
-            result = trailer.map(|bytes| Some(Trailer::decode(bytes)));
-        }
+        let result = open_body(&header, body, self.seed);
         let buffer = in_buffer.map(|range| range.buffer).or(self.read_buffer.take());
         match result {
             Ok(trailer) => Ok(Message { header, trailer, buffer }),
