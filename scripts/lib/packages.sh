@@ -33,3 +33,11 @@ need_test_packages() {
     need_packages fio:fio nbdinfo:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils sqlite3:sqlite3 \
         shellcheck:shellcheck ip:iproute2
 }
+
+# need_cargo_program NAME - a program that cargo installs, by the name of its package.
+need_cargo_program() {
+    command -v "$1" >/dev/null && return 0
+    [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/$1 ]] && return 0
+    echo "installing $1" >&2
+    cargo install --locked --quiet "$1"
+}

@@ -6,9 +6,10 @@ use mirror_net::control::{ManagerMessage, NodeMessage, OperatorRequest};
 use mirror_net::manager::ConnectionId;
 use mirror_net::wire::handshake::{Identity, Purpose, Role};
 use mirror_net::wire::transport::{self, TransportError};
+use serde::de::DeserializeOwned;
 use std::net::SocketAddr;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
@@ -16,32 +17,66 @@ use tokio::time::timeout;
 
 /// How long a handshake and a first message may take.
 const GREETING_MAX: Duration = Duration::from_secs(5);
+/// How long a message may take from its first bytes to its last.
+const MESSAGE_MAX: Duration = Duration::from_secs(5);
 /// A node that says nothing for so long is hung up on; long after it counts as silent.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Messages waiting for a node that does not read them.
 const QUEUE_MAX: usize = 256;
 
-/// Serves a connection until it ends.
-pub(super) async fn serve(stream: TcpStream, from: SocketAddr, shared: Shared) {
-    if let Err(error) = run(stream, from, &shared).await {
-        tracing::debug!("connection from {from}: {error}");
+/// Why a connection ended before it was done.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error("it did not finish its handshake")]
+    Greeting,
+    #[error("it has said nothing for {} s", .0.as_secs())]
+    Silence(Duration),
+    #[error("it stopped in the middle of a message")]
+    Midway,
+}
+
+impl From<std::io::Error> for End {
+    fn from(error: std::io::Error) -> Self {
+        Self::Transport(error.into())
     }
 }
 
-async fn run(mut stream: TcpStream, from: SocketAddr, shared: &Shared) -> Result<(), TransportError> {
+impl End {
+    /// Somebody who goes away is nothing to tell of, nor is a port scan.
+    fn is_ordinary(&self) -> bool {
+        matches!(self, Self::Transport(TransportError::Io(_)))
+    }
+}
+
+/// Serves a connection until it ends.
+pub(super) async fn serve(stream: TcpStream, from: SocketAddr, shared: Shared) {
+    let mut who = String::new();
+    let Err(end) = run(stream, &shared, &mut who).await else { return };
+    let what = match who.as_str() {
+        "" => format!("a connection from {} was turned away: {end}", from.ip()),
+        who => format!("the connection of {who} at {} ended: {end}", from.ip()),
+    };
+    if end.is_ordinary() {
+        tracing::debug!("{what}");
+    } else if shared.is_news(&what) {
+        tracing::warn!("{what}");
+    }
+}
+
+/// `who` is filled in once the other side has proven the key.
+async fn run(mut stream: TcpStream, shared: &Shared, who: &mut String) -> Result<(), End> {
     stream.set_nodelay(true)?;
     let Ok(nonce) = random_bytes() else { return Ok(()) };
     let greeting = transport::accept(&mut stream, &shared.key, nonce);
-    let Ok(incoming) = timeout(GREETING_MAX, greeting).await else { return Ok(()) };
-    let incoming = incoming.inspect_err(|error| {
-        // Somebody with another key is worth knowing; a port scan is not.
-        if matches!(error, TransportError::Handshake(_)) {
-            let news = format!("a connection from {} was turned away: {error}", from.ip());
-            if shared.is_news(&news) {
-                tracing::warn!("{news}");
-            }
-        }
-    })?;
+    let incoming = timeout(GREETING_MAX, greeting).await.map_err(|_| End::Greeting)??;
+    let peer = incoming.peer();
+    *who = match peer.role {
+        Role::Node => format!("node {}", peer.name),
+        Role::Manager => format!("manager {}", peer.name),
+        Role::Operator => format!("an operator on {}", peer.name),
+    };
     if incoming.purpose() != Purpose::Control {
         incoming.refuse(&mut stream, "this is the manager; lanes go from node to node").await?;
         return Ok(());
@@ -68,9 +103,20 @@ async fn run(mut stream: TcpStream, from: SocketAddr, shared: &Shared) -> Result
     }
 }
 
-async fn operator(mut stream: TcpStream, shared: &Shared) -> Result<(), TransportError> {
+/// Receives a message that begins within `patience`. Once it has begun it has to come.
+async fn receive<S: AsyncRead + Unpin, T: DeserializeOwned>(
+    stream: &mut S,
+    patience: Duration,
+) -> Result<T, End> {
+    let length = timeout(patience, transport::receive_length(stream)).await;
+    let length = length.map_err(|_| End::Silence(patience))??;
+    let body = timeout(MESSAGE_MAX, transport::receive_body(stream, length)).await;
+    Ok(body.map_err(|_| End::Midway)??)
+}
+
+async fn operator(mut stream: TcpStream, shared: &Shared) -> Result<(), End> {
     loop {
-        let request: OperatorRequest = transport::receive(&mut stream).await?;
+        let request: OperatorRequest = receive(&mut stream, GREETING_MAX).await?;
         let (reply, answer) = oneshot::channel();
         if shared.events.send(Event::Operator { request, reply }).await.is_err() {
             return Ok(());
@@ -80,10 +126,8 @@ async fn operator(mut stream: TcpStream, shared: &Shared) -> Result<(), Transpor
     }
 }
 
-async fn node(mut stream: TcpStream, shared: &Shared, peer: Identity) -> Result<(), TransportError> {
-    let first = timeout(GREETING_MAX, transport::receive(&mut stream));
-    let Ok(first) = first.await else { return Ok(()) };
-    let NodeMessage::Register(registration) = first? else {
+async fn node(mut stream: TcpStream, shared: &Shared, peer: Identity) -> Result<(), End> {
+    let NodeMessage::Register(registration) = receive(&mut stream, GREETING_MAX).await? else {
         tracing::warn!("node {} spoke before it registered", peer.name);
         return Ok(());
     };
@@ -106,7 +150,7 @@ async fn node(mut stream: TcpStream, shared: &Shared, peer: Identity) -> Result<
                 drop(writer);
                 Ok(())
             }
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         },
     };
     let _ = shared.events.send(Event::Disconnected { connection }).await;
@@ -129,19 +173,9 @@ async fn receive_all(
     mut reader: OwnedReadHalf,
     connection: ConnectionId,
     shared: &Shared,
-) -> Result<(), TransportError> {
+) -> Result<(), End> {
     loop {
-        let Ok(message) = timeout(SILENCE_MAX, transport::receive(&mut reader)).await else { return Ok(()) };
-        let message = match message {
-            Ok(message) => message,
-            Err(error) => {
-                // Most likely the node runs another release: worth a line, and the end of this connection.
-                if matches!(error, TransportError::Json(_)) {
-                    tracing::warn!("{connection:?}: {error}");
-                }
-                return Err(error);
-            }
-        };
+        let message = receive(&mut reader, SILENCE_MAX).await?;
         if shared.events.send(Event::Message { connection, message }).await.is_err() {
             return Ok(());
         }

@@ -1,6 +1,7 @@
 //! What must hold of every map, checked on every load and after every change.
 
 use super::{Device, DistributionMap, MAP_FORMAT, ReplicaState};
+use crate::format::geometry::SLOTS_MAX;
 use crate::ids::{DeviceId, DiskId, NodeId};
 use crate::region::masks::REGIONS_PER_SLICE;
 use std::collections::{HashMap, HashSet};
@@ -9,6 +10,11 @@ use std::collections::{HashMap, HashSet};
 pub const SLICE_BYTES_MIN: u32 = 4096 * REGIONS_PER_SLICE;
 /// Largest slice: offsets within a slice stay well inside 32 bits.
 pub const SLICE_BYTES_MAX: u32 = 1 << 30;
+/// Largest number of a version, epoch or generation: each counts changes one by one, so none comes near, and
+/// one more never overflows.
+pub const COUNT_MAX: u64 = 1 << 60;
+/// The same for the loss generation, whose room on disk is smaller.
+pub const LOSS_MAX: u32 = 1 << 30;
 /// Most copies of a slice.
 pub const COPIES_MAX: usize = 3;
 
@@ -20,6 +26,12 @@ pub enum InvalidMap {
         "the map has format {found}, this program reads format {MAP_FORMAT}: use the program that wrote it"
     )]
     Format { found: u32 },
+    #[error("{what} {number} is beyond anything that was counted")]
+    Count { what: &'static str, number: u64 },
+    #[error("{what} {id} has a block size of {bytes} bytes: neither 512, 1024, 2048 nor 4096")]
+    BlockBytes { what: &'static str, id: String, bytes: u32 },
+    #[error("{disk} has {slots} slots, more than {SLOTS_MAX}")]
+    TooManySlots { disk: DiskId, slots: u64 },
     #[error("slice size {0} is not a power of two between {SLICE_BYTES_MIN} and {SLICE_BYTES_MAX}")]
     SliceBytes(u32),
     #[error("{what} {id} appears twice or out of order")]
@@ -30,6 +42,8 @@ pub enum InvalidMap {
     DiskWithoutNode(DiskId),
     #[error("device {0:?}: its claim names a node that is not in the map")]
     ClaimWithoutNode(String),
+    #[error("device {0:?}: its claim is from beyond the map's version")]
+    ClaimAhead(String),
     #[error("device {device:?}: slices {from} to {to} are missing or doubled")]
     Coverage { device: String, from: u32, to: u32 },
     #[error("device {device:?} slice {slice}: no replica at all")]
@@ -65,6 +79,7 @@ impl DistributionMap {
         {
             return Err(InvalidMap::SliceBytes(self.slice_bytes));
         }
+        counted("map version", self.version.0)?;
         ordered("node", self.nodes.iter().map(|node| node.id))?;
         ordered("disk", self.disks.iter().map(|disk| disk.id))?;
         ordered("device", self.devices.iter().map(|device| device.id))?;
@@ -75,12 +90,22 @@ impl DistributionMap {
             if !nodes.contains(&disk.node) {
                 return Err(InvalidMap::DiskWithoutNode(disk.id));
             }
+            block_bytes("disk", disk.id, disk.block_bytes)?;
+            // Bounds the length of every device, and so what anybody keeps of it in memory.
+            if disk.slots.total() > u64::from(SLOTS_MAX) {
+                return Err(InvalidMap::TooManySlots { disk: disk.id, slots: disk.slots.total() });
+            }
         }
         let mut committed: HashMap<DiskId, u64> = HashMap::new();
         for device in &self.devices {
             if !nodes.contains(&device.claim.node) {
                 return Err(InvalidMap::ClaimWithoutNode(device.name.clone()));
             }
+            counted("claim generation", device.claim.generation.0)?;
+            if device.claim.since > self.version {
+                return Err(InvalidMap::ClaimAhead(device.name.clone()));
+            }
+            block_bytes("device", device.id, device.block_bytes)?;
             self.validate_spans(device, &mut committed)?;
         }
         for (id, wanted) in committed {
@@ -119,6 +144,9 @@ impl DistributionMap {
             }
             if span.epoch.0 > self.version.0 {
                 return Err(InvalidMap::EpochAhead { device: name(), slice });
+            }
+            if span.loss.0 > LOSS_MAX {
+                return Err(InvalidMap::Count { what: "loss generation", number: span.loss.0.into() });
             }
             for (index, replica) in span.replicas.iter().enumerate() {
                 let disk = self.disk(replica.disk).ok_or(InvalidMap::UnknownDisk {
@@ -167,6 +195,15 @@ impl DistributionMap {
     }
 }
 
+fn counted(what: &'static str, number: u64) -> Result<(), InvalidMap> {
+    if number > COUNT_MAX { Err(InvalidMap::Count { what, number }) } else { Ok(()) }
+}
+
+fn block_bytes(what: &'static str, id: impl ToString, bytes: u32) -> Result<(), InvalidMap> {
+    let known = bytes.is_power_of_two() && (512..=4096).contains(&bytes);
+    if known { Ok(()) } else { Err(InvalidMap::BlockBytes { what, id: id.to_string(), bytes }) }
+}
+
 fn ordered<I: Ord + Copy + ToString>(
     what: &'static str,
     ids: impl Iterator<Item = I>,
@@ -189,4 +226,44 @@ fn unique<'a>(what: &'static str, names: impl Iterator<Item = &'a str>) -> Resul
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::layout::tests::pair_map;
+    use crate::map::verbs::Verb;
+
+    fn refused(change: impl FnOnce(&mut DistributionMap)) -> String {
+        let mut map = pair_map(2);
+        assert_eq!(map.validate(), Ok(()));
+        change(&mut map);
+        map.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn numbers_that_nobody_counted_to_are_refused() {
+        assert!(refused(|map| map.version.0 = u64::MAX).contains("map version"));
+        assert!(refused(|map| map.devices[0].claim.generation.0 = u64::MAX).contains("claim generation"));
+        assert!(refused(|map| map.devices[0].claim.since.0 = map.version.0 + 1).contains("its claim"));
+        assert!(refused(|map| map.devices[0].spans[0].loss.0 = u32::MAX).contains("loss generation"));
+    }
+
+    #[test]
+    fn the_last_version_that_can_be_counted_is_the_last() {
+        let mut map = pair_map(2);
+        map.version.0 = COUNT_MAX;
+        assert_eq!(map.validate(), Ok(()));
+        let verb = Verb::MoveClaim { device: map.devices[0].id, node: map.nodes[1].id };
+        assert!(map.apply(&[verb]).is_err());
+    }
+
+    #[test]
+    fn sizes_that_no_disk_has_are_refused() {
+        assert!(refused(|map| map.disks[0].slots.unmirrored = u32::MAX).contains("slots"));
+        for bytes in [0, 256, 513, 8192, u32::MAX] {
+            assert!(refused(|map| map.disks[0].block_bytes = bytes).contains("block size"));
+            assert!(refused(|map| map.devices[0].block_bytes = bytes).contains("block size"));
+        }
+    }
 }

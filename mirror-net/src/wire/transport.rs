@@ -145,10 +145,25 @@ pub async fn send<S: AsyncWrite + Unpin, T: Serialize>(
 
 /// Receives one message. Not safe to cancel in the middle: give it a task of its own.
 pub async fn receive<S: AsyncRead + Unpin, T: DeserializeOwned>(stream: &mut S) -> Result<T, TransportError> {
+    let length = receive_length(stream).await?;
+    receive_body(stream, length).await
+}
+
+/// Receives what comes before a message: its length. For callers that wait long for a message to begin,
+/// and not at all long for the rest of it.
+pub async fn receive_length<S: AsyncRead + Unpin>(stream: &mut S) -> Result<u32, TransportError> {
     let length = stream.read_u32_le().await?;
     if length > MESSAGE_BYTES_MAX {
         return Err(TransportError::TooLong(length));
     }
+    Ok(length)
+}
+
+/// Receives the rest of a message whose length is known.
+pub async fn receive_body<S: AsyncRead + Unpin, T: DeserializeOwned>(
+    stream: &mut S,
+    length: u32,
+) -> Result<T, TransportError> {
     let mut bytes = Vec::new();
     // Grows with what arrives: a length alone reserves no memory.
     (&mut *stream).take(u64::from(length)).read_to_end(&mut bytes).await?;

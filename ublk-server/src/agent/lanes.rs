@@ -98,7 +98,10 @@ impl Lanes {
     /// node that is not known is dropped.
     pub fn established(&mut self, lane: NewLane, io: &IoHandle) {
         let NewLane { peer, process, session, socket, hold } = lane;
-        let Some(&id) = self.ids.get(&peer) else { return };
+        let Some(&id) = self.ids.get(&peer) else {
+            tracing::warn!(node = peer, "a connection was refused: that node is not in the map");
+            return;
+        };
         tracing::info!(node = peer, session, "connected");
         let before = self.standing.remove(&id);
         // Whoever dialled the lane before waits for this one now.

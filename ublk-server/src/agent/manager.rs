@@ -9,12 +9,15 @@ use mirror_net::wire::transport::{self, TransportError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
+use tokio::net::tcp::OwnedReadHalf;
 use tokio::sync::mpsc;
 
 /// Between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(300);
 /// For a connection and its handshake.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// For a message, from its first bytes to its last; a map may be long.
+const MESSAGE_MAX: Duration = Duration::from_secs(10);
 
 /// The cluster that this node belongs to, once it knows.
 #[derive(Clone, Default)]
@@ -80,6 +83,13 @@ async fn connect(
     Ok(stream)
 }
 
+/// Receives a message. The manager may say nothing for long, but not stop in the middle.
+async fn receive(reader: &mut OwnedReadHalf) -> Result<ManagerMessage, TransportError> {
+    let length = transport::receive_length(reader).await?;
+    let body = tokio::time::timeout(MESSAGE_MAX, transport::receive_body(reader, length)).await;
+    body.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
+}
+
 /// Carries messages both ways until the connection ends.
 async fn converse(stream: TcpStream, inputs: &mpsc::UnboundedSender<Input>) -> TransportError {
     let (mut reader, mut writer) = stream.into_split();
@@ -98,7 +108,7 @@ async fn converse(stream: TcpStream, inputs: &mpsc::UnboundedSender<Input>) -> T
             return TransportError::Io(std::io::ErrorKind::ConnectionAborted.into());
         }
         loop {
-            match transport::receive::<_, ManagerMessage>(&mut reader).await {
+            match receive(&mut reader).await {
                 Ok(message) => {
                     if inputs.send(Input::Manager(message)).is_err() {
                         return TransportError::Io(std::io::ErrorKind::ConnectionAborted.into());

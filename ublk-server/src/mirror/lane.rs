@@ -18,6 +18,26 @@ pub struct LaneParser {
     seed: CrcSeed,
 }
 
+impl LaneParser {
+    /// For the lanes of a cluster.
+    pub fn new(seed: CrcSeed) -> Self {
+        Self { seed }
+    }
+}
+
+/// Checks a body that arrived, and reads the trailer that ends it where the message was forwarded.
+pub fn open_body(header: &Header, body: &[u8], seed: CrcSeed) -> Result<Option<Trailer>, BadFrame> {
+    if seed.body([body, &[]]) != header.body_crc {
+        return Err(BadFrame::BodyCrc);
+    }
+    if !header.kind.is_forwarded() {
+        return Ok(None);
+    }
+    let trailer =
+        body.last_chunk::<TRAILER_BYTES>().ok_or(BadFrame::Content("forwarded without a trailer"))?;
+    Ok(Some(Trailer::decode(trailer)))
+}
+
 impl FrameParser for LaneParser {
     const HEADER_BYTES: usize = HEADER_BYTES;
     type Header = Header;
@@ -60,7 +80,7 @@ impl Lane {
     }
 
     fn with_unread(peer: NodeId, session: u64, fd: OwnedFd, seed: CrcSeed, unread: &[u8]) -> Self {
-        Self { peer, session, stream: Stream::new(fd, LaneParser { seed }, unread), seed, read_buffer: None }
+        Self { peer, session, stream: Stream::new(fd, LaneParser::new(seed), unread), seed, read_buffer: None }
     }
 
     /// The next message that is complete; `None` until more was received.
@@ -76,7 +96,8 @@ impl Lane {
 
     /// Finds the place of a body.
     fn place(&mut self, header: &Header, length: usize, buffers: &mut Buffers) -> Result<(), BadFrame> {
-        // A lane carries one session: whatever else comes on it ends this one, not the one it names.
+        // A lane carries one session: whatever else comes on it ends this one, not the one it names. The
+        // engine forgives a message that was on its way when its session ended; here there never was another.
         if header.session != self.session {
             return Err(BadFrame::Session);
         }
@@ -106,13 +127,7 @@ impl Lane {
             Some(range) => buffers.bytes(range),
             None => self.stream.small(),
         };
-        let mut result =
-            if self.seed.body([body, &[]]) == header.body_crc { Ok(None) } else { Err(BadFrame::BodyCrc) };
-        if header.kind.is_forwarded() && result.is_ok() {
-            let trailer =
-                body.last_chunk::<TRAILER_BYTES>().ok_or(BadFrame::Content("forwarded without a trailer"));
-            result = trailer.map(|bytes| Some(Trailer::decode(bytes)));
-        }
+        let result = open_body(&header, body, self.seed);
         let buffer = in_buffer.map(|range| range.buffer).or(self.read_buffer.take());
         match result {
             Ok(trailer) => Ok(Message { header, trailer, buffer }),
