@@ -27,7 +27,7 @@ pub(super) enum Clearing {
     /// Slices and regions that may be cleared once everything is flushed.
     Flushing(Vec<(u32, u64)>),
     /// Runs of regions that are left: slice, first, count.
-    Clearing { left: VecDeque<(u32, u32, u32)>, under_way: usize },
+    Sweeping { left: VecDeque<(u32, u32, u32)>, under_way: usize },
 }
 
 impl Slice {
@@ -98,7 +98,7 @@ impl Engine {
         }
         let runs = idle.into_iter().flat_map(|(slice, regions)| runs(regions).map(move |run| (slice, run)));
         let left = runs.map(|(slice, (first, count))| (slice, first, count)).collect();
-        self.devices[device].clearing = Clearing::Clearing { left, under_way: 0 };
+        self.devices[device].clearing = Clearing::Sweeping { left, under_way: 0 };
         self.clear_next(device);
     }
 
@@ -106,14 +106,14 @@ impl Engine {
     pub(super) fn restart_clearing(&mut self, device: usize) {
         match &mut self.devices[device].clearing {
             Clearing::Idle => {}
-            Clearing::Clearing { left, under_way } if *under_way > 0 => left.clear(),
+            Clearing::Sweeping { left, under_way } if *under_way > 0 => left.clear(),
             other => *other = Clearing::Idle,
         }
     }
 
     fn clear_next(&mut self, device: usize) {
         loop {
-            let Clearing::Clearing { left, under_way } = &mut self.devices[device].clearing else { return };
+            let Clearing::Sweeping { left, under_way } = &mut self.devices[device].clearing else { return };
             if *under_way >= AT_A_TIME {
                 return;
             }
@@ -133,7 +133,7 @@ impl Engine {
                 ..Op::primary(Origin::Upkeep, device, span.epoch)
             };
             if self.enqueue_unless_busy(op)
-                && let Clearing::Clearing { under_way, .. } = &mut self.devices[device].clearing
+                && let Clearing::Sweeping { under_way, .. } = &mut self.devices[device].clearing
             {
                 *under_way += 1;
             }
@@ -187,7 +187,7 @@ impl Engine {
             let regions = touched(op.offset, op.length, self.region_bytes());
             self.clear(op.disk, op.slot, regions, readable);
         }
-        if let Clearing::Clearing { under_way, .. } = &mut self.devices[op.device].clearing {
+        if let Clearing::Sweeping { under_way, .. } = &mut self.devices[op.device].clearing {
             *under_way = under_way.saturating_sub(1);
         }
         self.clear_next(op.device);

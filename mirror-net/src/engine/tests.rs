@@ -124,7 +124,7 @@ fn adoption_of_a_claim_is_reported_when_older_writes_are_done() {
     rig.adopt(&claimed(&first, 2));
     assert_eq!(rig.reports, []);
     rig.ack(&leg[0]);
-    assert_eq!(rig.reports, [Report::Adopted { version: crate::ids::MapVersion(2) }]);
+    assert_eq!(rig.reports, [Report::Adopted { version: MapVersion(2) }]);
 }
 
 #[test]

@@ -35,8 +35,7 @@ impl IoHandle {
     /// is returned beside.
     pub fn start(
         key: &ClusterKey,
-        node: NodeId,
-        process: ProcessId,
+        me: Me,
         map: &DistributionMap,
         disks: &[Candidate],
         inputs: mpsc::UnboundedSender<Input>,
@@ -52,7 +51,7 @@ impl IoHandle {
             }
         }
         let (locals, files): (Vec<LocalDisk>, Vec<DiskFile>) = opened.into_iter().unzip();
-        let engine = Engine::new(Me { node, process }, map.slice_bytes, locals, now());
+        let engine = Engine::new(me, map.slice_bytes, locals, now());
         let (handle, inbox) = channel().context("eventfd")?;
         let (events, mut received) = mpsc::unbounded_channel::<Event>();
         let keys = WireKeys { seed: CrcSeed::new(&map.cluster), digests: key.digest_key() };

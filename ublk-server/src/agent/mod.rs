@@ -27,6 +27,7 @@ use mirror_net::config::{ClusterFile, Frontend, NodeFile};
 use mirror_net::control::{
     ExportReport, FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
 };
+use mirror_net::engine::Me;
 use mirror_net::engine::action::Report;
 use mirror_net::ids::{AttachId, ClusterId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
@@ -336,8 +337,7 @@ impl Agent {
     fn start_io(&mut self, me: NodeId, map: &DistributionMap) -> bool {
         match IoHandle::start(
             &self.common.key,
-            me,
-            self.common.process,
+            Me { node: me, process: self.common.process },
             map,
             &self.disks,
             self.inputs.clone(),

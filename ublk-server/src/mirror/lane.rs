@@ -80,7 +80,13 @@ impl Lane {
     }
 
     fn with_unread(peer: NodeId, session: u64, fd: OwnedFd, seed: CrcSeed, unread: &[u8]) -> Self {
-        Self { peer, session, stream: Stream::new(fd, LaneParser::new(seed), unread), seed, read_buffer: None }
+        Self {
+            peer,
+            session,
+            stream: Stream::new(fd, LaneParser::new(seed), unread),
+            seed,
+            read_buffer: None,
+        }
     }
 
     /// The next message that is complete; `None` until more was received.
