@@ -10,16 +10,19 @@
 //! *its* `primary` as a frame. At a secondary it enters through `secondary`. `session` keeps the lanes,
 //! leases and what is in flight; `flush` flushes; `adopt` brings in a new map.
 //!
-//! Behind the requests: `resync` knows which regions of which copies may differ, `copy` makes one equal,
-//! `clear` forgets what is equal everywhere, `repair` replaces what this disk cannot read.
+//! Behind the requests: `behind` knows which regions of which copies may differ, `resync` chooses what to
+//! compare next, `copy` makes a region equal, `join` makes a copy that lacks nothing a member, `clear`
+//! forgets what is equal everywhere, `repair` replaces what this disk cannot read.
 
 pub mod action;
 mod adopt;
+mod behind;
 mod clear;
 mod copy;
 mod exporter;
 mod extents;
 mod flush;
+mod join;
 mod local;
 mod loss;
 mod op;
@@ -106,7 +109,7 @@ struct Device {
     /// What was acknowledged to this node's frontends under the present claim.
     unflushed: loss::Unflushed,
     /// Copies that are about to become members.
-    joining: Vec<resync::Joining>,
+    joining: Vec<join::Joining>,
     clearing: clear::Clearing,
 }
 
@@ -132,7 +135,7 @@ struct Slice {
     /// The last change of its masks that was submitted.
     intent: Ticket,
     /// As primary: what may differ on other copies; none of it where there is no entry.
-    behind: Vec<resync::Behind>,
+    behind: Vec<behind::Behind>,
     /// Regions written in this round of clearing, and in the one before.
     recent: u64,
     before: u64,

@@ -1,70 +1,32 @@
-//! Resync: which regions of which copies may differ from this node's, and how they become equal again.
+//! Resync: how copies become equal again of which regions may differ ([`behind`](super::behind)).
 //!
-//! For every slice that this node is primary of and every other copy that gets its writes, the engine
-//! knows which regions may differ ([`Behind`]): none, once they have been compared, but what a write
-//! did here that was not acknowledged there. It starts from not knowing, whenever this node's role or
-//! that copy's place in the list is new, or the copy's disk was attached again; then the two masks are
-//! united (PROTOCOL.md rule 11) and the union is compared, region by region (`copy`).
-//!
-//! What is known outlives a lost session, since every write that was not acknowledged there is
-//! noted when it ends here: the same primary process and the same attachment go on where they were.
-//!
-//! A syncing copy with nothing left is made a member (rules 6 and 7): it takes over the dirty bits, is
-//! counted on from then on, flushes, and the manager is asked.
+//! For each device and each other node with copies of it: masks are exchanged with the copies that may
+//! differ anywhere, and what is found is compared and copied region by region ([`copy`](super::copy)),
+//! what somebody waits for first. When nothing is left, syncing copies become members
+//! ([`join`](super::join)).
 
-use super::action::{Action, Body, OpKey, Report};
-use super::op::{Op, OpKind, Origin, Part};
+use super::action::Body;
+use super::op::{Op, OpKind, Origin};
 use super::session::Awaited;
-use super::view::{DeviceView, PeerIndex, SpanView};
+use super::view::{DeviceView, PeerIndex};
 use super::{Engine, Nanos};
 use crate::control::ResyncReport;
 use crate::format::journal::Change;
-use crate::ids::{MapVersion, SliceEpoch, SlotIndex};
-use crate::region::masks::{RegionMasks, touched};
+use crate::ids::{SliceEpoch, SlotIndex};
+use crate::region::masks::RegionMasks;
 use crate::wire::header::{BadFrame, Header, Kind, Status};
 use std::collections::VecDeque;
 
 /// Exchanges of masks under way with one copy of a device, at most.
-const EXCHANGES: u32 = 32;
-/// Between two requests to the manager for the same thing.
-const ASK_AGAIN: Nanos = 1_000_000_000;
+pub(super) const EXCHANGES: u32 = 32;
 /// Regions that could not be copied are tried again after so long.
-const TRY_AGAIN: Nanos = 1_000_000_000;
+pub(super) const TRY_AGAIN: Nanos = 1_000_000_000;
 /// While hosts' requests were seen within so long, regions are copied one at a time.
 const YIELD: Nanos = 20_000_000;
 
-/// What may differ between this node's copy of a slice and another's.
-#[derive(Debug)]
-pub(super) struct Behind {
-    pub peer: PeerIndex,
-    /// Its masks were asked for and are united with ours; until then all may differ.
-    known: bool,
-    asked: bool,
-    /// Regions that may differ, if that is known.
-    regions: u64,
-    /// Those that are being copied.
-    copying: u64,
-    /// Those that could not be copied, and are tried again later.
-    failed: u64,
-    /// What it had readable when it was asked.
-    pub readable: u64,
-    /// Dirty bits of ours that it has taken over durably.
-    united: u64,
-}
-
-impl Behind {
-    fn unknown(peer: PeerIndex) -> Self {
-        Self { peer, known: false, asked: false, regions: 0, copying: 0, failed: 0, readable: 0, united: 0 }
-    }
-
-    fn may_differ(&self) -> u64 {
-        if self.known { self.regions } else { u64::MAX }
-    }
-}
-
 /// How far another node's copies of a device are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Stage {
+pub(super) enum Stage {
     /// Masks are exchanged, regions compared.
     Comparing,
     /// Nothing differs; the syncing copies take over our dirty bits, slice by slice. So many answers are
@@ -81,24 +43,25 @@ enum Stage {
 pub(super) struct Resync {
     pub device: usize,
     pub peer: PeerIndex,
-    stage: Stage,
-    /// Slices whose masks are not known, and exchanges under way.
-    unknown: u32,
+    pub stage: Stage,
+    /// Slices whose masks are not known.
+    pub unknown: u32,
+    /// Exchanges under way.
     exchanges: u32,
     /// Regions that may differ, of slices whose masks are known.
-    left: u64,
+    pub left: u64,
     /// Where to look for the next slice to exchange masks of, and to copy.
     next_exchange: u32,
     next_copy: u32,
     /// Slices and regions that somebody waits for.
-    urgent: VecDeque<(u32, u32)>,
+    pub urgent: VecDeque<(u32, u32)>,
     copies: u32,
     /// Nothing is tried before.
-    not_before: Nanos,
+    pub not_before: Nanos,
     /// When regions that failed are tried again.
     retry_at: Option<Nanos>,
     /// Regions found to be compared, and compared since.
-    total: u64,
+    pub total: u64,
     compared: u64,
     /// Bytes sent because they differed.
     pub moved: u64,
@@ -141,95 +104,11 @@ pub(super) struct Exchange {
     again: bool,
 }
 
-/// A node whose copies become members: counted on, for spans up to that version.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Joining {
-    pub peer: PeerIndex,
-    version: MapVersion,
-    /// The manager was asked: only a later epoch takes it back (rule 6).
-    asked: bool,
-}
-
 impl Engine {
-    // ---- what may differ ----
+    // ---- what there is to do ----
 
-    /// Regions of a slice that may differ on that copy.
-    fn may_differ(&self, device: usize, slice: u32, peer: PeerIndex) -> u64 {
-        let behind = &self.devices[device].slices[slice as usize].behind;
-        behind.iter().find(|behind| behind.peer == peer).map_or(0, Behind::may_differ)
-    }
-
-    /// Regions that may not be read yet: not known to be equal on every copy that is counted on (rule 11).
-    pub(super) fn unreconciled(&self, device: usize, slice: u32) -> u64 {
-        let entry = &self.devices[device];
-        let behind = &entry.slices[slice as usize].behind;
-        if behind.is_empty() {
-            return 0;
-        }
-        let span = entry.view.span(slice);
-        let counted = behind.iter().filter(|behind| self.counts(device, span, behind.peer));
-        counted.fold(0, |regions, behind| regions | behind.may_differ())
-    }
-
-    /// Whether that copy's acknowledgement, flush and lease are needed: it is a member, or may be made
-    /// one at any moment (rule 6).
-    pub(super) fn counts(&self, device: usize, span: &SpanView, peer: PeerIndex) -> bool {
-        span.members.contains(&peer)
-            || self.devices[device].joining.iter().any(|joining| {
-                joining.peer == peer && span.epoch.0 <= joining.version.0 && span.others.contains(&peer)
-            })
-    }
-
-    /// Something was done here that is not known to have been done there.
-    pub(super) fn note_behind(&mut self, device: usize, slice: u32, peer: PeerIndex, regions: u64) {
-        self.resync_due = true;
-        let index = self.resync_of(device, peer);
-        let entries = &mut self.devices[device].slices[slice as usize].behind;
-        let resync = &mut self.resyncs[index];
-        match entries.iter_mut().find(|behind| behind.peer == peer) {
-            Some(behind) if behind.known => {
-                let new = u64::from((regions & !behind.regions).count_ones());
-                behind.regions |= regions;
-                resync.left += new;
-                resync.total += new;
-            }
-            // All of it may differ already.
-            Some(_) => {}
-            None => {
-                let new = u64::from(regions.count_ones());
-                // What it has readable is unknown: comparing finds out.
-                let behind = Behind { known: true, regions, readable: u64::MAX, ..Behind::unknown(peer) };
-                entries.push(behind);
-                resync.left += new;
-                resync.total += new;
-            }
-        }
-    }
-
-    /// A primary's or an earlier secondary's operation ends: copies that do not have it are behind.
-    pub(super) fn note_missed(&mut self, op: &Op) {
-        let view = &self.devices[op.device].view;
-        if op.slice >= view.slices || !op.kind.stores() || !op.begun() {
-            return;
-        }
-        let span = view.span(op.slice);
-        let mine = match op.part {
-            Part::Primary => true,
-            // What an earlier primary sent was perhaps sent to nobody else.
-            Part::Secondary => span.epoch != op.epoch,
-        };
-        if !mine || !span.serves() || span.others.iter().all(|peer| op.legs.is_acknowledged(*peer)) {
-            return;
-        }
-        let missed: Vec<PeerIndex> =
-            span.others.iter().copied().filter(|peer| !op.legs.is_acknowledged(*peer)).collect();
-        let regions = touched(op.offset, op.length, self.region_bytes());
-        for peer in missed {
-            self.note_behind(op.device, op.slice, peer, regions);
-        }
-    }
-
-    fn resync_of(&mut self, device: usize, peer: PeerIndex) -> usize {
+    /// Index of the resync of that copy, which begins if there is none.
+    pub(super) fn resync_of(&mut self, device: usize, peer: PeerIndex) -> usize {
         let found = self.resyncs.iter().position(|resync| resync.device == device && resync.peer == peer);
         found.unwrap_or_else(|| {
             self.resyncs.push(Resync {
@@ -254,7 +133,8 @@ impl Engine {
         })
     }
 
-    fn find_resync(&mut self, device: usize, peer: PeerIndex) -> Option<&mut Resync> {
+    /// The resync of that copy, if there is one.
+    pub(super) fn find_resync(&mut self, device: usize, peer: PeerIndex) -> Option<&mut Resync> {
         self.resyncs.iter_mut().find(|resync| resync.device == device && resync.peer == peer)
     }
 
@@ -282,49 +162,6 @@ impl Engine {
         }
         self.fit_joining(device);
         self.recount(device);
-    }
-
-    fn fit_run(
-        &mut self,
-        device: usize,
-        slices: std::ops::Range<u32>,
-        span: &SpanView,
-        old: Option<&SpanView>,
-        consecutive: bool,
-    ) {
-        let keeps = |peer: PeerIndex| {
-            old.is_some_and(|old| {
-                old.serves()
-                    && (consecutive || old.epoch == span.epoch)
-                    && old.attached(peer).is_some()
-                    && old.attached(peer) == span.attached(peer)
-            })
-        };
-        let others: &[PeerIndex] = if span.serves() { &span.others } else { &[] };
-        for slice in slices {
-            let entries = &mut self.devices[device].slices[slice as usize].behind;
-            entries.retain(|behind| others.contains(&behind.peer) && keeps(behind.peer));
-            for peer in others.iter().copied().filter(|peer| !keeps(*peer)) {
-                entries.push(Behind::unknown(peer));
-            }
-            if entries.is_empty() {
-                *entries = Vec::new();
-            }
-        }
-    }
-
-    /// A node stays counted on as long as a span of before is still syncing there.
-    fn fit_joining(&mut self, device: usize) {
-        let Self { devices, .. } = self;
-        let super::Device { view, joining, .. } = &mut devices[device];
-        joining.retain(|joining| {
-            view.spans.iter().any(|span| {
-                span.serves()
-                    && span.epoch.0 <= joining.version.0
-                    && span.others.contains(&joining.peer)
-                    && !span.members.contains(&joining.peer)
-            })
-        });
     }
 
     /// Counts again what a device's resyncs have to do; those with nothing to do end.
@@ -365,10 +202,6 @@ impl Engine {
         resyncs.retain(|resync| resync.device != device || view.secondaries.contains(&resync.peer));
     }
 
-    fn has_syncing(&self, device: usize, peer: PeerIndex) -> bool {
-        self.devices[device].view.spans.iter().any(|span| is_syncing(span, peer))
-    }
-
     // ---- the work ----
 
     /// Goes on with every resync as far as it can go now.
@@ -383,7 +216,8 @@ impl Engine {
         }
     }
 
-    fn pump(&mut self, device: usize, peer: PeerIndex) {
+    /// Goes on with one as far as it can go now.
+    pub(super) fn pump(&mut self, device: usize, peer: PeerIndex) {
         if !self.peers[peer].is_open() || self.peers[peer].lost.is_some() {
             return;
         }
@@ -438,7 +272,7 @@ impl Engine {
     }
 
     /// Sends our dirty mask; `again` if it is not the first time, to learn theirs.
-    fn send_unite(&mut self, device: usize, slice: u32, peer: PeerIndex, again: bool) -> bool {
+    pub(super) fn send_unite(&mut self, device: usize, slice: u32, peer: PeerIndex, again: bool) -> bool {
         let Some((disk, slot)) = self.devices[device].slices[slice as usize].place else { return false };
         let dirty = self.disks[disk].journal.masks(SlotIndex(slot)).dirty;
         let view = &self.devices[device].view;
@@ -519,11 +353,6 @@ impl Engine {
         }
         self.retry_unreconciled();
         Ok(())
-    }
-
-    fn behind_mut(&mut self, device: usize, slice: u32, peer: PeerIndex) -> Option<&mut Behind> {
-        let slice = self.devices[device].slices.get_mut(slice as usize)?;
-        slice.behind.iter_mut().find(|behind| behind.peer == peer)
     }
 
     /// How many regions may be copied at a time now.
@@ -645,111 +474,6 @@ impl Engine {
         }
     }
 
-    // ---- becoming a member ----
-
-    fn advance(&mut self, device: usize, peer: PeerIndex) {
-        let now = self.now;
-        let Some(resync) = self.find_resync(device, peer) else { return };
-        match resync.stage {
-            Stage::Comparing if now >= resync.not_before => {
-                // Writes that go on without that copy leave it behind when they end: it is too early.
-                if !self.writes_without(device, peer) && self.has_adopted_all(device, peer) {
-                    self.unite_again(device, peer, 0, 0);
-                }
-            }
-            Stage::Uniting { next, pending } => self.unite_again(device, peer, next, pending),
-            Stage::Joining { asked } if now >= asked + ASK_AGAIN => self.ask_in_sync(device, peer),
-            Stage::Comparing | Stage::Flushing | Stage::Joining { .. } => {}
-        }
-    }
-
-    /// Rule 7: the copy takes over what is dirty here, durably. One pass is enough: bits that are set
-    /// behind it belong to writes that the copy gets too, and sets bits for.
-    fn unite_again(&mut self, device: usize, peer: PeerIndex, mut next: u32, mut pending: u32) {
-        while pending < EXCHANGES && next < self.devices[device].slices.len() as u32 {
-            let slice = next;
-            let entry = &self.devices[device].slices[slice as usize];
-            if is_syncing(self.devices[device].view.span(slice), peer)
-                && let Some((disk, slot)) = entry.place
-            {
-                let behind = entry.behind.iter().find(|behind| behind.peer == peer);
-                let united = behind.map_or(0, |behind| behind.united);
-                if self.disks[disk].journal.masks(SlotIndex(slot)).dirty & !united != 0 {
-                    if !self.send_unite(device, slice, peer, true) {
-                        break;
-                    }
-                    pending += 1;
-                }
-            }
-            next += 1;
-        }
-        let whole = next as usize == self.devices[device].slices.len();
-        if let Some(resync) = self.find_resync(device, peer) {
-            resync.stage = Stage::Uniting { next, pending };
-        }
-        if whole && pending == 0 {
-            self.count_on(device, peer);
-        }
-    }
-
-    /// Whether the peer knows every span of the device that it is syncing.
-    fn has_adopted_all(&self, device: usize, peer: PeerIndex) -> bool {
-        let adopted = self.peers[peer].adopted().0;
-        let mut syncing = self.devices[device].view.spans.iter().filter(|span| is_syncing(span, peer));
-        syncing.all(|span| span.epoch.0 <= adopted)
-    }
-
-    /// Whether a write is in flight that this copy does not get: it would be behind when that ends.
-    fn writes_without(&self, device: usize, peer: PeerIndex) -> bool {
-        self.ops.values().any(|op| {
-            op.device == device
-                && op.kind.stores()
-                && op.begun()
-                && is_syncing(self.devices[device].view.span(op.slice), peer)
-                && !(op.part == Part::Primary && op.legs.includes(peer))
-        })
-    }
-
-    /// From here on the copy is treated as a member.
-    fn count_on(&mut self, device: usize, peer: PeerIndex) {
-        let version = self.adopted_version();
-        self.devices[device].joining.retain(|joining| joining.peer != peer);
-        self.devices[device].joining.push(Joining { peer, version, asked: false });
-        if let Some(resync) = self.find_resync(device, peer) {
-            resync.stage = Stage::Flushing;
-        }
-        self.flush_joining(device, peer);
-    }
-
-    /// Its flush ended.
-    pub(super) fn joining_flushed(&mut self, device: usize, peer: PeerIndex, flushed: bool) {
-        let now = self.now;
-        let Some(resync) = self.find_resync(device, peer).filter(|resync| resync.stage == Stage::Flushing)
-        else {
-            return;
-        };
-        if flushed && resync.left == 0 && resync.unknown == 0 {
-            self.ask_in_sync(device, peer);
-        } else {
-            resync.stage = Stage::Comparing;
-            resync.not_before = now + TRY_AGAIN;
-            self.devices[device].joining.retain(|joining| joining.peer != peer || joining.asked);
-        }
-    }
-
-    fn ask_in_sync(&mut self, device: usize, peer: PeerIndex) {
-        let now = self.now;
-        if let Some(resync) = self.find_resync(device, peer) {
-            resync.stage = Stage::Joining { asked: now };
-        }
-        let entry = &mut self.devices[device];
-        let Some(joining) = entry.joining.iter_mut().find(|joining| joining.peer == peer) else { return };
-        joining.asked = true;
-        let (version, id) = (joining.version, entry.view.id);
-        let node = self.peers[peer].node;
-        self.actions.push_back(Action::Report(Report::AskInSync { peer: node, device: id, version }));
-    }
-
     /// The session with that node ended: what was under way on it begins anew with the next.
     pub(super) fn resync_interrupted(&mut self, peer: PeerIndex) {
         for resync in self.resyncs.iter_mut().filter(|resync| resync.peer == peer) {
@@ -765,86 +489,6 @@ impl Engine {
                     behind.asked = false;
                     behind.failed = 0;
                 }
-            }
-        }
-    }
-
-    /// A node came back whose copies lack writes: the manager is asked to let them be filled. Only with
-    /// a session, so that a copy which cannot be reached does not change its state over and over.
-    pub(super) fn ask_syncing_if_due(&mut self, peer: PeerIndex) {
-        let version = self.adopted_version();
-        let entry = &self.peers[peer];
-        if !entry.is_open()
-            || entry.lost.is_some()
-            || entry.adopted() < version
-            || entry.ask_syncing_after > self.now
-        {
-            return;
-        }
-        let stale = self.devices.iter().any(|device| {
-            let mut spans = device.view.spans.iter();
-            spans.any(|span| span.serves() && span.stale.contains(&peer))
-        });
-        if stale {
-            self.peers[peer].ask_syncing_after = self.now + ASK_AGAIN;
-            let peer = self.peers[peer].node;
-            self.actions.push_back(Action::Report(Report::AskSyncing { peer, version }));
-        }
-    }
-
-    // ---- reads of what is not reconciled ----
-
-    /// A read holds its range and may not be answered from it yet: it gives the range up, and
-    /// what it needs is copied first.
-    pub(super) fn await_reconciled(&mut self, key: OpKey, regions: u64) {
-        let op = &mut self.ops[key];
-        op.holds = false;
-        op.local = super::op::Local::Idle;
-        let (device, slice) = (op.device, op.slice);
-        let lock = &mut self.devices[device].slices[slice as usize].lock;
-        lock.release(key);
-        while let Some(next) = lock.pop_ready() {
-            self.ready.push_back(next);
-        }
-        self.unreconciled_reads.push(key);
-        let peers: Vec<PeerIndex> = {
-            let entry = &self.devices[device];
-            let behind = entry.slices[slice as usize].behind.iter();
-            behind
-                .map(|behind| behind.peer)
-                .filter(|peer| self.counts(device, entry.view.span(slice), *peer))
-                .collect()
-        };
-        for peer in peers {
-            let differs = self.may_differ(device, slice, peer) & regions;
-            if let Some(resync) = self.find_resync(device, peer) {
-                for region in (0..64).filter(|region| differs >> region & 1 == 1) {
-                    if !resync.urgent.contains(&(slice, region)) {
-                        resync.urgent.push_back((slice, region));
-                    }
-                }
-            }
-            self.pump(device, peer);
-        }
-    }
-
-    /// Reads whose regions are equal everywhere now ask for their range again.
-    pub(super) fn retry_unreconciled(&mut self) {
-        for key in std::mem::take(&mut self.unreconciled_reads) {
-            let Some(op) = self.ops.get(key) else { continue };
-            if let Some(status) = op.doomed {
-                self.finish(key, status);
-                continue;
-            }
-            let regions = touched(op.offset, op.length, self.region_bytes());
-            if self.unreconciled(op.device, op.slice) & regions != 0 {
-                self.unreconciled_reads.push(key);
-                continue;
-            }
-            let range = op.offset..op.offset + op.length;
-            let (device, slice) = (op.device, op.slice as usize);
-            if self.devices[device].slices[slice].lock.acquire(key, range, true) {
-                self.ready.push_back(key);
             }
         }
     }
@@ -881,9 +525,4 @@ impl Engine {
         };
         self.resyncs.iter().map(report).collect()
     }
-}
-
-/// Whether that peer holds a syncing copy of what this node serves.
-fn is_syncing(span: &SpanView, peer: PeerIndex) -> bool {
-    span.serves() && span.others.contains(&peer) && !span.members.contains(&peer)
 }
