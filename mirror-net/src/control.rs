@@ -39,7 +39,7 @@ pub enum NodeMessage {
         version: MapVersion,
     },
     /// As primary: every syncing copy of this device at the peer has all data, flushed, and the
-    /// primary's dirty mask; the asker already waits for it as for a member (PROTOCOL.md rules 6
+    /// primary's dirty mask; the asker already waits for it as for a member (docs/protocol.md rules 6
     /// and 7).
     AskInSync {
         /// The node whose copies are meant.

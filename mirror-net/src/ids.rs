@@ -111,7 +111,7 @@ impl fmt::Debug for ClusterId {
 
 /// What a copy's contents in caches and memory depend on: the disk's attachment and the daemon's
 /// process. A copy whose incarnation differs from the one in the map is not what the map says
-/// (PROTOCOL.md rule 3).
+/// (docs/protocol.md rule 3).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
 pub struct Incarnation {
     /// The disk's attachment (kernel boot id and disk sequence or inode).

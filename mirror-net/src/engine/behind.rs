@@ -3,7 +3,7 @@
 //! For every slice that this node is primary of and every other copy that gets its writes: none, once
 //! they have been compared, but what a write did here that was not acknowledged there. It starts from
 //! not knowing, whenever this node's role or that copy's place in the list is new, or the copy's disk
-//! was attached again; then the two masks are united (PROTOCOL.md rule 11) and the union is compared.
+//! was attached again; then the two masks are united (docs/protocol.md rule 11) and the union is compared.
 //!
 //! What is known outlives a lost session, since every write that was not acknowledged there is
 //! noted when it ends here: the same primary process and the same attachment go on where they were.

@@ -1,4 +1,4 @@
-//! Clearing dirty bits of regions that are equal and on stable storage everywhere (PROTOCOL.md rule 9).
+//! Clearing dirty bits of regions that are equal and on stable storage everywhere (docs/protocol.md rule 9).
 //!
 //! In rounds: regions that nobody wrote for a while are chosen, everything is flushed everywhere, then
 //! each that still was not written since, nor is being written, is locked until every secondary has

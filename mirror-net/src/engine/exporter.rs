@@ -47,7 +47,7 @@ pub(super) struct RequestPart {
     length: u32,
     kind: OpKind,
     buffer: Option<BufferRange>,
-    /// The claim under which the request came: under a later one it is never sent (PROTOCOL.md rule 15).
+    /// The claim under which the request came: under a later one it is never sent (docs/protocol.md rule 15).
     claim: ClaimGeneration,
     /// The exporter's number for it, the same however often it is sent.
     sequence: u64,

@@ -15,7 +15,7 @@ pub struct Extent {
 impl Engine {
     /// The extents of a range, one after the other.
     ///
-    /// Only what this node could read at this moment is ever called empty (PROTOCOL.md rule 12);
+    /// Only what this node could read at this moment is ever called empty (docs/protocol.md rule 12);
     /// slices whose primary is another node count as data.
     pub fn extents(&self, device: DeviceId, offset: u64, length: u64) -> impl Iterator<Item = Extent> {
         let region = u64::from(self.region_bytes());

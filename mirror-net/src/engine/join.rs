@@ -1,4 +1,4 @@
-//! Becoming a member: a copy on which nothing is left that differs (PROTOCOL.md rules 6 and 7).
+//! Becoming a member: a copy on which nothing is left that differs (docs/protocol.md rules 6 and 7).
 //!
 //! It takes over the dirty bits, is counted on from then on, flushes, and the manager is asked; before,
 //! the manager was asked to let it get the writes at all.

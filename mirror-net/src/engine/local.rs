@@ -1,6 +1,6 @@
 //! The local leg: masks before data, data, and what a read finds.
 //!
-//! Order on this copy (PROTOCOL.md rule 8): a region of unknown content is zeroed and flushed
+//! Order on this copy (docs/protocol.md rule 8): a region of unknown content is zeroed and flushed
 //! before its first data; the dirty bit is durable before data can reach the disk.
 
 use super::action::{Action, BufferRange, DiskIndex, Io, OpKey};

@@ -1,4 +1,4 @@
-//! What an exporter remembers of acknowledged writes that no flush has covered (PROTOCOL.md rule 16).
+//! What an exporter remembers of acknowledged writes that no flush has covered (docs/protocol.md rule 16).
 //!
 //! When the map says that unflushed data of a slice may be gone, whoever wrote it must hear of it
 //! from a FLUSH, once, as from a disk that lost its cache.

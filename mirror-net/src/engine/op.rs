@@ -233,7 +233,7 @@ pub(super) struct Op {
     pub holds: bool,
     /// An I/O of its local leg failed.
     pub failed: bool,
-    /// Runs no further; this is its answer once the disk is quiet (PROTOCOL.md rule 10).
+    /// Runs no further; this is its answer once the disk is quiet (docs/protocol.md rule 10).
     pub doomed: Option<Status>,
     /// Messages under way that are not legs.
     pub asked: u32,

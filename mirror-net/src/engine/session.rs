@@ -1,7 +1,7 @@
 //! Sessions with other nodes: opening, heartbeat and read lease, what is in flight, loss.
 //!
 //! A session lives as long as its lane. Before a node opens one (or opens it again) everything
-//! that it did on behalf of the session before has come to its end (PROTOCOL.md rule 10). Each
+//! that it did on behalf of the session before has come to its end (docs/protocol.md rule 10). Each
 //! side sends `Open` when it is ready and nothing else before the other's `Open` has arrived.
 
 use super::action::{Action, Body, BufferId, FlushKey, OpKey, Report};

@@ -57,7 +57,7 @@ pub struct SpanView {
     /// Who is primary.
     pub primary: Place,
     /// Whether the map means our copy as it is, where it lists us: as primary this very process and
-    /// attachment, as secondary the attachment alone (PROTOCOL.md, Incarnation).
+    /// attachment, as secondary the attachment alone (docs/protocol.md, Incarnation).
     pub intact: bool,
     /// This node's copy.
     pub mine: Option<Mine>,

@@ -61,7 +61,7 @@ pub enum Verb {
         /// The incarnation under which this holds; `None` leaves it.
         incarnation: Option<Incarnation>,
     },
-    /// All members have a new incarnation: one goes on alone, the others are stale (PROTOCOL.md rule 5).
+    /// All members have a new incarnation: one goes on alone, the others are stale (docs/protocol.md rule 5).
     Readmit {
         /// Where in the address space.
         run: Run,

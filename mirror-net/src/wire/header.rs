@@ -316,7 +316,7 @@ impl Header {
     }
 }
 
-/// Ends the body of a forwarded request: on whose behalf it comes (PROTOCOL.md rule 14).
+/// Ends the body of a forwarded request: on whose behalf it comes (docs/protocol.md rule 14).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Trailer {
     /// The exporter's claim.

@@ -117,7 +117,7 @@ pub struct KnockOut {
     pub scene: Scene,
     /// Whether it is missed there: a second fence is not.
     pub missed: bool,
-    /// The trace that PROTOCOL.md tells.
+    /// The trace that docs/protocol.md tells.
     pub trace: &'static str,
 }
 

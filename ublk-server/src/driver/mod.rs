@@ -60,7 +60,7 @@ pub struct IoThread {
     disk_ios: Slab<DiskIo>,
     lanes: Slab<Lane>,
     clients: Slab<Connection>,
-    /// Clients that wait until one before them is drained (PROTOCOL.md rule 14).
+    /// Clients that wait until one before them is drained (docs/protocol.md rule 14).
     queued_clients: VecDeque<Connection>,
     exports: Slab<Export>,
     completed: HashMap<DeviceId, u64>,
