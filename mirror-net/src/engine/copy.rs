@@ -92,12 +92,13 @@ impl Engine {
         let behind = self.devices[op.device].slices[op.slice as usize].behind.iter();
         let behind = behind.into_iter().find(|behind| behind.peer == peer);
         let theirs = behind.is_none_or(|behind| behind.readable >> region & 1 == 1);
+        let perhaps = behind.is_none_or(|behind| (behind.readable | behind.noted) >> region & 1 == 1);
         if self.disks[op.disk].failed || behind.is_none() {
             self.copies[key].failed = true;
         } else if readable >> region & 1 == 1 {
             self.start_piece(key, theirs);
             return;
-        } else if theirs {
+        } else if perhaps {
             // Nothing is valid here: nothing is valid there either (rule 11).
             let header = self.copy_header(key, Kind::Discard, op.offset, op.length);
             self.send_for_copy(key, header, Body::None, CopyMessage::Store);
