@@ -184,6 +184,7 @@ impl Engine {
     ) -> Result<(), BadFrame> {
         let (Some(op), Some(copy)) = (self.ops.get_mut(key), self.copies.get_mut(key)) else { return Ok(()) };
         op.asked -= 1;
+        copy.failed |= self.disks[op.disk].failed;
         let status = answer.map(|(header, _)| Status::parse(header.flags));
         let body = answer.map_or(&[][..], |(_, body)| body);
         copy.moved += body.len() as u64;
@@ -238,7 +239,8 @@ impl Engine {
     /// Compares once both sides' digests are there; goes on with the next piece, or ends.
     pub(super) fn copy_progress(&mut self, key: OpKey) {
         let (Some(op), Some(copy)) = (self.ops.get(key), self.copies.get(key)) else { return };
-        if op.doomed.is_some() || copy.failed {
+        // Nobody knows what a disk holds that failed meanwhile: the other copy may have what this one lost.
+        if op.doomed.is_some() || copy.failed || self.disks[op.disk].failed {
             if op.is_quiet() {
                 self.finish(key, op.doomed.unwrap_or(Status::Fenced));
             }

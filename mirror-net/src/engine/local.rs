@@ -4,7 +4,7 @@
 //! before its first data; the dirty bit is durable before data can reach the disk.
 
 use super::action::{Action, BufferRange, DiskIndex, Io, OpKey};
-use super::op::{FlushWaiter, Local, Op, OpKind};
+use super::op::{FlushWaiter, Local, Op, OpKind, Part};
 use super::{CHECKPOINT_IDLE, Engine, Nanos};
 use crate::format::journal::{Change, IoFailed, IoId, Ticket};
 use crate::ids::SlotIndex;
@@ -267,7 +267,10 @@ impl Engine {
                 }
             }
         }
+        let disk_failed = self.disks[disk].failed;
         let op = &mut self.ops[key];
+        // As for a primary's reads: what a disk returns that failed meanwhile is no answer.
+        op.failed |= disk_failed && op.part == Part::Secondary && kind.shares();
         let next = match op.local {
             Local::Zeroing { ios, regions } if ios > 1 => Local::Zeroing { ios: ios - 1, regions },
             Local::Data { ios } if ios > 1 => Local::Data { ios: ios - 1 },

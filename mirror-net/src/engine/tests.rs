@@ -490,3 +490,34 @@ fn a_discard_that_covers_no_region_ends_its_session() {
         assert_eq!(rig.closed, [peer]);
     }
 }
+
+/// After a failed flush nobody knows what a disk holds: neither a repair nor a comparison may take it.
+#[test]
+fn a_failed_disk_is_not_read_for_its_primary() {
+    for kind in [Kind::Fetch, Kind::Compare] {
+        let mut rig = Rig::new(2, &map(2, 2, 1));
+        rig.frame(1, forwarded(Kind::Write, 1, 0), None);
+        rig.fail_flush = true;
+        rig.frame(1, Header { device: 1, ..Header::new(Kind::Flush) }, None);
+        rig.sent.clear();
+        rig.frame(1, forwarded(kind, 1, 0), None);
+        let answers: Vec<Status> = rig.sent.iter().map(|sent| Status::parse(sent.header.flags)).collect();
+        assert_eq!(answers, [Status::DiskFailed], "{kind:?}");
+    }
+}
+
+/// The same of what is copied from it: the other copy may have what this one has lost.
+#[test]
+fn nothing_is_copied_from_a_disk_that_failed_meanwhile() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    rig.lane_down(2);
+    rig.write(0, 4096);
+    rig.hold = true;
+    rig.open(2, MapVersion(2));
+    assert_eq!(rig.held.len(), 1, "the region is being read");
+    rig.fail_flush = true;
+    rig.flush();
+    rig.complete_io(Ok(()));
+    assert!(rig.take(Kind::Write).is_empty());
+}
