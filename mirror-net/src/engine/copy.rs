@@ -168,6 +168,15 @@ impl Engine {
         self.copy_progress(key);
     }
 
+    /// The piece cannot be read here. A member may have it; the region is tried again later.
+    pub(super) fn copy_piece_unreadable(&mut self, key: OpKey) {
+        let length = self.piece(key).length;
+        let (op, copy) = (&self.ops[key], &mut self.copies[key]);
+        copy.failed = true;
+        let (device, slice, at) = (op.device, op.slice, copy.at);
+        self.repair(device, slice, at, length, None);
+    }
+
     /// Its digests were computed.
     pub(super) fn copy_digested(&mut self, key: OpKey, fine: Vec<Digest>) {
         self.copies[key].fine = Some(fine);
@@ -301,13 +310,6 @@ impl Engine {
         self.copy_buffers.push(copy.buffer);
         self.copy_ended(op, copy.peer, status == Status::Done && !copy.failed, copy.moved);
         self.resync_due = true;
-    }
-}
-
-impl Copy {
-    /// This copy could not be read here.
-    pub fn fail(&mut self) {
-        self.failed = true;
     }
 }
 

@@ -9,7 +9,6 @@ use super::{CHECKPOINT_IDLE, Engine, Nanos};
 use crate::format::journal::{Change, IoFailed, IoId, Ticket};
 use crate::ids::SlotIndex;
 use crate::region::masks::{RegionMasks, covered, touched};
-use crate::wire::header::PIECE_BYTES_MAX;
 
 /// Regions whose dirty bits are set ahead of the writes to them.
 const AHEAD: u32 = 8;
@@ -256,12 +255,7 @@ impl Engine {
                     op.failed = true;
                     self.fail_disk(disk, &reason);
                 }
-                OpKind::Copy => {
-                    let (device, slice, offset, length) = (op.device, op.slice, op.offset, op.length);
-                    self.copies[key].fail();
-                    // A member may have what cannot be read here.
-                    self.repair(device, slice, offset, length.min(PIECE_BYTES_MAX), None);
-                }
+                OpKind::Copy => self.copy_piece_unreadable(key),
                 OpKind::Read | OpKind::Compare { .. } | OpKind::Clear { .. } | OpKind::Unite { .. } => {
                     op.failed = true;
                 }
