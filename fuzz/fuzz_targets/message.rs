@@ -10,7 +10,7 @@ use ublk_mirror_fuzz::choices::Choices;
 use ublk_mirror_fuzz::streams::receive;
 use ublk_server::mirror::lane::{LaneParser, open_body};
 
-const KINDS: [Kind; 15] = [
+const KINDS: [Kind; 21] = [
     Kind::Open,
     Kind::Adopted,
     Kind::Ping,
@@ -19,7 +19,13 @@ const KINDS: [Kind; 15] = [
     Kind::Zero,
     Kind::Discard,
     Kind::Flush,
+    Kind::Unite,
+    Kind::Compare,
+    Kind::Clear,
+    Kind::Fetch,
     Kind::Ack,
+    Kind::Masks,
+    Kind::Digests,
     Kind::ForwardRead,
     Kind::ForwardWrite,
     Kind::ForwardZero,

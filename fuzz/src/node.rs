@@ -8,7 +8,7 @@ use crate::choices::Choices;
 use crate::image::{SLICE_BYTES, empty};
 use crate::maps;
 use mirror_net::engine::action::{
-    Action, Body, BufferId, BufferRange, Io, Request, RequestKind, RequestToken,
+    Action, Body, BufferId, BufferRange, Io, OpKey, Request, RequestKind, RequestToken,
 };
 use mirror_net::engine::{Engine, LocalDisk, Me, TICK};
 use mirror_net::format::alloc::Allocator;
@@ -16,7 +16,8 @@ use mirror_net::ids::{
     AttachId, DeviceId, DiskId, ExporterSession, LossGeneration, MapVersion, NodeId, ProcessId, SliceEpoch,
 };
 use mirror_net::map::DistributionMap;
-use mirror_net::wire::header::{Header, Kind, PIECE_BYTES_MAX, Trailer};
+use mirror_net::region::digest::{COARSE_BYTES, DIGEST_BYTES, Digest, FINE_BYTES};
+use mirror_net::wire::header::{FLAG_FINE, Header, Kind, PIECE_BYTES_MAX, Trailer};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -24,6 +25,8 @@ use std::sync::Arc;
 const BUFFER_BYTES: u32 = PIECE_BYTES_MAX;
 /// Requests and frames under way, at most: more teaches nothing.
 const UNDER_WAY_MAX: usize = 64;
+/// Buffers that the engine copies through, for ever.
+const COPY_BUFFERS: [BufferId; 2] = [BufferId(u32::MAX), BufferId(u32::MAX - 1)];
 
 const KINDS: [Kind; 21] = [
     Kind::Write,
@@ -54,7 +57,8 @@ const KINDS: [Kind; 21] = [
 struct Asked {
     peer: NodeId,
     header: Header,
-    reads: bool,
+    /// How long the data is that the answer brings, if it brings any.
+    reads: u32,
 }
 
 /// An engine and everything around it.
@@ -70,6 +74,10 @@ pub struct Rig {
     asked: Vec<Asked>,
     /// I/O of the engine's that has not completed, with the buffer that it uses.
     ios: Vec<(Io, Option<BufferRange>)>,
+    /// Digests that the engine wants, in that order.
+    digests: Vec<(OpKey, BufferRange)>,
+    /// What this node's disks hold, as digests are made of it.
+    content: u8,
     /// Requests that have not completed, with their buffers.
     requests: BTreeMap<u64, Option<BufferId>>,
     next_token: u64,
@@ -90,12 +98,18 @@ fn local_disk(node: u16) -> LocalDisk {
     }
 }
 
+/// Digests of so many blocks that hold `content`: few enough that those of two copies are often equal.
+fn digests(content: u8, blocks: u32) -> Vec<Digest> {
+    (0..blocks).map(|block| [content >> (block % 8) & 1; DIGEST_BYTES]).collect()
+}
+
 impl Rig {
     /// That node of the small map, with nothing adopted yet.
     pub fn new(node: u16) -> Self {
         let me = Me { node: NodeId(node), process: ProcessId(node.into()) };
         let mut engine = Engine::new(me, SLICE_BYTES, vec![local_disk(node)], 0);
         engine.set_exporter_session(ExporterSession(1));
+        engine.add_copy_buffers(COPY_BUFFERS);
         Self {
             engine,
             now: 0,
@@ -105,6 +119,8 @@ impl Rig {
             next_sequence: 1,
             asked: Vec::new(),
             ios: Vec::new(),
+            digests: Vec::new(),
+            content: 0,
             requests: BTreeMap::new(),
             next_token: 1,
             frames: HashSet::new(),
@@ -149,7 +165,7 @@ impl Rig {
 
     fn step(&mut self, choices: &mut Choices<'_>) {
         let node = NodeId(choices.below(u32::from(maps::NODES) + 2) as u16);
-        match choices.below(20) {
+        match choices.below(21) {
             0..=3 => self.request(choices),
             4..=7 => self.frame(choices, node),
             8..=10 => self.answer(choices),
@@ -170,6 +186,7 @@ impl Rig {
                 self.answer_pings();
                 self.complete_all();
             }
+            19 => self.content = choices.byte(),
             _ => {
                 let device = DeviceId(choices.below(6));
                 let (offset, length) = (u64::from(choices.word()) << 9, u64::from(choices.word()) << 9);
@@ -306,17 +323,33 @@ impl Rig {
         // As a lane's parser gives them: only these kinds have a buffer, and it holds what it says.
         let carries = match kind {
             Kind::Write | Kind::ForwardWrite => true,
-            Kind::Reply => choices.byte() & 1 == 1,
+            Kind::Reply | Kind::Ack => choices.byte() & 1 == 1,
             _ => false,
         };
+        let small: &[u8] = match kind {
+            Kind::Open => choices.bytes(40),
+            Kind::Masks => choices.bytes(16),
+            Kind::Digests => {
+                let count = usize::from(choices.byte());
+                choices.bytes(count)
+            }
+            Kind::Unite | Kind::Clear => {
+                let count = if choices.one_in(16) { 9 } else { 8 };
+                choices.bytes(count)
+            }
+            _ => &[],
+        };
+        if kind == Kind::Unite && !choices.one_in(16) {
+            header.length = 0;
+        }
         let tail = if trailer.is_some() { 32 } else { 0 };
         let length = if choices.one_in(16) { choices.word().into() } else { header.length };
-        header.body_bytes = if carries { length.min(PIECE_BYTES_MAX) + tail } else { tail };
-        let room = kind == Kind::ForwardRead && header.length <= PIECE_BYTES_MAX;
-        if kind == Kind::ForwardRead && !room {
+        let own = if carries { length.min(PIECE_BYTES_MAX) } else { small.len() as u32 };
+        header.body_bytes = own + tail;
+        let room = kind.asks_for_data();
+        if room && header.length > PIECE_BYTES_MAX {
             return;
         }
-        let small = if kind == Kind::Open { choices.bytes(40) } else { &[] };
         self.deliver(node, &header, trailer, small, carries || room);
     }
 
@@ -342,9 +375,21 @@ impl Rig {
         let index = choices.below(self.asked.len() as u32) as usize;
         // Most are answered once.
         let asked = if choices.one_in(16) { self.asked[index] } else { self.asked.swap_remove(index) };
-        let replied = asked.header.kind.is_forwarded();
-        let reads = asked.reads && !choices.one_in(16);
         let status = if choices.one_in(4) { choices.below(6) as u8 } else { 0 };
+        let brings = if choices.one_in(16) { 0 } else { asked.reads };
+        let (kind, small) = match asked.header.kind {
+            Kind::Unite => (Kind::Masks, choices.array::<16>().to_vec()),
+            Kind::Compare => {
+                let fine = asked.header.flags & FLAG_FINE != 0;
+                let block_bytes = if fine { FINE_BYTES } else { COARSE_BYTES };
+                let blocks = asked.header.length.div_ceil(block_bytes);
+                (Kind::Digests, digests(choices.byte(), blocks).as_flattened().to_vec())
+            }
+            kind if kind.is_forwarded() => (Kind::Reply, Vec::new()),
+            _ => (Kind::Ack, Vec::new()),
+        };
+        // A failure is told without details.
+        let small = if status == 0 { small } else { Vec::new() };
         let header = Header {
             flags: status,
             session: self.session(asked.peer),
@@ -352,10 +397,10 @@ impl Rig {
             slice_epoch: asked.header.slice_epoch,
             loss: asked.header.loss,
             length: asked.header.length,
-            body_bytes: if reads { asked.header.length } else { 0 },
-            ..Header::new(if replied { Kind::Reply } else { Kind::Ack })
+            body_bytes: brings + small.len() as u32,
+            ..Header::new(kind)
         };
-        self.deliver(asked.peer, &header, None, &[], reads && header.body_bytes > 0);
+        self.deliver(asked.peer, &header, None, &small, brings > 0);
     }
 
     fn answer_pings(&mut self) {
@@ -395,46 +440,62 @@ impl Rig {
     /// Does what the engine wants. Checked: a request completes once, and not before its I/O; a buffer is
     /// given back once and not used after; nothing leaves its slot, its buffer or its session.
     fn carry_out(&mut self) {
-        while let Some(action) = self.engine.poll_action() {
-            match action {
-                Action::Read { io, offset, buffer, .. } | Action::Write { io, offset, buffer, .. } => {
-                    assert!(u64::from(offset) + u64::from(buffer.length) <= SLICE_BYTES.into(), "{io:?}");
-                    self.check_buffer(buffer);
-                    self.ios.push((io, Some(buffer)));
-                }
-                Action::Zero { io, offset, length, .. } | Action::Punch { io, offset, length, .. } => {
-                    assert!(u64::from(offset) + u64::from(length) <= SLICE_BYTES.into(), "{io:?}");
-                    assert!(length > 0, "{io:?} of nothing");
-                    self.ios.push((io, None));
-                }
-                Action::Flush { io, .. } | Action::Metadata { io, .. } => {
-                    assert!(!self.ios.iter().any(|(other, _)| *other == io), "{io:?} twice");
-                    self.ios.push((io, None));
-                }
-                Action::Send { peer, session, header, body, .. } => {
-                    assert_eq!(header.session, session);
-                    let known = self.sessions.get(&peer).is_some_and(|all| all.contains(&session));
-                    assert!(known, "a message on a lane that never was");
-                    self.sent(peer, header, &body);
-                }
-                Action::CloseLane { .. } => {}
-                Action::FillZero { buffer } => self.check_buffer(buffer),
-                Action::Copy { from, to } => {
-                    assert_eq!(from.length, to.length);
-                    self.check_buffer(from);
-                    self.check_buffer(to);
-                }
-                Action::Release { buffer } => self.give_back(buffer),
-                Action::Complete { token, .. } => {
-                    let buffer = self.requests.remove(&token.0).expect("it completes once");
-                    if let Some(buffer) = buffer {
-                        self.check_unused(buffer);
-                    }
-                }
-                Action::Report(_) => {}
+        loop {
+            while let Some(action) = self.engine.poll_action() {
+                self.act(action);
             }
+            if self.digests.is_empty() {
+                break;
+            }
+            let (op, buffer) = self.digests.remove(0);
+            let computed = digests(self.content, buffer.length.div_ceil(FINE_BYTES));
+            self.engine.handle_digests(self.now, op, computed);
         }
         let _ = self.engine.take_refused_map();
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Read { io, offset, buffer, .. } | Action::Write { io, offset, buffer, .. } => {
+                assert!(u64::from(offset) + u64::from(buffer.length) <= SLICE_BYTES.into(), "{io:?}");
+                self.check_buffer(buffer);
+                self.ios.push((io, Some(buffer)));
+            }
+            Action::Zero { io, offset, length, .. } | Action::Punch { io, offset, length, .. } => {
+                assert!(u64::from(offset) + u64::from(length) <= SLICE_BYTES.into(), "{io:?}");
+                assert!(length > 0, "{io:?} of nothing");
+                self.ios.push((io, None));
+            }
+            Action::Flush { io, .. } | Action::Metadata { io, .. } => {
+                assert!(!self.ios.iter().any(|(other, _)| *other == io), "{io:?} twice");
+                self.ios.push((io, None));
+            }
+            Action::Send { peer, session, header, body, .. } => {
+                assert_eq!(header.session, session);
+                let known = self.sessions.get(&peer).is_some_and(|all| all.contains(&session));
+                assert!(known, "a message on a lane that never was");
+                self.sent(peer, header, &body);
+            }
+            Action::CloseLane { .. } => {}
+            Action::FillZero { buffer } => self.check_buffer(buffer),
+            Action::Copy { from, to } => {
+                assert_eq!(from.length, to.length);
+                self.check_buffer(from);
+                self.check_buffer(to);
+            }
+            Action::Release { buffer } => self.give_back(buffer),
+            Action::Complete { token, .. } => {
+                let buffer = self.requests.remove(&token.0).expect("it completes once");
+                if let Some(buffer) = buffer {
+                    self.check_unused(buffer);
+                }
+            }
+            Action::Digest { op, buffer } => {
+                self.check_buffer(buffer);
+                self.digests.push((op, buffer));
+            }
+            Action::Report(_) => {}
+        }
     }
 
     fn sent(&mut self, peer: NodeId, header: Header, body: &Body) {
@@ -449,10 +510,12 @@ impl Rig {
         }
         let answered = match header.kind {
             Kind::Write | Kind::Zero | Kind::Discard | Kind::Flush | Kind::Ping => true,
+            Kind::Unite | Kind::Compare | Kind::Clear | Kind::Fetch => true,
             kind => kind.is_forwarded(),
         };
         if answered && self.asked.len() < 4 * UNDER_WAY_MAX {
-            self.asked.push(Asked { peer, header, reads: header.kind == Kind::ForwardRead });
+            let reads = matches!(header.kind, Kind::ForwardRead | Kind::Fetch);
+            self.asked.push(Asked { peer, header, reads: if reads { header.length } else { 0 } });
         }
     }
 
@@ -460,7 +523,8 @@ impl Rig {
     fn check_buffer(&self, range: BufferRange) {
         assert!(u64::from(range.offset) + u64::from(range.length) <= BUFFER_BYTES.into(), "{range:?}");
         let asked = self.requests.values().any(|buffer| *buffer == Some(range.buffer));
-        assert!(asked || self.frames.contains(&range.buffer), "{range:?} is not the engine's any more");
+        let lent = self.frames.contains(&range.buffer) || COPY_BUFFERS.contains(&range.buffer);
+        assert!(asked || lent, "{range:?} is not the engine's any more");
     }
 
     fn check_unused(&self, buffer: BufferId) {

@@ -1,5 +1,5 @@
 //! What tests share: the simulator of whole clusters, and for tests across real processes a
-//! playground or a lab, a small NBD client, fio and the content of disks.
+//! playground or a lab, a small NBD client, fio, a workload that knows what it may lose, and the content of disks.
 
 pub mod contents;
 pub mod fio;
@@ -8,3 +8,4 @@ pub mod model;
 pub mod nbd;
 pub mod playground;
 pub mod sim;
+pub mod stamps;

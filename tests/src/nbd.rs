@@ -102,6 +102,11 @@ impl NbdClient {
         self.request(1, 0, offset, data.len() as u32, data)
     }
 
+    /// Sends a write that is on stable storage when it is acknowledged (FUA), and does not wait.
+    pub fn start_write_through(&mut self, offset: u64, data: &[u8]) -> anyhow::Result<u64> {
+        self.request(1, 1, offset, data.len() as u32, data)
+    }
+
     /// Sends a read and does not wait.
     pub fn start_read(&mut self, offset: u64, length: u32) -> anyhow::Result<u64> {
         self.request(0, 0, offset, length, &[])

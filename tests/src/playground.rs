@@ -69,6 +69,13 @@ impl Playground {
         Ok(Command::new(program("mirrorctl")).arg("--dir").arg(&self.dir).args(arguments).output()?)
     }
 
+    /// Runs `mirrorctl` on this playground and does not wait for its end.
+    pub fn begin(&self, arguments: &[&str]) -> anyhow::Result<Child> {
+        let mut command = Command::new(program("mirrorctl"));
+        command.arg("--dir").arg(&self.dir).args(arguments);
+        Ok(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?)
+    }
+
     /// Runs `mirrorctl` and wants it to succeed.
     pub fn must(&self, arguments: &[&str]) -> anyhow::Result<String> {
         let output = self.mirrorctl(arguments)?;
@@ -147,6 +154,16 @@ impl Playground {
             String::from_utf8_lossy(&output.stderr)
         );
         Ok(())
+    }
+
+    /// Waits until `mirrorctl status` has nothing to find: every copy is in sync.
+    pub fn healthy(&self) -> anyhow::Result<()> {
+        let mut last = Value::Null;
+        self.until("status says healthy", || {
+            last = self.json(&["status"])?;
+            Ok((last["verdict"] == "healthy").then_some(()))
+        })
+        .with_context(|| format!("{last:#}"))
     }
 
     /// Waits until `look` finds something.

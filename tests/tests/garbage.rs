@@ -427,3 +427,12 @@ fn garbage_on_a_control_connection_ends_it_and_nothing_else() -> anyhow::Result<
         Ok(())
     })
 }
+
+#[test]
+fn a_second_connection_of_a_node_ends_the_first() -> anyhow::Result<()> {
+    undisturbed(|scene| {
+        let mut first = scene.lane()?;
+        let _second = scene.lane()?;
+        ends("the first of two", &mut first.stream, &[], &scene.nodes[0], "replaced by a new connection")
+    })
+}

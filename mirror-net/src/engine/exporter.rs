@@ -130,7 +130,7 @@ impl Engine {
             Pending { token: request.token, device, remaining: 0, error: None, lossy: false, stores };
         let key = self.requests.insert(pending);
         if request.kind == RequestKind::Flush {
-            let lossy = self.devices[device].unflushed.owed;
+            let lossy = self.devices[device].unflushed.is_owed();
             self.start_export_flush(key, device, lossy);
         } else {
             self.cut(key, device, request);
@@ -404,7 +404,7 @@ impl Engine {
             && let Some(request) = self.requests.remove(key)
         {
             if request.lossy && request.stores {
-                self.devices[request.device].unflushed.owed = true;
+                self.devices[request.device].unflushed.owe();
             }
             let result = request.error.map_or(Ok(()), Err);
             self.actions.push_back(Action::Complete { token: request.token, result });
@@ -529,7 +529,7 @@ impl Engine {
             unflushed.flushed(flush.since);
         }
         if flush.lossy {
-            unflushed.owed = false;
+            unflushed.told(flush.since);
         }
         let lost = flush.lossy.then_some(RequestError::Io);
         self.request_part_done(flush.request, error.or(lost));
@@ -542,7 +542,7 @@ impl Engine {
         if !unflushed.forget_lost(|slice| view.span(slice).loss) {
             return;
         }
-        unflushed.owed = true;
+        unflushed.owe();
         for flush in self.export_flushes.values_mut().filter(|flush| flush.device == device) {
             flush.lossy = true;
         }

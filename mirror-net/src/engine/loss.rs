@@ -10,10 +10,10 @@ use std::collections::BTreeMap;
 #[derive(Default, Debug)]
 pub(super) struct Unflushed {
     slices: BTreeMap<u32, Entry>,
-    /// Counts acknowledgements.
+    /// Counts acknowledgements and losses.
     clock: u64,
-    /// A flush has to fail, and so does every other that is asked for before one has.
-    pub owed: bool,
+    /// Since when a flush that begins later has to fail, so that whoever wrote hears of a loss.
+    owed: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -39,6 +39,23 @@ impl Unflushed {
         self.clock
     }
 
+    /// Something acknowledged before this moment is lost.
+    pub fn owe(&mut self) {
+        self.clock += 1;
+        self.owed = Some(self.clock);
+    }
+
+    /// Whether a flush that begins now has to fail.
+    pub fn is_owed(&self) -> bool {
+        self.owed.is_some()
+    }
+
+    /// A flush that began at `since` failed and said so. It says nothing of what was acknowledged after
+    /// it began.
+    pub fn told(&mut self, since: u64) {
+        self.owed = self.owed.filter(|owed| *owed > since);
+    }
+
     /// A flush that began at `since` succeeded.
     pub fn flushed(&mut self, since: u64) {
         self.slices.retain(|_, entry| entry.last > since);
@@ -55,6 +72,17 @@ impl Unflushed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_loss_is_told_by_a_flush_that_began_after_it() {
+        let mut unflushed = Unflushed::default();
+        let before = unflushed.now();
+        unflushed.owe();
+        unflushed.told(before);
+        assert!(unflushed.is_owed());
+        unflushed.told(unflushed.now());
+        assert!(!unflushed.is_owed());
+    }
 
     #[test]
     fn a_write_is_lost_only_if_no_flush_covered_it() {

@@ -29,6 +29,8 @@ pub const UNREACHED: Nanos = 5_000_000_000;
 pub const ASK_AGAIN: Nanos = 1_000_000_000;
 /// Messages in flight on one session, at most; what is more waits.
 pub const WINDOW: usize = 4096;
+/// Bytes of data in flight on one session, at most, but for one message: the other side has to hold them.
+pub const WINDOW_BYTES: u64 = 32 << 20;
 /// Pings whose answer is still awaited, at most.
 const PINGS_MAX: usize = 8;
 
@@ -49,18 +51,21 @@ pub(super) enum Awaited {
 #[derive(Default, Debug)]
 struct Window {
     base: u64,
-    awaited: VecDeque<Option<Awaited>>,
+    /// With the bytes of data that it sent or asked for.
+    awaited: VecDeque<Option<(Awaited, u32)>>,
     /// Places that are taken.
     count: usize,
+    /// Bytes of all of them.
+    bytes: u64,
 }
 
 impl Window {
     /// One slow answer does not hold up the others, within reason.
     fn has_room(&self) -> bool {
-        self.count < WINDOW && self.awaited.len() < 16 * WINDOW
+        self.count < WINDOW && self.bytes < WINDOW_BYTES && self.awaited.len() < 16 * WINDOW
     }
 
-    fn put(&mut self, sequence: u64, awaited: Awaited) {
+    fn put(&mut self, sequence: u64, awaited: Awaited, bytes: u32) {
         if self.awaited.is_empty() {
             self.base = sequence;
         }
@@ -68,19 +73,23 @@ impl Window {
         while self.base + (self.awaited.len() as u64) < sequence {
             self.awaited.push_back(None);
         }
-        self.awaited.push_back(Some(awaited));
+        self.awaited.push_back(Some((awaited, bytes)));
         self.count += 1;
+        self.bytes += u64::from(bytes);
     }
 
     fn take(&mut self, sequence: u64) -> Option<Awaited> {
         let index = usize::try_from(sequence.checked_sub(self.base)?).ok()?;
-        let awaited = self.awaited.get_mut(index)?.take();
-        self.count -= usize::from(awaited.is_some());
+        let taken = self.awaited.get_mut(index)?.take();
+        if let Some((_, bytes)) = taken {
+            self.count -= 1;
+            self.bytes -= u64::from(bytes);
+        }
         while let Some(None) = self.awaited.front() {
             self.awaited.pop_front();
             self.base += 1;
         }
-        awaited
+        taken.map(|(awaited, _)| awaited)
     }
 }
 
@@ -416,7 +425,7 @@ impl Engine {
             });
         }
         self.peers[peer].last_error = Some(reason.clone());
-        for awaited in session.window.awaited.into_iter().flatten() {
+        for (awaited, _) in session.window.awaited.into_iter().flatten() {
             match awaited {
                 Awaited::Leg(key) => self.leg_ended(peer, key, false),
                 Awaited::Part(key, attempt) => self.part_unanswered(key, attempt, peer),
@@ -478,7 +487,8 @@ impl Engine {
             session.starved = true;
             return false;
         }
-        session.window.put(session.next_sequence, awaited);
+        let data = matches!(body, Body::Buffer(_)) || header.kind.asks_for_data();
+        session.window.put(session.next_sequence, awaited, if data { header.length } else { 0 });
         self.push_frame(peer, header, trailer, body);
         true
     }
@@ -529,7 +539,11 @@ impl Engine {
     /// everything that waits.
     pub(super) fn resume_starved(&mut self, peer: PeerIndex) {
         let Some(session) = self.peers[peer].session.as_mut() else { return };
-        if session.starved && session.window.count * 2 <= WINDOW && session.window.has_room() {
+        if session.starved
+            && session.window.count * 2 <= WINDOW
+            && session.window.bytes * 2 <= WINDOW_BYTES
+            && session.window.has_room()
+        {
             session.starved = false;
             self.resume_after(peer);
         }
@@ -670,5 +684,34 @@ impl Engine {
         if let Some(buffer) = buffer {
             self.actions.push_back(Action::Release { buffer });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flush() -> Awaited {
+        Awaited::FlushLeg(FlushKey::default())
+    }
+
+    #[test]
+    fn a_window_is_full_by_messages_or_by_bytes() {
+        let mut window = Window::default();
+        let mut sequence = 0;
+        while window.has_room() {
+            sequence += 1;
+            window.put(sequence, flush(), 1 << 20);
+        }
+        assert_eq!(sequence, 32);
+        assert_eq!(window.take(7), Some(flush()));
+        assert_eq!(window.take(7), None, "answered twice");
+        assert!(window.has_room());
+        let mut window = Window::default();
+        for sequence in 1..=WINDOW as u64 {
+            assert!(window.has_room());
+            window.put(sequence, flush(), 0);
+        }
+        assert!(!window.has_room());
     }
 }

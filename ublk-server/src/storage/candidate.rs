@@ -14,6 +14,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a disk may stay in use. A process that was killed is gone before its I/O is, and the kernel keeps
+/// its disks open until then.
+const FREE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -71,17 +76,12 @@ impl Candidate {
         }
         // On a block device O_EXCL means: nobody else who asks for it alone, no mounted file system.
         let exclusive = if kind.is_block_device() { libc::O_EXCL } else { 0 };
-        let file = open_direct(&path, exclusive).map_err(|error| {
-            match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-                Errno::EBUSY => DiskError::InUse { name: name.clone(), path: path.clone() },
-                _ => failed(error),
-            }
+        let file = open_alone(&path, exclusive).map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => DiskError::InUse { name: name.clone(), path: path.clone() },
+            _ => failed(error),
         })?;
-        let in_memory = nix::sys::statfs::fstatfs(&file)
+        let in_memory = nix::sys::statfs::fstatfs(&*file)
             .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
-        // Held until the process has ended and its I/O with it: whoever gets it finds the disk quiet.
-        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| DiskError::InUse { name: name.clone(), path: path.clone() })?;
         let metadata = file.metadata().map_err(failed)?;
         let bytes = if kind.is_file() { metadata.len() } else { device_bytes(&file).map_err(failed)? };
         if let Some(wanted) = disk.bytes.filter(|wanted| kind.is_file() && *wanted != bytes) {
@@ -150,6 +150,26 @@ fn create(path: &Path, bytes: u64) -> io::Result<()> {
     path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
 }
 
+/// Opens and locks it, once nobody else has it: EBUSY if that does not come to be. The lock is held until the
+/// process has ended and its I/O with it: whoever gets it finds the disk quiet.
+fn open_alone(path: &Path, flags: i32) -> io::Result<Flock<File>> {
+    let until = Instant::now() + FREE_WITHIN;
+    loop {
+        let taken = open_direct(path, flags).and_then(|file| {
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+                Errno::EWOULDBLOCK => Errno::EBUSY.into(),
+                _ => error.into(),
+            })
+        });
+        match taken {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            taken => return taken,
+        }
+    }
+}
+
 fn open_direct(path: &Path, flags: i32) -> io::Result<File> {
     let open =
         |flags| OpenOptions::new().read(true).write(true).custom_flags(flags | libc::O_CLOEXEC).open(path);
@@ -189,4 +209,30 @@ fn attach_id(metadata: &std::fs::Metadata) -> io::Result<AttachId> {
         (metadata.dev(), metadata.ino()).hash(&mut hasher);
     }
     Ok(AttachId(hasher.finish()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_was_just_left_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = config::DiskFile {
+            name: "d1".into(),
+            path: dir.path().join("d1"),
+            bytes: Some(1 << 20),
+            segments: config::Segments::default(),
+        };
+        let first = Candidate::open(&disk).unwrap();
+        let leaving = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(first);
+        });
+        let second = Candidate::open(&disk).unwrap();
+        leaving.join().unwrap();
+        // For what is not left the wait ends.
+        assert!(matches!(Candidate::open(&disk), Err(DiskError::InUse { .. })));
+        drop(second);
+    }
 }

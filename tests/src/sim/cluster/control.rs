@@ -72,6 +72,10 @@ impl Cluster {
 
     /// The proposal reaches the store.
     pub(super) fn store(&mut self, life: u64, proposal: Proposal) {
+        if life != self.manager.life && self.manager.core.is_some() {
+            // The store is locked by who runs now: what the one before had not written is not written.
+            return;
+        }
         let before = Arc::clone(&self.manager.map);
         let version = proposal.next.version;
         let stored = self.manager.store(proposal.base, *proposal.next);

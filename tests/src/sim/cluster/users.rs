@@ -59,6 +59,10 @@ impl Cluster {
 
     /// Nobody acts as primary of a device whose exporter starts without knowing its claim (rule 15).
     fn check_primaries_know(&mut self, device: usize, since: MapVersion) {
+        if self.manager.map.devices[device].claim.since != since {
+            // It has lost the claim already and will hear of it: who is primary under the next is not its matter.
+            return;
+        }
         for index in 0..self.nodes.len() {
             let node = &self.nodes[index];
             let adopted = node.process.as_ref().map(|process| process.engine.adopted_version());

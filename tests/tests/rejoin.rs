@@ -1,0 +1,357 @@
+//! Copies that come back, in clusters of real processes: whatever dies, in whatever order, the copies
+//! become equal again by themselves, and nothing that was acknowledged is lost.
+
+use anyhow::{Context, ensure};
+use mirror_net::ids::DeviceId;
+use mirror_tests::contents::slices;
+use mirror_tests::nbd::NbdClient;
+use mirror_tests::playground::{Playground, signal};
+use mirror_tests::sim::scheduler::Random;
+use mirror_tests::stamps::Workload;
+use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+use serde_json::Value;
+use std::process::Child;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+const NODES: [&str; 2] = ["n1", "n2"];
+const MIB: u64 = 1 << 20;
+const PIECE: u64 = 64 << 10;
+/// Longer than a lease, and than the manager waits for a report before it lets a node be failed over.
+const SILENCE: Duration = Duration::from_millis(3500);
+
+fn stamp(value: u8) -> Vec<u8> {
+    vec![value; 4096]
+}
+
+/// What each disk holds of the mirrored devices; both have to hold the same.
+fn copies_are_equal(play: &Playground) -> anyhow::Result<()> {
+    let mut compared = 0;
+    for device in (1..=4).map(DeviceId) {
+        let (one, other) = (slices(&play.disk("n1"), device)?, slices(&play.disk("n2"), device)?);
+        if one.is_empty() || other.is_empty() {
+            // Of what is not mirrored there is one copy.
+            continue;
+        }
+        ensure!(one == other, "the copies of {device} differ: {one:?} {other:?}");
+        compared += 1;
+    }
+    ensure!(compared == 2, "{compared} devices have two copies");
+    Ok(())
+}
+
+/// The faults of a campaign.
+struct Faults<'a> {
+    play: &'a Playground,
+    random: Random,
+    down: [bool; 2],
+    failovers: Vec<Child>,
+    /// How many there were: kills, starts, failovers.
+    counts: [u64; 3],
+}
+
+impl Faults<'_> {
+    fn wait(&mut self, most_ms: u64) {
+        if !self.random.one_in(3) {
+            std::thread::sleep(Duration::from_millis(self.random.below(most_ms)));
+        }
+    }
+
+    fn start(&mut self, node: usize) -> anyhow::Result<()> {
+        self.counts[1] += 1;
+        self.down[node] = false;
+        self.play.restart(NODES[node])
+    }
+
+    fn fail_over(&mut self, node: usize) -> anyhow::Result<()> {
+        self.counts[2] += 1;
+        self.failovers.push(self.play.begin(&["node", "failover", NODES[node]])?);
+        Ok(())
+    }
+
+    /// A few faults, up to two seconds apart; in the end both nodes run.
+    fn round(&mut self) -> anyhow::Result<()> {
+        for _ in 0..1 + self.random.below(4) {
+            let node = self.random.below(2) as usize;
+            match (self.down[node], self.random.one_in(6)) {
+                (false, false) => {
+                    self.counts[0] += 1;
+                    self.down[node] = true;
+                    self.play.kill(NODES[node])?;
+                }
+                (true, false) => self.start(node)?,
+                // Of a dead node, or of a living one; it may be refused.
+                (_, true) => self.fail_over(node)?,
+            }
+            self.wait(2000);
+        }
+        let first = self.random.below(2) as usize;
+        for node in [first, 1 - first] {
+            if self.down[node] {
+                self.start(node)?;
+                self.wait(1000);
+            }
+        }
+        // It ends within its own patience, or when it is refused.
+        for mut failover in self.failovers.drain(..) {
+            failover.wait()?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_whoever_dies_when() -> anyhow::Result<()> {
+    let (seed, rounds) = match std::env::var("UBLK_MIRROR_LONG").is_ok() {
+        true => (std::process::id().into(), 200),
+        false => (1, 6),
+    };
+    let seed = match std::env::var("REJOIN_SEED") {
+        Ok(seed) => seed.parse()?,
+        Err(_) => seed,
+    };
+    println!("{rounds} rounds; with the same faults again: REJOIN_SEED={seed}");
+    let mut play = Playground::start(2)?;
+    play.healthy()?;
+    let workload = Workload::new(&play, seed, &["n1-d1", "n2-d1"], 3);
+    let mut faults = Faults {
+        play: &play,
+        random: Random::new(seed),
+        down: [false; 2],
+        failovers: Vec::new(),
+        counts: [0; 3],
+    };
+    let mut slowest = Duration::ZERO;
+    let begun = Instant::now();
+    workload.run(|| {
+        for round in 0..rounds {
+            let seen = || format!("round {round} of seed {seed}");
+            faults.wait(1000);
+            faults.round().with_context(seen)?;
+            let whole = Instant::now();
+            play.healthy().with_context(seen)?;
+            slowest = slowest.max(whole.elapsed());
+            workload.pause().with_context(seen)?;
+            workload.check().with_context(|| format!("{}\n{}", seen(), play.logs()))?;
+            workload.go_on();
+            let (elapsed, counts) = (begun.elapsed().as_secs(), faults.counts);
+            println!("round {round}: {elapsed} s, in sync after {:?}, faults {counts:?}", whole.elapsed());
+        }
+        Ok(())
+    })?;
+    println!(
+        "{:?} kills, starts, failovers; all copies in sync after {slowest:?} at most; {:?}",
+        faults.counts, workload.counts
+    );
+    ensure!(workload.counts.acknowledged.load(Relaxed) > 50 * rounds, "hardly anything was written");
+    drop(workload);
+    play.healthy()?;
+    play.stop()?;
+    copies_are_equal(&play)
+}
+
+/// What `status` finds, all severities, one line each.
+fn findings(play: &Playground) -> anyhow::Result<String> {
+    let status = play.json(&["status"])?;
+    let lines = status["findings"].as_array().into_iter().flatten();
+    Ok(lines.map(|line| format!("{}: {}\n", line["severity"], line["what"])).collect())
+}
+
+fn node_is(play: &Playground, node: &str, up: bool) -> anyhow::Result<()> {
+    play.until(&format!("{node} is up: {up}"), || {
+        let status = play.json(&["status"])?;
+        let mut nodes = status["nodes"].as_array().into_iter().flatten();
+        Ok(nodes.any(|found| found["name"] == node && found["up"] == up).then_some(()))
+    })
+}
+
+#[test]
+fn a_copy_that_is_behind_waits_for_the_one_that_was_alone() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    client.write(MIB, &stamp(1))?;
+    play.kill("n2")?;
+    // Acknowledged by n1 alone, which the map therefore says.
+    client.write(MIB, &stamp(2))?;
+    play.kill("n1")?;
+    play.restart("n2")?;
+    node_is(&play, "n2", true)?;
+    let refused = play.until("n1 counts as dead", || {
+        let output = play.mirrorctl(&["node", "failover", "n1"])?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success(), "a copy that is behind was promoted");
+        Ok(text.contains("stale").then_some(text))
+    })?;
+    ensure!(refused.contains("n1-d1"), "{refused}");
+    let found = play.until("status names it", || {
+        let found = findings(&play)?;
+        let named = found.lines().any(|line| {
+            line.starts_with("\"unavailable\"") && line.contains("n1-d1") && line.contains("n1/d1")
+        });
+        Ok(named.then_some(found))
+    });
+    found.with_context(|| findings(&play).unwrap_or_default())?;
+    // Nobody serves it: not even a read is answered.
+    std::thread::sleep(SILENCE);
+    ensure!(play.mirrorctl(&["node", "failover", "n1"])?.status.code() != Some(0));
+    ensure!(!play.device("n1-d1")?["uri"].as_str().is_some_and(|uri| uri.contains("/n2/")), "n2 exports it");
+    play.restart("n1")?;
+    play.healthy()?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    ensure!(client.read(MIB, 4096)? == stamp(2), "what was acknowledged is gone");
+    Ok(())
+}
+
+#[test]
+fn a_primary_that_slept_longer_than_its_lease_answers_nothing_stale() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let mut old = NbdClient::connect(&play.uri("n1-d1")?)?;
+    old.write(0, &stamp(1))?;
+    old.write(MIB, &stamp(1))?;
+    // So that there is something of which a careless primary would still be sure.
+    ensure!(old.read(0, 4096)? == stamp(1));
+    signal(play.pid("n1")?, SIGSTOP)?;
+    std::thread::sleep(SILENCE);
+    // These wait in the socket, and are the first that it sees when it goes on.
+    let write = old.start_write(MIB, &stamp(9))?;
+    let read = old.start_read(0, 4096)?;
+    play.until("n1's failover", || {
+        Ok(play.mirrorctl(&["node", "failover", "n1"])?.status.success().then_some(()))
+    })?;
+    let uri =
+        play.until("n2 exports n1-d1", || Ok(Some(play.uri("n1-d1")?).filter(|uri| uri.contains("/n2/"))))?;
+    let mut new = NbdClient::connect(&uri)?;
+    new.write(0, &stamp(2))?;
+    new.write(MIB, &stamp(2))?;
+    signal(play.pid("n1")?, SIGCONT)?;
+    old.set_patience(Duration::from_secs(5))?;
+    // They fail, or the connection ends; what is read, if it is, is the new content.
+    while let Ok(Some(reply)) = old.reply() {
+        if reply.cookie == write {
+            ensure!(reply.error != 0, "a write of a deposed primary was acknowledged");
+        }
+        if reply.cookie == read && reply.error == 0 {
+            ensure!(old.data(4096)? == stamp(2), "a stale read");
+        }
+    }
+    play.healthy()?;
+    for at in [0, MIB] {
+        ensure!(new.read(at, 4096)? == stamp(2), "at {at} is something else");
+    }
+    // And a connection to the old exporter, if it takes one, knows no better.
+    if let Ok(mut again) = NbdClient::connect(&play.uri("n1-d1")?) {
+        ensure!(again.read(0, 4096)? == stamp(2));
+    }
+    Ok(())
+}
+
+#[test]
+fn acknowledgements_stop_with_the_partner_and_go_on_with_it() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    client.write(0, &stamp(1))?;
+    // Without the manager nobody can allow the primary to go on alone.
+    signal(play.manager_pid()?, SIGSTOP)?;
+    signal(play.pid("n2")?, SIGSTOP)?;
+    let cookie = client.start_write(0, &stamp(2))?;
+    client.set_patience(SILENCE)?;
+    ensure!(client.reply()?.is_none(), "acknowledged with the partner stopped");
+    // The partner is all that is missing.
+    signal(play.pid("n2")?, SIGCONT)?;
+    client.set_patience(Duration::from_secs(60))?;
+    let reply = client.reply()?.context("no reply in time")?;
+    ensure!((reply.cookie, reply.error) == (cookie, 0), "{reply:?}");
+    signal(play.manager_pid()?, SIGCONT)?;
+    play.healthy()?;
+    ensure!(client.read(0, 4096)? == stamp(2));
+    Ok(())
+}
+
+#[test]
+fn a_secondary_restarts_while_the_manager_is_away() -> anyhow::Result<()> {
+    let mut play = Playground::start(2)?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    client.write(0, &stamp(1))?;
+    play.healthy()?;
+    let version = play.json(&["map", "show"])?["version"].clone();
+    signal(play.manager_pid()?, SIGSTOP)?;
+    play.kill("n2")?;
+    let cookie = client.start_write(0, &stamp(2))?;
+    play.restart("n2")?;
+    client.set_patience(Duration::from_secs(20))?;
+    let reply = client.reply()?;
+    let reply = reply.with_context(|| format!("its membership is lost\n{}", play.logs()))?;
+    ensure!((reply.cookie, reply.error) == (cookie, 0), "{reply:?}");
+    for index in 1..64 {
+        client.write(index * MIB, &stamp(3))?;
+    }
+    ensure!(client.read(0, 4096)? == stamp(2));
+    signal(play.manager_pid()?, SIGCONT)?;
+    play.healthy()?;
+    ensure!(client.read(63 * MIB, 4096)? == stamp(3));
+    // Of the device that n2 is primary of it has lost what a primary knows; of this one nothing.
+    let map = play.json(&["map", "show"])?;
+    ensure!(map["version"] != version, "n2's own device did not move");
+    play.stop()?;
+    copies_are_equal(&play)
+}
+
+/// The furthest that the resync of n1-d1 to n2 was seen: (total, behind, moved).
+fn watch_resync(play: &Playground) -> anyhow::Result<(u64, u64, u64)> {
+    let mut furthest = (0, 0, 0);
+    play.until("n2 is in sync again", || {
+        let device = play.device("n1-d1")?;
+        for resync in device["resyncs"].as_array().into_iter().flatten() {
+            let bytes = |name: &str| resync[name].as_u64().unwrap_or(0);
+            if resync["joining"] == true && bytes("total_bytes") >= furthest.0 {
+                furthest = (bytes("total_bytes"), bytes("behind_bytes"), bytes("moved_bytes"));
+            }
+        }
+        Ok((furthest.0 > 0 && device["copies_in_sync"] == 2 && device["resyncs"] == Value::Array(Vec::new()))
+            .then_some(()))
+    })?;
+    Ok(furthest)
+}
+
+/// Writes while n2 is away, so many bytes in each of the first regions; what its resync moved for each byte
+/// that differed in what it had compared when it was last seen.
+fn moved_for_a_byte(play: &Playground, pieces: &[(u64, u64)]) -> anyhow::Result<f64> {
+    play.kill("n2")?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    let mut random = Random::new(pieces.len() as u64);
+    for (at, length) in pieces {
+        let data: Vec<u8> = (0..length / 8).flat_map(|_| random.bits().to_le_bytes()).collect();
+        client.write(*at, &data)?;
+    }
+    play.restart("n2")?;
+    let (total, behind, moved) = watch_resync(play)?;
+    let compared = total - behind;
+    let differed = pieces.iter().map(|(_, length)| length).sum::<u64>();
+    let in_a_region = differed
+        / (pieces.iter().map(|(at, _)| at / MIB).collect::<std::collections::BTreeSet<_>>().len() as u64);
+    println!("{differed} bytes differed; {moved} moved when {compared} of {total} were compared");
+    ensure!(total >= differed, "more was written than it says was behind");
+    ensure!(moved <= differed * 12 / 10, "{moved} moved for {differed}");
+    ensure!(compared >= total / 8, "it was never seen at work");
+    Ok(moved as f64 / (compared / MIB * in_a_region) as f64)
+}
+
+#[test]
+fn a_short_absence_costs_what_differs() -> anyhow::Result<()> {
+    let mut play = Playground::start_with(2, "nbd", "2G")?;
+    play.healthy()?;
+    // Whole regions, one after the other.
+    let sequential: Vec<(u64, u64)> = (0..256).map(|index| (index * MIB, MIB)).collect();
+    let cost = moved_for_a_byte(&play, &sequential)?;
+    ensure!((0.5..=1.2).contains(&cost), "sequential: {cost} bytes for a byte");
+    play.healthy()?;
+    // Somewhere in each region of what is on both copies.
+    let mut random = Random::new(3);
+    let scattered: Vec<(u64, u64)> =
+        (0..256).map(|index| (index * MIB + random.below(MIB / PIECE) * PIECE, PIECE)).collect();
+    let cost = moved_for_a_byte(&play, &scattered)?;
+    ensure!((0.5..=1.2).contains(&cost), "scattered: {cost} bytes for a byte");
+    play.healthy()?;
+    play.stop()?;
+    copies_are_equal(&play)
+}
