@@ -259,10 +259,9 @@ impl Engine {
         }
         self.map = Some(adoption.map);
         if took_over {
-            // Rule 13: whoever we granted a lease to may still be reading.
-            let until = self.peers.iter().map(Peer::granted_until).max().unwrap_or(0);
-            self.serve_after = self.serve_after.max(until);
+            self.took_over = self.adopted_version();
         }
+        self.await_leases();
         self.fit_operations();
         for (peer, counted) in counted.into_iter().enumerate() {
             // The map does not count any more on what it had then: its absence is on record.
@@ -285,6 +284,13 @@ impl Engine {
         self.retry_parked();
         self.retry_unreconciled();
         self.unreported = Some(self.adopted_version());
+    }
+
+    /// Rule 13: whoever we granted a lease to may still be reading what came to us, unless it has adopted the
+    /// map that took it away; with that it gave the lease back (rule 12).
+    pub(super) fn await_leases(&mut self) {
+        let reading = self.peers.iter().filter(|peer| peer.adopted() < self.took_over);
+        self.serve_after = reading.map(Peer::granted_until).max().unwrap_or(0);
     }
 
     /// Operations in flight go on under the new epoch, or end because they are not ours any more.

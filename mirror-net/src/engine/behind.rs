@@ -27,6 +27,8 @@ pub(super) struct Behind {
     pub copying: u64,
     /// Those that could not be copied, and are tried again later.
     pub failed: u64,
+    /// Those that could not be read here when they were to be copied.
+    pub unreadable: u64,
     /// What it had readable when it was asked.
     pub readable: u64,
     /// Regions noted since: what it has readable of them may be more by now.
@@ -44,6 +46,7 @@ impl Behind {
             regions: 0,
             copying: 0,
             failed: 0,
+            unreadable: 0,
             readable: 0,
             noted: 0,
             united: 0,

@@ -174,7 +174,12 @@ impl Engine {
         let (op, copy) = (&self.ops[key], &mut self.copies[key]);
         copy.failed = true;
         let (device, slice, at) = (op.device, op.slice, copy.at);
-        self.repair(device, slice, at, length, None);
+        let region = at / self.region_bytes();
+        let peer = self.copies[key].peer;
+        if let Some(behind) = self.behind_mut(device, slice, peer) {
+            behind.unreadable |= 1 << region;
+        }
+        self.repair(device, slice, at..at + length, None);
     }
 
     /// Its digests were computed.

@@ -158,6 +158,8 @@ pub struct Engine {
     next_map: Option<Arc<DistributionMap>>,
     refused_map: Option<AdoptError>,
     unreported: Option<MapVersion>,
+    /// The map that last made this node primary of something.
+    took_over: MapVersion,
     /// Nothing is served as primary before this time.
     serve_after: Nanos,
     exporter_session: ExporterSession,
@@ -217,6 +219,7 @@ impl Engine {
             next_map: None,
             refused_map: None,
             unreported: None,
+            took_over: MapVersion(0),
             serve_after: 0,
             exporter_session: ExporterSession(0),
             exporter_sequence: 0,
@@ -339,12 +342,30 @@ impl Engine {
             let Some(op) = self.ops.get(*key) else { continue };
             *lines.entry(format!("{}: waits for read leases", name(op.device))).or_default() += 1;
         }
+        for resync in &self.resyncs {
+            let regions = self.unreadable_regions(resync);
+            if regions > 0 {
+                let node = map.node_name(self.peers[resync.peer].node);
+                lines.insert(
+                    format!(
+                        "{}: {regions} regions cannot be copied to {node}: they cannot be read here, and no other \
+                         copy in sync has them; write them anew, or restore them",
+                        name(resync.device)
+                    ),
+                    0,
+                );
+            }
+        }
         for key in &self.unreconciled_reads {
             let Some(op) = self.ops.get(*key) else { continue };
             *lines
                 .entry(format!("{}: waits until its copies were compared", name(op.device)))
                 .or_default() += 1;
         }
-        lines.into_iter().map(|(line, count)| format!("{line} ({count} requests)")).collect()
+        let text = |(line, count)| match count {
+            0 => line,
+            count => format!("{line} ({count} requests)"),
+        };
+        lines.into_iter().map(text).collect()
     }
 }

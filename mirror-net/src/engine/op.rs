@@ -239,8 +239,9 @@ pub(super) struct Op {
     pub asked: u32,
     /// What it answers to `Unite` and `Compare`.
     pub reply: Vec<u8>,
-    /// Of a read: it was repaired once. Of a repair: the read that waits for it.
-    pub repaired: bool,
+    /// Of a read: so many members were asked for what could not be read here. Of a repair: so many were
+    /// asked before, and the read that waits for it.
+    pub repairs: u8,
     pub reader: Option<OpKey>,
 }
 

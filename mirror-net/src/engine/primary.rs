@@ -38,7 +38,7 @@ impl Op {
             doomed: None,
             asked: 0,
             reply: Vec::new(),
-            repaired: false,
+            repairs: 0,
             reader: None,
         }
     }
@@ -53,9 +53,7 @@ impl Engine {
             self.refuse(op, Status::Fenced);
             return None;
         };
-        if let Origin::Peer(sender) = op.origin {
-            self.peers[sender.peer].serving += 1;
-        }
+        self.begin_serving(&op);
         (op.disk, op.slot) = (disk, slot);
         if op.part == Part::Primary && !op.kind.is_upkeep() {
             self.foreground_at = self.now;
@@ -67,6 +65,14 @@ impl Engine {
             self.ready.push_back(key);
         }
         Some(key)
+    }
+
+    /// A secondary's operations hold up the next session (rule 10). A primary's do not: one that has begun
+    /// keeps its range until all copies have it, for which that very session may be needed.
+    fn begin_serving(&mut self, op: &Op) {
+        if let (Origin::Peer(sender), Part::Secondary) = (op.origin, op.part) {
+            self.peers[sender.peer].serving += 1;
+        }
     }
 
     /// Like [`Engine::enqueue`], but only if nobody uses the range.
@@ -88,9 +94,7 @@ impl Engine {
 
     /// Answers an operation that does not begin.
     pub(super) fn refuse(&mut self, op: Op, status: Status) {
-        if let Origin::Peer(sender) = op.origin {
-            self.peers[sender.peer].serving += 1;
-        }
+        self.begin_serving(&op);
         let key = self.ops.insert(op);
         self.finish(key, status);
     }
@@ -369,8 +373,11 @@ impl Engine {
                 self.part_done(part, status, loss);
             }
             Origin::Peer(sender) => {
+                let holds_up = op.part == Part::Secondary;
                 self.answer_peer(op, sender, status);
-                self.served(sender.peer);
+                if holds_up {
+                    self.served(sender.peer);
+                }
             }
             Origin::Upkeep => {
                 if let Some(buffer) = op.buffer.filter(|_| op.owns_buffer) {

@@ -24,13 +24,14 @@ impl Engine {
     pub(super) fn repair_for(&mut self, key: OpKey) -> Repair {
         let op = &self.ops[key];
         let span = self.devices[op.device].view.span(op.slice);
-        if op.repaired || self.disks[op.disk].failed || span.members.is_empty() {
+        if usize::from(op.repairs) >= span.members.len() || self.disks[op.disk].failed {
             return Repair::No;
         }
         if self.repair_source(op).is_none() {
             return Repair::Later;
         }
-        let (device, slice, offset, length) = (op.device, op.slice, op.offset, op.length);
+        let (device, slice, offset, length, repairs) =
+            (op.device, op.slice, op.offset, op.length, op.repairs);
         // It gives up its range, and asks for it again behind the repair.
         let op = &mut self.ops[key];
         (op.holds, op.failed, op.local) = (false, false, Local::Idle);
@@ -39,7 +40,7 @@ impl Engine {
         while let Some(next) = lock.pop_ready() {
             self.ready.push_back(next);
         }
-        self.repair(device, slice, offset, length, Some(key));
+        self.repair(device, slice, offset..offset + length, Some((key, repairs)));
         let lock = &mut self.devices[device].slices[slice as usize].lock;
         if lock.acquire(key, offset..offset + length, true) {
             self.ready.push_back(key);
@@ -52,17 +53,17 @@ impl Engine {
         &mut self,
         device: usize,
         slice: u32,
-        offset: u32,
-        length: u32,
-        reader: Option<OpKey>,
+        range: std::ops::Range<u32>,
+        reader: Option<(OpKey, u8)>,
     ) {
         let epoch = self.devices[device].view.span(slice).epoch;
         let op = Op {
             kind: OpKind::Repair,
             slice,
-            offset,
-            length,
-            reader,
+            offset: range.start,
+            length: range.end - range.start,
+            reader: reader.map(|(reader, _)| reader),
+            repairs: reader.map_or(0, |(_, repairs)| repairs),
             ..Op::primary(Origin::Upkeep, device, epoch)
         };
         self.enqueue(op);
@@ -70,7 +71,7 @@ impl Engine {
 
     fn repair_source(&self, op: &Op) -> Option<PeerIndex> {
         let span = self.devices[op.device].view.span(op.slice);
-        span.members.iter().copied().find(|peer| {
+        span.members.iter().copied().skip(op.repairs.into()).find(|peer| {
             let entry = &self.peers[*peer];
             entry.is_open() && entry.lost.is_none() && entry.adopted().0 >= span.epoch.0
         })
@@ -124,7 +125,7 @@ impl Engine {
             }
         }
         if let Some(reader) = reader.and_then(|reader| self.ops.get_mut(reader)) {
-            reader.repaired |= tried;
+            reader.repairs += u8::from(tried);
         }
     }
 }

@@ -457,6 +457,7 @@ impl Engine {
             behind.failed |= u64::from(!equal) << region;
             if equal && behind.known && behind.regions >> region & 1 == 1 {
                 behind.regions &= !(1 << region);
+                behind.unreadable &= !(1 << region);
                 done = 1;
             }
         }
@@ -505,6 +506,14 @@ impl Engine {
             }
         }
         self.pump_resyncs();
+    }
+
+    /// Regions that nobody can copy.
+    pub(super) fn unreadable_regions(&self, resync: &Resync) -> u32 {
+        let slices = &self.devices[resync.device].slices;
+        let behind = slices.iter().flat_map(|slice| &slice.behind);
+        let of_peer = behind.filter(|behind| behind.peer == resync.peer);
+        of_peer.map(|behind| (behind.unreadable & behind.regions).count_ones()).sum()
     }
 
     /// How far copies are that are being made equal, for `status`.

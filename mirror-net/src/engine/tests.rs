@@ -134,11 +134,41 @@ fn a_write_whose_exporter_is_gone_is_not_read_before_every_copy_has_it() {
     rig.frame(3, forwarded(Kind::ForwardWrite, 1, 0), trailer(1, 1, 3));
     let leg = rig.take(Kind::Write);
     rig.lane_down(3);
-    // Rule 10: no new session before what came over the old one has ended.
     rig.open(3, first.version);
-    assert!(rig.take(Kind::Open).iter().all(|open| open.to != 3));
+    rig.frame(3, forwarded(Kind::ForwardRead, 1, 0), trailer(1, 1, 3));
+    assert!(rig.take(Kind::Reply).is_empty(), "the write keeps its range");
     rig.ack(&leg[0]);
-    assert_eq!(rig.take(Kind::Open)[0].to, 3);
+    assert_eq!(rig.take(Kind::Reply).len(), 1, "of the read; nobody waits for the write's");
+}
+
+/// The exporter is the other copy too: the write that its session's end left behind needs the next session.
+#[test]
+fn a_write_of_an_exporter_that_is_also_the_secondary_outlives_their_session() {
+    let first = map(2, 2, 2);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(2, forwarded(Kind::ForwardWrite, 1, 0), trailer(1, 1, 2));
+    assert_eq!(rig.take(Kind::Write).len(), 1);
+    rig.lane_down(2);
+    rig.open(2, first.version);
+    let again = rig.take(Kind::Write);
+    assert_eq!(again.len(), 1, "it is sent again");
+    rig.ack(&again[0]);
+    let read = rig.frame(2, forwarded(Kind::ForwardRead, 1, 0), trailer(1, 1, 2));
+    assert_eq!(rig.take(Kind::Reply).iter().filter(|reply| reply.header.sequence == read).count(), 1);
+}
+
+/// Rule 12: a primary that adopts the map which deposes it gives its leases back with that.
+#[test]
+fn a_hand_over_does_not_wait_for_the_lease_of_a_primary_that_knows() {
+    let first = map(2, 2, 2);
+    let mut rig = Rig::new(2, &first);
+    rig.frame(1, Header::new(Kind::Ping), None);
+    rig.adopt(&next(&first, |span| span.replicas.swap(0, 1)));
+    let read = rig.request(RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "node 1 may still be reading");
+    rig.adopted(1, 2);
+    rig.wait(100, &[1]);
+    assert_eq!(rig.result(read), Some(Ok(())));
 }
 
 #[test]
