@@ -29,13 +29,25 @@ pub(super) struct Behind {
     pub failed: u64,
     /// What it had readable when it was asked.
     pub readable: u64,
+    /// Regions noted since: what it has readable of them may be more by now.
+    pub noted: u64,
     /// Dirty bits of ours that it has taken over durably.
     pub united: u64,
 }
 
 impl Behind {
     pub fn unknown(peer: PeerIndex) -> Self {
-        Self { peer, known: false, asked: false, regions: 0, copying: 0, failed: 0, readable: 0, united: 0 }
+        Self {
+            peer,
+            known: false,
+            asked: false,
+            regions: 0,
+            copying: 0,
+            failed: 0,
+            readable: 0,
+            noted: 0,
+            united: 0,
+        }
     }
 
     pub fn may_differ(&self) -> u64 {
@@ -78,6 +90,7 @@ impl Engine {
             Some(behind) if behind.known => {
                 let new = u64::from((regions & !behind.regions).count_ones());
                 behind.regions |= regions;
+                behind.noted |= regions;
                 resync.left += new;
                 resync.total += new;
             }

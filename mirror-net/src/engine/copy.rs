@@ -92,12 +92,13 @@ impl Engine {
         let behind = self.devices[op.device].slices[op.slice as usize].behind.iter();
         let behind = behind.into_iter().find(|behind| behind.peer == peer);
         let theirs = behind.is_none_or(|behind| behind.readable >> region & 1 == 1);
+        let perhaps = behind.is_none_or(|behind| (behind.readable | behind.noted) >> region & 1 == 1);
         if self.disks[op.disk].failed || behind.is_none() {
             self.copies[key].failed = true;
         } else if readable >> region & 1 == 1 {
             self.start_piece(key, theirs);
             return;
-        } else if theirs {
+        } else if perhaps {
             // Nothing is valid here: nothing is valid there either (rule 11).
             let header = self.copy_header(key, Kind::Discard, op.offset, op.length);
             self.send_for_copy(key, header, Body::None, CopyMessage::Store);
@@ -167,6 +168,15 @@ impl Engine {
         self.copy_progress(key);
     }
 
+    /// The piece cannot be read here. A member may have it; the region is tried again later.
+    pub(super) fn copy_piece_unreadable(&mut self, key: OpKey) {
+        let length = self.piece(key).length;
+        let (op, copy) = (&self.ops[key], &mut self.copies[key]);
+        copy.failed = true;
+        let (device, slice, at) = (op.device, op.slice, copy.at);
+        self.repair(device, slice, at, length, None);
+    }
+
     /// Its digests were computed.
     pub(super) fn copy_digested(&mut self, key: OpKey, fine: Vec<Digest>) {
         self.copies[key].fine = Some(fine);
@@ -183,6 +193,7 @@ impl Engine {
     ) -> Result<(), BadFrame> {
         let (Some(op), Some(copy)) = (self.ops.get_mut(key), self.copies.get_mut(key)) else { return Ok(()) };
         op.asked -= 1;
+        copy.failed |= self.disks[op.disk].failed;
         let status = answer.map(|(header, _)| Status::parse(header.flags));
         let body = answer.map_or(&[][..], |(_, body)| body);
         copy.moved += body.len() as u64;
@@ -237,7 +248,8 @@ impl Engine {
     /// Compares once both sides' digests are there; goes on with the next piece, or ends.
     pub(super) fn copy_progress(&mut self, key: OpKey) {
         let (Some(op), Some(copy)) = (self.ops.get(key), self.copies.get(key)) else { return };
-        if op.doomed.is_some() || copy.failed {
+        // Nobody knows what a disk holds that failed meanwhile: the other copy may have what this one lost.
+        if op.doomed.is_some() || copy.failed || self.disks[op.disk].failed {
             if op.is_quiet() {
                 self.finish(key, op.doomed.unwrap_or(Status::Fenced));
             }
@@ -298,13 +310,6 @@ impl Engine {
         self.copy_buffers.push(copy.buffer);
         self.copy_ended(op, copy.peer, status == Status::Done && !copy.failed, copy.moved);
         self.resync_due = true;
-    }
-}
-
-impl Copy {
-    /// This copy could not be read here.
-    pub fn fail(&mut self) {
-        self.failed = true;
     }
 }
 

@@ -4,12 +4,11 @@
 //! before its first data; the dirty bit is durable before data can reach the disk.
 
 use super::action::{Action, BufferRange, DiskIndex, Io, OpKey};
-use super::op::{FlushWaiter, Local, Op, OpKind};
+use super::op::{FlushWaiter, Local, Op, OpKind, Part};
 use super::{CHECKPOINT_IDLE, Engine, Nanos};
 use crate::format::journal::{Change, IoFailed, IoId, Ticket};
 use crate::ids::SlotIndex;
 use crate::region::masks::{RegionMasks, covered, touched};
-use crate::wire::header::PIECE_BYTES_MAX;
 
 /// Regions whose dirty bits are set ahead of the writes to them.
 const AHEAD: u32 = 8;
@@ -256,18 +255,16 @@ impl Engine {
                     op.failed = true;
                     self.fail_disk(disk, &reason);
                 }
-                OpKind::Copy => {
-                    let (device, slice, offset, length) = (op.device, op.slice, op.offset, op.length);
-                    self.copies[key].fail();
-                    // A member may have what cannot be read here.
-                    self.repair(device, slice, offset, length.min(PIECE_BYTES_MAX), None);
-                }
+                OpKind::Copy => self.copy_piece_unreadable(key),
                 OpKind::Read | OpKind::Compare { .. } | OpKind::Clear { .. } | OpKind::Unite { .. } => {
                     op.failed = true;
                 }
             }
         }
+        let disk_failed = self.disks[disk].failed;
         let op = &mut self.ops[key];
+        // As for a primary's reads: what a disk returns that failed meanwhile is no answer.
+        op.failed |= disk_failed && op.part == Part::Secondary && kind.shares();
         let next = match op.local {
             Local::Zeroing { ios, regions } if ios > 1 => Local::Zeroing { ios: ios - 1, regions },
             Local::Data { ios } if ios > 1 => Local::Data { ios: ios - 1 },

@@ -66,6 +66,9 @@ impl Engine {
     pub(super) fn start_secondary(&mut self, key: OpKey) {
         match self.ops[key].kind {
             OpKind::Unite { dirty } => self.start_unite(key, dirty),
+            OpKind::Read | OpKind::Compare { .. } if self.disks[self.ops[key].disk].failed => {
+                self.finish(key, Status::DiskFailed);
+            }
             OpKind::Read | OpKind::Compare { .. } => {
                 self.read_local(key);
                 if self.ops[key].local == Local::Done {

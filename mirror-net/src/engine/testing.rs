@@ -276,8 +276,9 @@ impl Rig {
             self.peer_sequence += 1;
             header.sequence = self.peer_sequence;
         }
-        let data = matches!(header.kind, Kind::Write | Kind::ForwardWrite | Kind::ForwardRead);
-        if data && header.kind != Kind::ForwardRead {
+        let stored = matches!(header.kind, Kind::Write | Kind::ForwardWrite);
+        let data = stored || matches!(header.kind, Kind::ForwardRead | Kind::Fetch | Kind::Compare);
+        if stored {
             header.body_bytes = header.length + if trailer.is_some() { 32 } else { 0 };
         }
         let buffer = data.then(|| self.buffer());

@@ -1,6 +1,6 @@
 //! What one engine does, seen from outside.
 
-use super::action::{Report, RequestError};
+use super::action::{Report, RequestError, RequestKind};
 use super::testing::{Rig, claimed, map, next};
 use crate::ids::MapVersion;
 use crate::map::ReplicaState;
@@ -25,7 +25,7 @@ fn a_write_completes_when_every_copy_has_it() {
 fn a_part_that_went_elsewhere_is_not_sent_again_when_its_old_session_ends() {
     let first = map(3, 2, 3);
     let mut rig = Rig::new(3, &first);
-    let token = rig.request(super::action::RequestKind::WriteZeroes { fua: false }, 0, 4096);
+    let token = rig.request(RequestKind::WriteZeroes { fua: false }, 0, 4096);
     assert_eq!(rig.take(Kind::ForwardZero).len(), 1);
     let second = next(&first, promote_second);
     rig.adopted(2, 2);
@@ -242,7 +242,7 @@ fn more_requests_than_the_window_holds_all_complete() {
     // Of every 512 places one write is at the secondary; zeroing what was never written has no range
     // in common either.
     for index in 0..512 {
-        rig.request(super::action::RequestKind::WriteZeroes { fua: false }, offset(index), 512);
+        rig.request(RequestKind::WriteZeroes { fua: false }, offset(index), 512);
     }
     assert_eq!(rig.take(Kind::Zero).len(), 512);
     for _ in 0..super::session::WINDOW {
@@ -280,7 +280,7 @@ fn a_primary_whose_disk_fails_a_flush_waits_for_the_other_copy_to_take_over() {
     let leg = rig.take(Kind::Flush);
     rig.ack(&leg[0]);
     assert_eq!(rig.result(flush), None);
-    let read = rig.request(super::action::RequestKind::Read, 0, 4096);
+    let read = rig.request(RequestKind::Read, 0, 4096);
     assert_eq!(rig.result(read), None, "the disk may have lost what was acknowledged");
     rig.adopted(2, 2);
     rig.adopt(&next(&first, promote_second));
@@ -361,7 +361,7 @@ fn a_restarted_primary_does_not_answer_a_flush_for_what_it_lost() {
 fn writes_that_both_need_a_whole_region_do_not_wait_for_each_other() {
     let mut rig = Rig::new(1, &next(&map(2, 2, 1), second_stale));
     rig.hold = true;
-    let discard = rig.request(super::action::RequestKind::Discard, 0, 4096);
+    let discard = rig.request(RequestKind::Discard, 0, 4096);
     let (a, b) = (rig.write(1024, 512), rig.write(2048, 512));
     for _ in 0..20 {
         rig.complete_io(Ok(()));
@@ -385,7 +385,7 @@ fn a_lease_of_a_grantor_that_lacks_the_slices_epoch_is_none() {
     assert!(pings.len() >= 2, "{pings:?}");
     let latest = &pings[pings.len() - 2..];
     pong(&mut rig, &latest[0].header, 1);
-    let read = rig.request(super::action::RequestKind::Read, 0, 4096);
+    let read = rig.request(RequestKind::Read, 0, 4096);
     assert_eq!(rig.result(read), None, "node 2 may serve under map 3 without a wait");
     pong(&mut rig, &latest[1].header, 2);
     assert_eq!(rig.result(read), Some(Ok(())));
@@ -456,6 +456,24 @@ fn the_end_of_a_resync_is_told_once() {
     assert_eq!(rig.engine.take_ended_resyncs().len(), 1);
 }
 
+/// Rule 11: what is invalid here becomes invalid there, also where the copy had nothing when its masks
+/// came and was written since. Left alone it would bring back what was discarded.
+#[test]
+fn a_discard_that_a_syncing_copy_missed_is_made_up_for() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    let (region, length) = (3 * 4096, 4096);
+    rig.write(region, length);
+    let leg = rig.take(Kind::Write);
+    rig.ack(&leg[0]);
+    rig.lane_down(2);
+    let discard = rig.request(RequestKind::Discard, region, length);
+    assert_eq!(rig.result(discard), Some(Ok(())));
+    rig.open(2, MapVersion(2));
+    let missed: Vec<u32> = rig.take(Kind::Discard).iter().map(|sent| sent.header.offset).collect();
+    assert_eq!(missed, [region as u32]);
+}
+
 /// The same for one that is another incarnation than the one that joins.
 #[test]
 fn a_joining_copy_of_another_incarnation_is_lost_anew() {
@@ -488,4 +506,35 @@ fn a_discard_that_covers_no_region_ends_its_session() {
         rig.frame(peer, Header { length: 512, ..forwarded(kind, 1, 512) }, trailer);
         assert_eq!(rig.closed, [peer]);
     }
+}
+
+/// After a failed flush nobody knows what a disk holds: neither a repair nor a comparison may take it.
+#[test]
+fn a_failed_disk_is_not_read_for_its_primary() {
+    for kind in [Kind::Fetch, Kind::Compare] {
+        let mut rig = Rig::new(2, &map(2, 2, 1));
+        rig.frame(1, forwarded(Kind::Write, 1, 0), None);
+        rig.fail_flush = true;
+        rig.frame(1, Header { device: 1, ..Header::new(Kind::Flush) }, None);
+        rig.sent.clear();
+        rig.frame(1, forwarded(kind, 1, 0), None);
+        let answers: Vec<Status> = rig.sent.iter().map(|sent| Status::parse(sent.header.flags)).collect();
+        assert_eq!(answers, [Status::DiskFailed], "{kind:?}");
+    }
+}
+
+/// The same of what is copied from it: the other copy may have what this one has lost.
+#[test]
+fn nothing_is_copied_from_a_disk_that_failed_meanwhile() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    rig.lane_down(2);
+    rig.write(0, 4096);
+    rig.hold = true;
+    rig.open(2, MapVersion(2));
+    assert_eq!(rig.held.len(), 1, "the region is being read");
+    rig.fail_flush = true;
+    rig.flush();
+    rig.complete_io(Ok(()));
+    assert!(rig.take(Kind::Write).is_empty());
 }
