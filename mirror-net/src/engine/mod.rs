@@ -182,6 +182,8 @@ pub struct Engine {
     copies: SecondaryMap<OpKey, copy::Copy>,
     copy_buffers: Vec<action::BufferId>,
     resyncs: Vec<resync::Resync>,
+    /// Those that ended and that nobody was told of; one at most for a device and peer.
+    ended_resyncs: Vec<crate::control::ResyncReport>,
     /// Some resync may go on.
     resync_due: bool,
     /// When the last request of a host came.
@@ -236,6 +238,7 @@ impl Engine {
             copies: SecondaryMap::new(),
             copy_buffers: Vec::new(),
             resyncs: Vec::new(),
+            ended_resyncs: Vec::new(),
             resync_due: false,
             foreground_at: 0,
             clear_every: CLEAR_EVERY,

@@ -230,7 +230,13 @@ impl Engine {
         if self.has_syncing(device, peer) {
             self.advance(device, peer);
         } else {
-            self.resyncs.retain(|resync| (resync.device, resync.peer) != (device, peer));
+            let ended = |resync: &Resync| (resync.device, resync.peer) == (device, peer);
+            if let Some(index) = self.resyncs.iter().position(ended) {
+                let resync = self.resyncs.remove(index);
+                let report = self.resync_report(&resync);
+                self.ended_resyncs.retain(|other| (other.device, other.peer) != (report.device, report.peer));
+                self.ended_resyncs.push(report);
+            }
             for slice in &mut self.devices[device].slices {
                 slice.behind.retain(|behind| behind.peer != peer);
             }
@@ -518,20 +524,25 @@ impl Engine {
 
     /// How far copies are that are being made equal, for `status`.
     pub fn resync_reports(&self) -> Vec<ResyncReport> {
+        self.resyncs.iter().map(|resync| self.resync_report(resync)).collect()
+    }
+
+    /// Those that ended since the last call: everything was compared, and what differed was sent.
+    pub fn take_ended_resyncs(&mut self) -> Vec<ResyncReport> {
+        std::mem::take(&mut self.ended_resyncs)
+    }
+
+    fn resync_report(&self, resync: &Resync) -> ResyncReport {
         let region = u64::from(self.region_bytes());
         let whole = |slices: u32| u64::from(slices) * u64::from(self.slice_bytes);
-        let report = |resync: &Resync| {
-            let device = &self.devices[resync.device];
-            ResyncReport {
-                device: device.view.id,
-                peer: self.peers[resync.peer].node,
-                behind_bytes: resync.left * region + whole(resync.unknown),
-                total_bytes: resync.total * region + whole(resync.unknown),
-                moved_bytes: resync.moved,
-                bytes_per_second: (resync.rate.per_second * region as f64) as u64,
-                joining: self.has_syncing(resync.device, resync.peer),
-            }
-        };
-        self.resyncs.iter().map(report).collect()
+        ResyncReport {
+            device: self.devices[resync.device].view.id,
+            peer: self.peers[resync.peer].node,
+            behind_bytes: resync.left * region + whole(resync.unknown),
+            total_bytes: resync.total * region + whole(resync.unknown),
+            moved_bytes: resync.moved,
+            bytes_per_second: (resync.rate.per_second * region as f64) as u64,
+            joining: self.has_syncing(resync.device, resync.peer),
+        }
     }
 }

@@ -469,6 +469,17 @@ fn a_syncing_copy_without_a_session_is_left_out_and_caught_up() {
     assert_eq!(rig.result(during), None, "it has a session: it is waited for");
 }
 
+/// For the log, which is to say what a resync cost.
+#[test]
+fn the_end_of_a_resync_is_told_once() {
+    let mut rig = Rig::new(1, &map(2, 2, 1));
+    let opened = rig.engine.take_ended_resyncs();
+    assert_eq!(opened.len(), 1, "the copies were reconciled when the session began: {opened:?}");
+    assert_eq!((opened[0].peer.0, opened[0].moved_bytes, opened[0].behind_bytes), (2, 0, 0));
+    assert!(!opened[0].joining);
+    assert_eq!(rig.engine.take_ended_resyncs(), []);
+}
+
 /// Rule 11: what is invalid here becomes invalid there, also where the copy had nothing when its masks
 /// came and was written since. Left alone it would bring back what was discarded.
 #[test]

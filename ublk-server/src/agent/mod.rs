@@ -415,6 +415,16 @@ impl Agent {
                     tracing::info!(node, session, reason, "a connection that was replaced has ended");
                 }
             }
+            Event::Resynced(resync) => {
+                let map = self.map.as_ref();
+                let device = map.and_then(|map| map.device(resync.device)).map(|device| device.name.clone());
+                tracing::info!(
+                    device = device.unwrap_or_else(|| resync.device.to_string()),
+                    node = self.node_name(resync.peer),
+                    moved_bytes = resync.moved_bytes,
+                    "its copies are equal"
+                );
+            }
             Event::MapRefused(reason) => {
                 tracing::error!(reason, "the newest map cannot be adopted");
                 self.trouble = Some(reason);

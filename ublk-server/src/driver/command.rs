@@ -65,6 +65,8 @@ pub enum Event {
     },
     /// A map could not be adopted.
     MapRefused(String),
+    /// A device's copies at a peer are equal to this node's.
+    Resynced(ResyncReport),
     /// A ublk device's entries are refused by the kernel.
     UblkRefused(DeviceId, nix::errno::Errno),
     /// The kernel gave up all tags of a ublk device.

@@ -154,6 +154,9 @@ impl IoThread {
             if let Some(error) = self.engine.take_refused_map() {
                 self.tell(Event::MapRefused(error.to_string()));
             }
+            for resync in self.engine.take_ended_resyncs() {
+                self.tell(Event::Resynced(resync));
+            }
             if self.late_answers {
                 self.late_answers = false;
                 self.answer_late()?;
