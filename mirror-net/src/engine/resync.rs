@@ -20,6 +20,7 @@ use super::{Engine, Nanos};
 use crate::control::ResyncReport;
 use crate::format::journal::Change;
 use crate::ids::{MapVersion, SliceEpoch, SlotIndex};
+use crate::planted::{self, Bug};
 use crate::region::masks::{RegionMasks, touched};
 use crate::wire::header::{BadFrame, Header, Kind, Status};
 use std::collections::VecDeque;
@@ -176,7 +177,10 @@ impl Engine {
     pub(super) fn counts(&self, device: usize, span: &SpanView, peer: PeerIndex) -> bool {
         span.members.contains(&peer)
             || self.devices[device].joining.iter().any(|joining| {
-                joining.peer == peer && span.epoch.0 <= joining.version.0 && span.others.contains(&peer)
+                joining.peer == peer
+                    && span.epoch.0 <= joining.version.0
+                    && span.others.contains(&peer)
+                    && !planted::is(Bug::JoiningUncounted)
             })
     }
 
@@ -209,7 +213,7 @@ impl Engine {
     /// A primary's or an earlier secondary's operation ends: copies that do not have it are behind.
     pub(super) fn note_missed(&mut self, op: &Op) {
         let view = &self.devices[op.device].view;
-        if op.slice >= view.slices || !op.kind.stores() || !op.begun() {
+        if op.slice >= view.slices || !op.kind.stores() || !op.begun() || planted::is(Bug::MissedUnnoted) {
             return;
         }
         let span = view.span(op.slice);
@@ -295,7 +299,7 @@ impl Engine {
         let keeps = |peer: PeerIndex| {
             old.is_some_and(|old| {
                 old.serves()
-                    && (consecutive || old.epoch == span.epoch)
+                    && (consecutive || old.epoch == span.epoch || planted::is(Bug::KnowledgeKept))
                     && old.attached(peer).is_some()
                     && old.attached(peer) == span.attached(peer)
             })
@@ -481,7 +485,7 @@ impl Engine {
             _ if exchange.again => {}
             _ => resync.exchanges = resync.exchanges.saturating_sub(1),
         }
-        let Some((dirty, readable)) = theirs.filter(|_| current) else {
+        let Some((mut dirty, readable)) = theirs.filter(|_| current) else {
             resync.not_before = not_before;
             if exchange.again && matches!(resync.stage, Stage::Uniting { .. }) {
                 resync.stage = Stage::Comparing;
@@ -496,6 +500,9 @@ impl Engine {
         let Some((disk, slot)) = self.devices[device].slices[slice as usize].place else { return Ok(()) };
         let mine = self.disks[disk].journal.masks(SlotIndex(slot));
         let Some(behind) = self.behind_mut(device, slice, peer) else { return Ok(()) };
+        if planted::is(Bug::MasksNotUnited) {
+            dirty = 0;
+        }
         behind.united |= exchange.dirty | dirty;
         if exchange.again || behind.known {
             return Ok(());
@@ -653,7 +660,8 @@ impl Engine {
         match resync.stage {
             Stage::Comparing if now >= resync.not_before => {
                 // Writes that go on without that copy leave it behind when they end: it is too early.
-                if !self.writes_without(device, peer) && self.has_adopted_all(device, peer) {
+                let behind = self.writes_without(device, peer) && !planted::is(Bug::JoinedBehind);
+                if !behind && self.has_adopted_all(device, peer) {
                     self.unite_again(device, peer, 0, 0);
                 }
             }
@@ -718,7 +726,11 @@ impl Engine {
         if let Some(resync) = self.find_resync(device, peer) {
             resync.stage = Stage::Flushing;
         }
-        self.flush_joining(device, peer);
+        if planted::is(Bug::JoinedUnflushed) {
+            self.joining_flushed(device, peer, true);
+        } else {
+            self.flush_joining(device, peer);
+        }
     }
 
     /// Its flush ended.
