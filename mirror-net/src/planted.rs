@@ -54,8 +54,6 @@ bugs! {
     EpochVolatile "epoch-volatile",
     /// 2: a lease is used although its grantor knows a newer map.
     LeaseOfNewerMap "lease-of-newer-map",
-    /// 2: a lease is used although its grantor has not adopted the slice's epoch.
-    LeaseOfOlderMap "lease-of-older-map",
     /// 3: a primary that rebooted before anybody noticed stays primary.
     RebootBelieved "reboot-believed",
     /// 3: a primary does not notice that a copy's machine rebooted.
@@ -68,8 +66,6 @@ bugs! {
     ReadmittedEarly "readmitted-early",
     /// 6: a replica is not counted on between the request to make it a member and the next map.
     JoiningUncounted "joining-uncounted",
-    /// 6: a replica joins while a write is under way that it does not get.
-    JoinedBehind "joined-behind",
     /// 7: a replica joins without a flush.
     JoinedUnflushed "joined-unflushed",
     /// 8: a write goes to the disk without its dirty bit.
@@ -92,14 +88,8 @@ bugs! {
     Undrained "undrained",
     /// 10: a frame of a lane that is gone is taken for one of the present lane.
     OldLane "old-lane",
-    /// 11: the other copy's dirty bits are not united with this node's.
-    MasksNotUnited "masks-not-united",
-    /// 11: a region is read before it is reconciled with all members.
-    UnreconciledRead "unreconciled-read",
     /// 11: a copy does not lock its region: it overtakes newer writes.
     CopyUnlocked "copy-unlocked",
-    /// 11: what is known of another copy is kept over maps that this node never saw.
-    KnowledgeKept "knowledge-kept",
     /// 11: a region that is not valid here stays as it is on the other copy.
     InvalidNotCopied "invalid-not-copied",
     /// 12: a write is read before every copy has it.
@@ -108,8 +98,6 @@ bugs! {
     LeaseIgnored "lease-ignored",
     /// 12: a lease counts from its answer's arrival by the holder's clock.
     LeaseFromAnswer "lease-from-answer",
-    /// 12: a read that was begun under a lease completes after its end.
-    LeaseUnchecked "lease-unchecked",
     /// 12: a node that takes over does not wait for the leases that it granted.
     LeaseNotAwaited "lease-not-awaited",
     /// 13: after a start a node has granted nothing.

@@ -186,7 +186,7 @@ impl Engine {
         }
         let regions = touched(op.offset, op.length, self.region_bytes());
         let unreconciled = self.unreconciled(op.device, op.slice) & regions;
-        if op.local == Local::Idle && unreconciled != 0 && !planted::is(Bug::UnreconciledRead) {
+        if op.local == Local::Idle && unreconciled != 0 {
             self.await_reconciled(key, unreconciled);
             return;
         }
@@ -322,7 +322,7 @@ impl Engine {
             (OpKind::Read, Local::Done | Local::Failed) if self.may_move_op(op) => {}
             (OpKind::Read, Local::Done) => {
                 // A read takes time: it counts only if it was still ours to do at its end (rule 12).
-                if op.part == Part::Secondary || self.may_read(op) || planted::is(Bug::LeaseUnchecked) {
+                if op.part == Part::Secondary || self.may_read(op) {
                     self.finish(key, Status::Done);
                 } else {
                     self.parked.push(key);

@@ -299,7 +299,7 @@ impl Engine {
         let keeps = |peer: PeerIndex| {
             old.is_some_and(|old| {
                 old.serves()
-                    && (consecutive || old.epoch == span.epoch || planted::is(Bug::KnowledgeKept))
+                    && (consecutive || old.epoch == span.epoch)
                     && old.attached(peer).is_some()
                     && old.attached(peer) == span.attached(peer)
             })
@@ -485,7 +485,7 @@ impl Engine {
             _ if exchange.again => {}
             _ => resync.exchanges = resync.exchanges.saturating_sub(1),
         }
-        let Some((mut dirty, readable)) = theirs.filter(|_| current) else {
+        let Some((dirty, readable)) = theirs.filter(|_| current) else {
             resync.not_before = not_before;
             if exchange.again && matches!(resync.stage, Stage::Uniting { .. }) {
                 resync.stage = Stage::Comparing;
@@ -500,9 +500,6 @@ impl Engine {
         let Some((disk, slot)) = self.devices[device].slices[slice as usize].place else { return Ok(()) };
         let mine = self.disks[disk].journal.masks(SlotIndex(slot));
         let Some(behind) = self.behind_mut(device, slice, peer) else { return Ok(()) };
-        if planted::is(Bug::MasksNotUnited) {
-            dirty = 0;
-        }
         behind.united |= exchange.dirty | dirty;
         if exchange.again || behind.known {
             return Ok(());
@@ -660,8 +657,7 @@ impl Engine {
         match resync.stage {
             Stage::Comparing if now >= resync.not_before => {
                 // Writes that go on without that copy leave it behind when they end: it is too early.
-                let behind = self.writes_without(device, peer) && !planted::is(Bug::JoinedBehind);
-                if !behind && self.has_adopted_all(device, peer) {
+                if !self.writes_without(device, peer) && self.has_adopted_all(device, peer) {
                     self.unite_again(device, peer, 0, 0);
                 }
             }
