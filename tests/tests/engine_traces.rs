@@ -21,6 +21,7 @@ fn shape(nodes: u16, copies: u16) -> Shape {
         devices: 2,
         mirrored_only: false,
         depth: 0,
+        wanders: false,
         discards: false,
         drift: true,
     }

@@ -11,6 +11,7 @@ use crate::format::journal::{Change, Ticket};
 use crate::format::table::{Assignment, CopyState, Role};
 use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, NodeId, SliceIndex, SlotIndex};
 use crate::map::{DistributionMap, ReplicaState};
+use crate::planted::{self, Bug};
 use crate::region::masks::RegionMasks;
 use crate::wire::header::Status;
 use std::sync::Arc;
@@ -210,7 +211,7 @@ impl Engine {
             // A failed disk's copies serve nothing; it holds up nobody else.
             disks.all(|(disk, ticket)| disk.journal.durable_ticket() >= *ticket || disk.failed)
         });
-        if !durable {
+        if !durable && !planted::is(Bug::EpochVolatile) {
             return;
         }
         let Some(adoption) = self.adopting.take() else { return };
@@ -291,6 +292,9 @@ impl Engine {
     pub(super) fn await_leases(&mut self) {
         let reading = self.peers.iter().filter(|peer| peer.adopted() < self.took_over);
         self.serve_after = reading.map(Peer::granted_until).max().unwrap_or(0);
+        if planted::is(Bug::LeaseNotAwaited) {
+            self.serve_after = 0;
+        }
     }
 
     /// Operations in flight go on under the new epoch, or end because they are not ours any more.
@@ -341,7 +345,7 @@ impl Engine {
             let claim = self.devices[op.device].view.claim.generation.0;
             op.part == Part::Primary && !op.kind.is_upkeep() && op.claim < claim
         });
-        if !older {
+        if !older || planted::is(Bug::ClaimUndrained) {
             self.unreported = None;
             self.actions.push_back(Action::Report(Report::Adopted { version }));
         }

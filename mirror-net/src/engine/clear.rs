@@ -12,6 +12,7 @@ use super::op::{Legs, Local, Op, OpKind, Origin, Part};
 use super::{Engine, Nanos, Slice};
 use crate::format::journal::Change;
 use crate::ids::SlotIndex;
+use crate::planted::{self, Bug};
 use crate::region::masks::{RegionMasks, touched};
 use crate::wire::header::Status;
 use std::collections::VecDeque;
@@ -64,7 +65,11 @@ impl Engine {
             let idle = self.idle_regions(device);
             if !idle.is_empty() {
                 self.devices[device].clearing = Clearing::Flushing(idle);
-                self.start_flush(FlushOrigin::Clearing, device);
+                if planted::is(Bug::ClearedUnflushed) {
+                    self.clearing_flushed(device, true);
+                } else {
+                    self.start_flush(FlushOrigin::Clearing, device);
+                }
             }
         }
     }
@@ -150,7 +155,7 @@ impl Engine {
         let as_before = span.serves()
             && span.is_complete()
             && span.epoch == op.epoch
-            && entry.recent & regions == 0
+            && (entry.recent & regions == 0 || planted::is(Bug::ClearedEarly))
             && entry.behind.is_empty()
             && !self.disks[op.disk].failed;
         if !as_before {

@@ -10,6 +10,7 @@ use super::op::{Local, Op};
 use super::session::Awaited;
 use super::view::PeerIndex;
 use crate::ids::SlotIndex;
+use crate::planted::{self, Bug};
 use crate::region::digest::{self, COARSE_BYTES, Digest, FINE_BYTES};
 use crate::wire::header::{BadFrame, FLAG_FINE, HEADER_BYTES, Header, Kind, PIECE_BYTES_MAX, Status};
 
@@ -98,7 +99,7 @@ impl Engine {
         } else if readable >> region & 1 == 1 {
             self.start_piece(key, theirs);
             return;
-        } else if perhaps {
+        } else if perhaps && !planted::is(Bug::InvalidNotCopied) {
             // Nothing is valid here: nothing is valid there either (rule 11).
             let header = self.copy_header(key, Kind::Discard, op.offset, op.length);
             self.send_for_copy(key, header, Body::None, CopyMessage::Store);

@@ -7,6 +7,7 @@ use super::op::{FlushWaiter, LegState, Sender};
 use super::session::Awaited;
 use super::view::{PeerIndex, Place};
 use crate::ids::{DeviceId, SliceEpoch};
+use crate::planted::{self, Bug};
 use crate::wire::header::{BadFrame, Header, Kind, Status, Trailer};
 
 /// Flushes of one disk: at most one runs, whoever comes meanwhile shares the next.
@@ -143,6 +144,7 @@ impl Engine {
         };
         let legs = match origin {
             FlushOrigin::Primary(_) => Vec::new(),
+            FlushOrigin::Export(_) | FlushOrigin::Exporter(..) if planted::is(Bug::FlushLocal) => Vec::new(),
             FlushOrigin::Joining(peer) => vec![(peer, LegState::Unsent)],
             // Syncing copies are flushed before they become members.
             FlushOrigin::Export(_) | FlushOrigin::Exporter(..) | FlushOrigin::Clearing => {

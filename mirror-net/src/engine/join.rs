@@ -10,6 +10,7 @@ use super::session::ASK_AGAIN;
 use super::view::{PeerIndex, SpanView};
 use super::{Device, Engine};
 use crate::ids::{MapVersion, SlotIndex};
+use crate::planted::{self, Bug};
 
 /// A node whose copies become members: counted on, for spans up to that version.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +27,10 @@ impl Engine {
     pub(super) fn counts(&self, device: usize, span: &SpanView, peer: PeerIndex) -> bool {
         span.members.contains(&peer)
             || self.devices[device].joining.iter().any(|joining| {
-                joining.peer == peer && span.epoch.0 <= joining.version.0 && span.others.contains(&peer)
+                joining.peer == peer
+                    && span.epoch.0 <= joining.version.0
+                    && span.others.contains(&peer)
+                    && !planted::is(Bug::JoiningUncounted)
             })
     }
 
@@ -130,7 +134,11 @@ impl Engine {
         if let Some(resync) = self.find_resync(device, peer) {
             resync.stage = Stage::Flushing;
         }
-        self.flush_joining(device, peer);
+        if planted::is(Bug::JoinedUnflushed) {
+            self.joining_flushed(device, peer, true);
+        } else {
+            self.flush_joining(device, peer);
+        }
     }
 
     /// Its flush ended.

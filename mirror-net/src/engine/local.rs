@@ -8,6 +8,7 @@ use super::op::{FlushWaiter, Local, Op, OpKind, Part};
 use super::{CHECKPOINT_IDLE, Engine, Nanos};
 use crate::format::journal::{Change, IoFailed, IoId, Ticket};
 use crate::ids::SlotIndex;
+use crate::planted::{self, Bug};
 use crate::region::masks::{RegionMasks, covered, touched};
 
 /// Regions whose dirty bits are set ahead of the writes to them.
@@ -83,7 +84,7 @@ impl Engine {
             OpKind::Zero { .. } => self.require_dirty(key, need & masks.readable()),
             OpKind::Write { .. } => {
                 let unknown = need & !masks.writable();
-                if unknown == 0 {
+                if unknown == 0 || planted::is(Bug::Unzeroed) {
                     self.require_dirty(key, need);
                 } else {
                     self.zero_regions(key, unknown);
@@ -102,7 +103,7 @@ impl Engine {
     pub(super) fn require_dirty(&mut self, key: OpKey, regions: u64) {
         let op = &self.ops[key];
         let journal = &self.disks[op.disk].journal;
-        if regions & !journal.dirty_durable(SlotIndex(op.slot)) == 0 {
+        if regions & !journal.dirty_durable(SlotIndex(op.slot)) == 0 || planted::is(Bug::DirtySkipped) {
             self.start_data(key);
             return;
         }

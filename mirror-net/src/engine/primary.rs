@@ -9,6 +9,7 @@ use super::session::Awaited;
 use super::view::{PeerIndex, SpanView};
 use super::{Engine, Nanos};
 use crate::ids::{ExporterSession, SliceEpoch};
+use crate::planted::{self, Bug};
 use crate::region::masks::{covered, touched};
 use crate::wire::header::{BadFrame, FLAG_FUA, Header, Kind, Status, Trailer};
 
@@ -58,7 +59,12 @@ impl Engine {
         if op.part == Part::Primary && !op.kind.is_upkeep() {
             self.foreground_at = self.now;
         }
-        let range = op.offset..op.offset + op.length;
+        let mut range = op.offset..op.offset + op.length;
+        if planted::is(Bug::ReadEarly) && op.kind == OpKind::Read
+            || planted::is(Bug::CopyUnlocked) && op.kind == OpKind::Copy
+        {
+            range = 0..0;
+        }
         let (device, slice, shared) = (op.device, op.slice as usize, op.kind.shares());
         let key = self.ops.insert(op);
         if self.devices[device].slices[slice].lock.acquire(key, range, shared) {
@@ -170,7 +176,9 @@ impl Engine {
     /// Whether every copy of the span that counts lets this node read.
     pub(super) fn holds_leases(&self, device: usize, span: &SpanView) -> bool {
         span.others.iter().all(|peer| {
-            self.peers[*peer].leases_until(span.epoch) > self.now || !self.counts(device, span, *peer)
+            self.peers[*peer].leases_until(span.epoch) > self.now
+                || !self.counts(device, span, *peer)
+                || planted::is(Bug::LeaseIgnored)
         })
     }
 
@@ -218,7 +226,9 @@ impl Engine {
                 continue;
             }
             if !able {
-                if !self.counts(op.device, self.devices[op.device].view.span(op.slice), leg.peer) {
+                if !self.counts(op.device, self.devices[op.device].view.span(op.slice), leg.peer)
+                    || planted::is(Bug::WentAlone)
+                {
                     self.ops[key].legs.set(index, LegState::Gone);
                 }
                 continue;
@@ -306,7 +316,8 @@ impl Engine {
             }
             return;
         }
-        if op.legs.in_flight() || op.asked > 0 {
+        let early = planted::is(Bug::AckedEarly) && op.kind.stores();
+        if (op.legs.in_flight() && !early) || op.asked > 0 {
             return;
         }
         match (op.kind, op.local) {
@@ -321,7 +332,7 @@ impl Engine {
                     self.parked.push(key);
                 }
             }
-            (_, Local::Done) if op.legs.all_acknowledged() => self.finish(key, Status::Done),
+            (_, Local::Done) if op.legs.all_acknowledged() || early => self.finish(key, Status::Done),
             (OpKind::Read, Local::Failed) if op.part == Part::Primary => match self.repair_for(key) {
                 Repair::Begun => {}
                 Repair::Later => self.parked.push(key),
@@ -345,7 +356,7 @@ impl Engine {
     pub(super) fn doom(&mut self, key: OpKey, status: Status) {
         let Some(op) = self.ops.get_mut(key) else { return };
         op.doomed.get_or_insert(status);
-        if op.is_quiet() {
+        if op.is_quiet() || planted::is(Bug::Undrained) {
             self.finish(key, status);
         }
     }
@@ -582,6 +593,9 @@ impl Engine {
     /// Rule 14: an older claim or exporter session is refused; what we do not know yet has to wait.
     pub(super) fn judge_exporter(&mut self, sender: Sender, device: usize, trailer: &Trailer) -> Status {
         let claim = self.devices[device].view.claim;
+        if trailer.claim < claim.generation.0 && planted::is(Bug::OldClaim) {
+            return Status::Done;
+        }
         if trailer.claim < claim.generation.0 {
             return Status::ClaimLost;
         }
@@ -589,7 +603,7 @@ impl Engine {
             return Status::Fenced;
         }
         let newest = &mut self.devices[device].exporter_session;
-        if trailer.exporter_session < newest.0 {
+        if trailer.exporter_session < newest.0 && !planted::is(Bug::OldExporter) {
             return Status::ClaimLost;
         }
         // The sessions of the process before ended with their lanes, and this one opened only after

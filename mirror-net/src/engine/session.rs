@@ -12,6 +12,7 @@ use super::resync::Exchange;
 use super::view::PeerIndex;
 use super::{Engine, Nanos};
 use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
+use crate::planted::{self, Bug};
 use crate::wire::header::{BadFrame, Header, Kind, Trailer};
 use std::collections::VecDeque;
 
@@ -170,7 +171,7 @@ impl Peer {
             lags_since: None,
             lease: Lease::default(),
             // After a start a node assumes that it had just granted a lease to everybody (rule 13).
-            granted_until: now + LEASE,
+            granted_until: if planted::is(Bug::LeaseForgotten) { 0 } else { now + LEASE },
             serving: 0,
             last_error: None,
         }
@@ -297,7 +298,9 @@ impl Engine {
     /// A member whose incarnation is not the map's is no member (rule 3). Asked when either of the
     /// two is new: the peer's session, or our map.
     pub(super) fn check_incarnation(&mut self, peer: PeerIndex) {
-        if let Some(cause) = self.other_incarnation(peer) {
+        if let Some(cause) = self.other_incarnation(peer)
+            && !planted::is(Bug::SecondaryRebootBelieved)
+        {
             self.lose(peer, cause);
         }
     }
@@ -555,7 +558,8 @@ impl Engine {
     pub(super) fn heard(&mut self, peer: PeerIndex, header: &Header) -> Result<(), BadFrame> {
         let now = self.now;
         let session = self.peers[peer].session.as_mut().ok_or(BadFrame::Session)?;
-        if session.id != header.session {
+        let late = planted::is(Bug::OldLane) || planted::is(Bug::OldExporter) && header.kind.is_forwarded();
+        if session.id != header.session && !late {
             return Err(BadFrame::Session);
         }
         session.heard = now;
@@ -606,10 +610,13 @@ impl Engine {
         let Some(index) = session.pings.iter().position(|(sequence, _)| *sequence == header.sequence) else {
             return;
         };
-        let (_, sent) = session.pings[index];
+        let (_, mut sent) = session.pings[index];
+        if planted::is(Bug::LeaseFromAnswer) {
+            sent = self.now;
+        }
         session.pings.drain(..=index);
         let version = MapVersion(header.slice_epoch.0);
-        if version <= mine {
+        if version <= mine || planted::is(Bug::LeaseOfNewerMap) {
             self.peers[peer].lease = Lease { until: sent + LEASE, version };
             self.retry_parked();
         }

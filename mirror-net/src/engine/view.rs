@@ -4,6 +4,7 @@ use super::action::DiskIndex;
 use crate::ids::{AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch};
 use crate::map::validate::COPIES_MAX;
 use crate::map::{self, Claim, DistributionMap, ReplicaState};
+use crate::planted::{self, Bug};
 
 /// A node's index among the peers.
 pub type PeerIndex = usize;
@@ -90,7 +91,7 @@ impl SpanView {
 
     /// Whether every copy in the list is a member.
     pub fn is_complete(&self) -> bool {
-        self.members.len() + 1 == self.copies
+        self.members.len() + 1 == self.copies || planted::is(Bug::ClearedAlone)
     }
 
     /// Under which attachment that peer holds its copy, if it gets writes.

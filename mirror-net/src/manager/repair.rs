@@ -66,6 +66,7 @@ fn readmission(members: &[(DiskId, Standing)]) -> SpanPlan {
         match standing {
             Standing::Changed { up: true, now, power_lost } => candidates.push((*disk, *now, *power_lost)),
             Standing::Gone => gone = true,
+            _ if planted::is(Bug::ReadmittedEarly) => {}
             // One that is not here may have what the others lost.
             Standing::Changed { up: false, .. } | Standing::Unknown | Standing::Away | Standing::Intact => {
                 return SpanPlan::Wait;

@@ -7,51 +7,130 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 const USAGE: &str = "\
-usage: mirror-sim --start-seed S --schedules N [--threads T]
+usage: mirror-sim [--start-seed SEED] [--schedules N] [--threads N]
        mirror-sim --replay SEED [--trace] [--bug BUG]
-       mirror-sim --hunt BUG|all [--schedules N]
+       mirror-sim --hunt BUG|all [--start-seed SEED] [--schedules N]
+       mirror-sim --bugs
 
-The first form runs N schedules and names the seeds that break a promise. The second runs one of
-them again; with --trace it tells the story. The third, in a build with the feature planted-bugs,
-runs schedules from seed 0 on with that mistake planted until it is noticed.
-Exit code: 0 all well (or every mistake noticed), 1 not, 64 wrong usage.";
+Runs whole clusters of the real engine and manager on simulated disks, clocks and a simulated network,
+with everything going wrong that a seed says, and holds what users saw against what was promised.
 
-fn value<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
-    let at = arguments.iter().position(|argument| argument == name)?;
-    arguments.get(at + 1).map(String::as_str)
+  (first form)     N schedules, one a seed; names the seeds that break a promise
+  --replay SEED    one of them again: the same events to the last, as its trace hash shows
+  --hunt BUG       plants a mistake and runs schedules until it is noticed and the same schedule
+                   without it is well; prints a line for tests/planted-seeds.txt
+  --bugs           lists the mistakes that can be planted
+
+  --start-seed S   the first seed (default: 1; of a hunt 0)
+  --schedules N    how many (default: 1000; of a hunt 20000 at most)
+  --threads N      schedules at a time, each on a thread of its own (default: 1)
+  --trace          tell the story of the schedule
+  --bug BUG        with that mistake planted
+
+--hunt, --bugs and --bug need a build with the feature planted-bugs:
+  cargo run --release --package mirror-tests --features planted-bugs --bin mirror-sim -- --hunt all
+
+Exit code: 0 all is well (of a hunt: every mistake was noticed), 1 it is not, 64 wrong usage.";
+
+/// What to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mode {
+    Campaign,
+    Replay,
+    Hunt,
+    Bugs,
 }
 
-fn number(arguments: &[String], name: &str) -> Result<Option<u64>, String> {
-    let Some(value) = value(arguments, name) else { return Ok(None) };
-    value.parse().map(Some).map_err(|_| format!("{name} wants a number, not {value:?}"))
+/// What was asked for.
+#[derive(Default)]
+struct Arguments {
+    start_seed: Option<u64>,
+    schedules: Option<u64>,
+    threads: Option<u64>,
+    replay: Option<u64>,
+    hunt: Option<String>,
+    bug: Option<String>,
+    bugs: bool,
+    trace: bool,
+}
+
+impl Arguments {
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
+        let mut arguments = Self::default();
+        while let Some(word) = words.next() {
+            match word.as_str() {
+                "--trace" => arguments.trace = true,
+                "--bugs" => arguments.bugs = true,
+                "--start-seed" | "--schedules" | "--threads" | "--replay" => {
+                    let text = words.next().ok_or(format!("{word} wants a number"))?;
+                    let number = text.parse().map_err(|_| format!("{word} wants a number, not {text:?}"))?;
+                    *match word.as_str() {
+                        "--start-seed" => &mut arguments.start_seed,
+                        "--schedules" => &mut arguments.schedules,
+                        "--threads" => &mut arguments.threads,
+                        _ => &mut arguments.replay,
+                    } = Some(number);
+                }
+                "--hunt" => arguments.hunt = Some(words.next().ok_or("--hunt wants a bug, or all")?),
+                "--bug" => arguments.bug = Some(words.next().ok_or("--bug wants a bug")?),
+                _ => return Err(format!("unknown argument {word:?}")),
+            }
+        }
+        Ok(arguments)
+    }
+
+    /// The one thing that was asked for, if what came with it belongs there.
+    fn mode(&self) -> Result<Mode, String> {
+        let mode = match (self.replay.is_some(), self.hunt.is_some(), self.bugs) {
+            (false, false, false) => Mode::Campaign,
+            (true, false, false) => Mode::Replay,
+            (false, true, false) => Mode::Hunt,
+            (false, false, true) => Mode::Bugs,
+            _ => return Err("one of --replay, --hunt and --bugs at a time".into()),
+        };
+        let runs = matches!(mode, Mode::Campaign | Mode::Hunt);
+        let stray = [
+            (self.trace && mode != Mode::Replay, "--trace belongs to --replay"),
+            (self.bug.is_some() && mode != Mode::Replay, "--bug belongs to --replay"),
+            (self.start_seed.is_some() && !runs, "--start-seed belongs to many schedules"),
+            (self.schedules.is_some() && !runs, "--schedules belongs to many schedules"),
+            (self.threads.is_some() && mode != Mode::Campaign, "--threads belongs to a campaign"),
+            (self.threads == Some(0), "--threads wants one at least"),
+        ];
+        match stray.into_iter().find(|(wrong, _)| *wrong) {
+            Some((_, why)) => Err(why.into()),
+            None => Ok(mode),
+        }
+    }
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let outcome = match arguments.first().map(String::as_str) {
-        Some("--help" | "-h") => {
-            println!("{USAGE}");
-            Ok(true)
-        }
-        _ if value(&arguments, "--replay").is_some() => replay(&arguments),
-        _ if value(&arguments, "--hunt").is_some() => hunt(&arguments),
-        _ => campaign(&arguments),
-    };
+    if std::env::args().skip(1).any(|word| word == "--help" || word == "-h") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    let outcome =
+        Arguments::parse(std::env::args().skip(1)).and_then(|arguments| match arguments.mode()? {
+            Mode::Campaign => Ok(campaign(&arguments)),
+            Mode::Replay => replay(&arguments),
+            Mode::Hunt => planted::hunt(&arguments),
+            Mode::Bugs => planted::list(),
+        });
     match outcome {
         Ok(well) => u8::from(!well).into(),
         Err(error) => {
-            eprintln!("mirror-sim: {error}\n{USAGE}");
+            eprintln!("mirror-sim: {error}\nmirror-sim --help says more.");
             64.into()
         }
     }
 }
 
-fn replay(arguments: &[String]) -> Result<bool, String> {
-    let seed = number(arguments, "--replay")?.unwrap_or_default();
-    if let Some(name) = value(arguments, "--bug") {
+fn replay(arguments: &Arguments) -> Result<bool, String> {
+    let seed = arguments.replay.unwrap_or_default();
+    if let Some(name) = &arguments.bug {
         planted::activate(name)?;
     }
-    let outcome = run(seed, arguments.iter().any(|argument| argument == "--trace"));
+    let outcome = run(seed, arguments.trace);
     outcome.violations.iter().for_each(|violation| println!("VIOLATION {violation}"));
     println!(
         "seed {seed}: {} requests, {} sectors read, trace hash {:016x}",
@@ -88,10 +167,11 @@ impl Total {
     }
 }
 
-fn campaign(arguments: &[String]) -> Result<bool, String> {
-    let start = number(arguments, "--start-seed")?.unwrap_or(1);
-    let schedules = number(arguments, "--schedules")?.unwrap_or(1_000);
-    let threads = number(arguments, "--threads")?.unwrap_or(1);
+fn campaign(arguments: &Arguments) -> bool {
+    let start = arguments.start_seed.unwrap_or(1);
+    let schedules = arguments.schedules.unwrap_or(1_000);
+    let threads = arguments.threads.unwrap_or(1);
+    let end = start.saturating_add(schedules);
     let next = AtomicU64::new(start);
     let total = Mutex::new(Total::default());
     let began = Instant::now();
@@ -100,7 +180,7 @@ fn campaign(arguments: &[String]) -> Result<bool, String> {
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= start + schedules {
+                    if seed >= end {
                         return;
                     }
                     let outcome = std::panic::catch_unwind(|| run(seed, false));
@@ -121,25 +201,18 @@ fn campaign(arguments: &[String]) -> Result<bool, String> {
         println!("  {}: {count}", class.name());
     }
     println!("failing: {} {:?}", total.failing.len(), total.failing);
-    Ok(total.failing.is_empty())
-}
-
-fn hunt(arguments: &[String]) -> Result<bool, String> {
-    let name = value(arguments, "--hunt").unwrap_or_default();
-    planted::hunt(name, number(arguments, "--schedules")?.unwrap_or(20_000))
+    total.failing.is_empty()
 }
 
 #[cfg(feature = "planted-bugs")]
 mod planted {
+    use super::Arguments;
     use mirror_net::planted::{Bug, set};
     use mirror_tests::sim::schedule::{broken_by, run};
-    use std::time::Instant;
+    use nix::time::{ClockId, clock_gettime};
 
     fn named(name: &str) -> Result<Bug, String> {
-        Bug::named(name).ok_or_else(|| {
-            let names: Vec<&str> = Bug::ALL.iter().map(|bug| bug.name()).collect();
-            format!("there is no bug {name:?}; there are {}", names.join(", "))
-        })
+        Bug::named(name).ok_or_else(|| format!("there is no bug {name:?}; --bugs lists them"))
     }
 
     pub fn activate(name: &str) -> Result<(), String> {
@@ -147,18 +220,38 @@ mod planted {
         Ok(())
     }
 
-    pub fn hunt(name: &str, limit: u64) -> Result<bool, String> {
+    pub fn list() -> Result<bool, String> {
+        for bug in Bug::ALL {
+            println!("{:<26} {}", bug.name(), bug.description());
+        }
+        Ok(true)
+    }
+
+    /// Seconds that this thread had a core.
+    fn seconds() -> f64 {
+        clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+            .map_or(0.0, |time| time.tv_sec() as f64 + time.tv_nsec() as f64 / 1e9)
+    }
+
+    pub fn hunt(arguments: &Arguments) -> Result<bool, String> {
+        let name = arguments.hunt.as_deref().unwrap_or_default();
         let bugs = if name == "all" { Bug::ALL.to_vec() } else { vec![named(name)?] };
+        let start = arguments.start_seed.unwrap_or(0);
+        let limit = arguments.schedules.unwrap_or(20_000);
+        // A mistake may well end in a panic, which is as good a sign as any.
+        std::panic::set_hook(Box::new(|_| {}));
         let mut all_found = true;
         for bug in bugs {
-            let began = Instant::now();
+            let began = seconds();
             // What a seed shows without the mistake as well is no sign of it.
             let shown = |seed| broken_by(bug, seed).filter(|_| run(seed, false).violations.is_empty());
-            let found = (0..limit).find_map(|seed| Some((seed, shown(seed)?)));
-            let seconds = began.elapsed().as_secs_f64();
+            let mut seeds = start..start.saturating_add(limit);
+            let found = seeds.find_map(|seed| Some((seed, shown(seed)?)));
+            let seconds = seconds() - began;
             match found {
                 Some((seed, violation)) => {
-                    println!("{} {seed}  # {} schedules, {seconds:.1} s", bug.name(), seed + 1);
+                    let schedules = seed - start + 1;
+                    println!("{} {seed}  # {schedules} schedules, {seconds:.1} s", bug.name());
                     println!("    {}", violation.chars().take(200).collect::<String>());
                 }
                 None => {
@@ -173,13 +266,19 @@ mod planted {
 
 #[cfg(not(feature = "planted-bugs"))]
 mod planted {
-    const MISSING: &str = "no mistakes are planted in this build: use --features planted-bugs";
+    use super::Arguments;
+
+    const MISSING: &str = "no mistakes can be planted in this build: use --features planted-bugs";
 
     pub fn activate(_: &str) -> Result<(), String> {
         Err(MISSING.into())
     }
 
-    pub fn hunt(_: &str, _: u64) -> Result<bool, String> {
+    pub fn list() -> Result<bool, String> {
+        Err(MISSING.into())
+    }
+
+    pub fn hunt(_: &Arguments) -> Result<bool, String> {
         Err(MISSING.into())
     }
 }

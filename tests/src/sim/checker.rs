@@ -103,7 +103,8 @@ impl Checker {
     /// It completed.
     pub fn acknowledge(&mut self, now: Nanos, id: WriteId, fua: bool, lost: bool) {
         let write = &mut self.writes[id];
-        write.end = now;
+        // The end of one whose exporter was replaced came before: it took effect by then.
+        write.end = write.end.min(now);
         write.acknowledged = Some(now);
         write.durable = fua;
         write.lost = lost && !fua;
@@ -177,6 +178,28 @@ impl Checker {
         }
     }
 
+    /// Whether a copy that is in sync may hold that: it could be read now. `durable` is what a loss of power
+    /// would leave of it: nothing older than what a flush covered.
+    pub fn may_hold(&self, now: Nanos, device: usize, sector: usize, stamp: Stamp, durable: Stamp) -> bool {
+        let any = |stamp: Stamp, newer: &dyn Fn(Nanos) -> bool| {
+            let history = self.sectors[device][sector].iter().rev().map(|entry| &self.writes[entry.write]);
+            let mut same = history.filter(|write| write.stamp == stamp);
+            same.any(|write| !newer(write.end)) || (stamp == 0 && !newer(0))
+        };
+        let flushed_since = |end: Nanos| {
+            let newer = self.sectors[device][sector].iter().rev().map(|entry| &self.writes[entry.write]);
+            newer.take_while(|write| write.began > end).any(|write| write.durable && !write.lost)
+        };
+        any(stamp, &|end| self.overwritten(device, sector, end, now).is_some())
+            && any(durable, &flushed_since)
+    }
+
+    /// Sectors of a device that somebody wrote.
+    pub fn written(&self, device: usize) -> impl Iterator<Item = usize> {
+        let sectors = self.sectors[device].iter().enumerate();
+        sectors.filter(|(_, entries)| !entries.is_empty()).map(|(sector, _)| sector)
+    }
+
     /// The newest write of a sector that is known to have taken effect before `by`, and began after `end`.
     fn overwritten(&self, device: usize, sector: usize, end: Nanos, by: Nanos) -> Option<&Write> {
         let newer = self.sectors[device][sector].iter().rev();
@@ -189,13 +212,14 @@ impl Checker {
             .map(|(_, write)| write)
     }
 
-    /// A read of one sector, asked for at `began`, returned `stamp`.
-    pub fn read(&mut self, began: Nanos, now: Nanos, device: usize, sector: usize, stamp: Stamp) {
+    /// A read of one sector, asked for at `began`, returned `stamp`. True if that is of a write which is not
+    /// acknowledged and was not read before.
+    pub fn read(&mut self, began: Nanos, now: Nanos, device: usize, sector: usize, stamp: Stamp) -> bool {
         self.reads += 1;
         // Zeros may be those from before the first write.
         let mut over = (stamp == 0).then(|| self.overwritten(device, sector, 0, began)).flatten();
         if stamp == 0 && over.is_none() {
-            return;
+            return false;
         }
         let mut known = false;
         let mut newest = None;
@@ -214,10 +238,12 @@ impl Checker {
             }
         }
         if let Some(index) = newest {
+            let entry = &mut self.sectors[device][sector][index];
+            let early = entry.seen.is_none() && self.writes[entry.write].acknowledged.is_none();
             if stamp != 0 {
-                self.sectors[device][sector][index].seen.get_or_insert(now);
+                entry.seen.get_or_insert(now);
             }
-            return;
+            return early && stamp != 0;
         }
         let why = match over {
             Some(later) => format!("write {:x} took effect before it began", later.stamp),
@@ -232,6 +258,7 @@ impl Checker {
             crate::sim::cluster::clock(began),
         );
         self.violations.push(sample);
+        false
     }
 
     /// That node acted as primary.

@@ -118,15 +118,7 @@ impl SimDisk {
 
     /// Reads what a reader sees now.
     pub fn read(&self, offset: u64, into: &mut [u8]) {
-        let mut at = 0;
-        while at < into.len() {
-            let (page, within, length) = piece(offset + at as u64, into.len() - at);
-            match &self.current[page] {
-                Some(bytes) => into[at..at + length].copy_from_slice(&bytes[within..within + length]),
-                None => into[at..at + length].fill(self.blank),
-            }
-            at += length;
-        }
+        read(&self.current, self.blank, offset, into);
     }
 
     /// Reads, unless a sector of the range cannot be read.
@@ -186,6 +178,16 @@ impl SimDisk {
         self.next_number
     }
 
+    /// Whether a write up to that mark is still in the cache only.
+    pub fn is_unflushed(&self, mark: u64) -> bool {
+        self.pending.first().is_some_and(|piece| piece.number <= mark)
+    }
+
+    /// Reads what a loss of power would surely leave.
+    pub fn read_durable(&self, offset: u64, into: &mut [u8]) {
+        read(&self.durable, self.blank, offset, into);
+    }
+
     /// A flush completed.
     pub fn flushed(&mut self, mark: u64) {
         let covered = self.pending.partition_point(|piece| piece.number <= mark);
@@ -225,6 +227,18 @@ impl SimDisk {
 fn piece(offset: u64, length: usize) -> (usize, usize, usize) {
     let within = offset as usize % PAGE;
     (offset as usize / PAGE, within, length.min(PAGE - within))
+}
+
+fn read(pages: &[Option<Arc<Page>>], blank: u8, offset: u64, into: &mut [u8]) {
+    let mut at = 0;
+    while at < into.len() {
+        let (page, within, length) = piece(offset + at as u64, into.len() - at);
+        match &pages[page] {
+            Some(bytes) => into[at..at + length].copy_from_slice(&bytes[within..within + length]),
+            None => into[at..at + length].fill(blank),
+        }
+        at += length;
+    }
 }
 
 fn put(pages: &mut [Option<Arc<Page>>], blank: u8, offset: u64, bytes: &[u8]) {

@@ -29,6 +29,7 @@ pub enum Class {
     HangingDisk,
     DiskError,
     DiskDeath,
+    Deposed,
     LateFrame,
 }
 
@@ -36,7 +37,7 @@ use Class::*;
 
 impl Class {
     /// All, in the order of their counts.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -56,11 +57,12 @@ impl Class {
         HangingDisk,
         DiskError,
         DiskDeath,
+        Deposed,
         LateFrame,
     ];
 
     /// What can be planned while nothing is broken for ever.
-    const PASSING: [Self; 17] = [
+    const PASSING: [Self; 19] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -78,6 +80,9 @@ impl Class {
         UnreadableSector,
         SlowDisk,
         HangingDisk,
+        // The rarest way to go wrong needs two things at a time: it is drawn twice as often.
+        Deposed,
+        Deposed,
     ];
 
     /// What takes no copy out of service, and so may come together with a broken disk.
@@ -105,6 +110,7 @@ impl Class {
             HangingDisk => "hanging disk",
             DiskError => "disk error",
             DiskDeath => "disk death",
+            Deposed => "failover of a node that does not hear of it",
             LateFrame => "frame of an old session",
         }
     }
@@ -233,8 +239,51 @@ impl Planner<'_> {
                 let disk = self.disk();
                 self.cluster.plan(at, Fault::Disk { node, disk, wrong: Wrong::Dead });
             }
+            Deposed => self.depose(node, other, at),
             // What is left of a lane that is lost.
             LateFrame => {}
+        }
+    }
+
+    /// A node is failed over and goes on with what it knew, while its leases last: those of before, or of a
+    /// partner that forgot what it granted, or whose answers are late.
+    fn depose(&mut self, node: u16, other: u16, at: Nanos) {
+        let within = |random: &mut Random, ms: u64| at + random.below(ms * MS);
+        let failover = within(self.random, 300);
+        let until = at + self.one_of(&[1_500, 3_000]) * MS;
+        self.cluster.plan(at, Fault::NoManager { node, on: true });
+        self.cluster.plan(until, Fault::NoManager { node, on: false });
+        self.cluster.plan(failover, Fault::FailOver { node });
+        match self.random.below(7) {
+            0 => {
+                let (restart, down) = (within(self.random, 300), self.random.below(20 * MS));
+                let stop = if self.random.one_in(3) {
+                    Fault::PowerCut { node: other }
+                } else {
+                    Fault::Kill { node: other }
+                };
+                self.stop(restart, restart + down, stop, other);
+            }
+            1 | 2 => {
+                let end = at + self.random.range(300 * MS, 950 * MS);
+                self.silence(at, end, other, node);
+            }
+            3 => {
+                let (pause, ms) = (within(self.random, 300), self.one_of(&[300, 900, 1_050]));
+                self.cluster.plan(pause, Fault::Pause { node, ms });
+            }
+            4 => {
+                let cut = within(self.random, 600);
+                self.cluster.plan(cut, Fault::CutLane { a: node, b: other });
+            }
+            // What it has under way reaches some copies only.
+            5 => self.silence(at, until, node, other),
+            _ => {
+                for peer in (1..=self.shape.nodes).filter(|peer| *peer != node) {
+                    self.silence(at, until, node, peer);
+                    self.silence(at, until, peer, node);
+                }
+            }
         }
     }
 
@@ -266,6 +315,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         drift: random.one_in(2),
         depth: [1, 4, 12][random.below(3) as usize],
         discards: random.one_in(2),
+        wanders: random.one_in(2),
     };
     let mut cluster = Cluster::new(seed, shape, trace);
     let mut faults = [0; Class::ALL.len()];
@@ -317,7 +367,9 @@ pub fn finish(cluster: &mut Cluster) {
         rejoined(cluster);
     }
     if cluster.checker.violations.is_empty() {
-        cluster.compare_members(true);
+        cluster.check_members();
+        cluster.compare_copies(false);
+        cluster.compare_copies(true);
     }
 }
 

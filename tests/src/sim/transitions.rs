@@ -81,6 +81,7 @@ mod tests {
             drift: false,
             depth: 0,
             discards: false,
+            wanders: false,
         };
         (*Cluster::new(1, shape, false).manager.map).clone()
     }

@@ -8,6 +8,7 @@ use crate::sim::disk::SECTOR;
 use crate::sim::node::SLICE;
 use crate::sim::scheduler::{Nanos, Random};
 use mirror_net::engine::action::{BufferId, RequestKind};
+use mirror_net::ids::SliceEpoch;
 use mirror_net::region::masks::REGIONS_PER_SLICE;
 
 /// Slices of a device.
@@ -34,6 +35,10 @@ pub struct Asked {
     pub exporter: (u16, u64),
     /// The claim's generation that it was exported under; 0 at a former exporter.
     pub claim: u64,
+    /// Of a flush: for each disk of all, the newest write that it covers.
+    pub marks: Vec<u64>,
+    /// The exporter was its primary when it was asked for, under that epoch.
+    pub here: Option<SliceEpoch>,
     /// Another exporter started meanwhile, and its user asks in place of this one.
     pub replaced: bool,
     /// Somebody will look at its result.
@@ -55,11 +60,12 @@ pub struct Wish {
 const REGION: u64 = (SLICE / REGIONS_PER_SLICE) as u64 / SECTOR as u64;
 
 /// Draws a range, in sectors. A few places are hot, so that requests meet: the first regions, a few in the
-/// middle, and those on both sides of the border between slices.
-fn range(random: &mut Random, sectors: u64) -> (u64, u64) {
+/// middle, and those on both sides of the border between slices; or as many others, which lie idle for a
+/// while between two visits.
+fn range(random: &mut Random, sectors: u64, place: u64) -> (u64, u64) {
     let slice = u64::from(SLICE) / SECTOR as u64;
     let hot = [0, 3 * REGION, slice - 2 * REGION, slice + 5 * REGION][random.below(4) as usize];
-    let first = hot + random.below(3 * REGION);
+    let first = hot + place % PLACES * 8 * REGION + random.below(3 * REGION);
     let (first, count) = match random.below(8) {
         // Whole regions.
         0 => (first / REGION * REGION, (1 + random.below(4)) * REGION),
@@ -75,10 +81,13 @@ fn range(random: &mut Random, sectors: u64) -> (u64, u64) {
     (first, count.min(sectors - first))
 }
 
-/// Draws a request.
-pub fn wish(random: &mut Random, discards: bool) -> Wish {
+/// Places that users who wander come to, one after the other.
+const PLACES: u64 = 4;
+
+/// Draws a request of users that are at that place.
+pub fn wish(random: &mut Random, discards: bool, place: u64) -> Wish {
     let sectors = u64::from(SLICE) * u64::from(SLICES) / SECTOR as u64;
-    let (first, count) = range(random, sectors);
+    let (first, count) = range(random, sectors, place);
     let fua = random.one_in(8);
     let kind = match random.below(100) {
         0..=37 => RequestKind::Write { fua },

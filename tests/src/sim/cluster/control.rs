@@ -283,14 +283,16 @@ impl Cluster {
         self.checker.violations.extend(wrong_with(before, &map));
         for (device, (old, new)) in before.devices.iter().zip(&map.devices).enumerate() {
             for span in &new.spans {
-                let was = old.span(span.first).map(|old| old.loss);
-                if was != Some(span.loss) {
+                let was = old.span(span.first);
+                if let Some(was) = was.filter(|was| was.loss != span.loss) {
+                    self.check_loss(was);
                     let sectors = (SLICE as usize) / SECTOR;
                     self.checker.lose(device, span.first.0 as usize * sectors, span.count as usize * sectors);
                     self.say(|| format!("store: {} may have lost unflushed writes", new.name));
                 }
             }
             if old != new {
+                self.check_device(device);
                 self.say(|| format!("store: {} {}", map.version, device_text(new)));
             }
         }

@@ -1,15 +1,17 @@
 //! What the disks hold of each slice, held against each other.
 
 use super::Cluster;
-use crate::sim::disk::{PAGE, SimDisk};
-use crate::sim::node::{SLICE, position};
+use crate::sim::disk::{PAGE, SECTOR, SimDisk};
+use crate::sim::node::{Mounted, SLICE, position};
+use crate::sim::workload::stamp;
 use mirror_net::format::Opened;
-use mirror_net::ids::{DeviceId, DiskId, SlotIndex};
-use mirror_net::map::ReplicaState;
+use mirror_net::ids::{DeviceId, DiskId, MapVersion, SliceIndex, SlotIndex};
+use mirror_net::map::{Replica, ReplicaState, Span};
 use mirror_net::region::masks::{REGIONS_PER_SLICE, RegionMasks, touched};
 use std::collections::BTreeMap;
 
 const REGION: u32 = SLICE / REGIONS_PER_SLICE;
+const REGION_SECTORS: usize = REGION as usize / SECTOR;
 const _: () = assert!(REGION as usize == PAGE, "a region is a page of a simulated disk");
 
 /// A copy of a slice as a reader of the disk finds it.
@@ -18,6 +20,14 @@ struct CopyOnDisk<'a> {
     media: &'a SimDisk,
     /// Where it is and what is known of its regions; nothing if no slot holds it: zeros.
     held: Option<(u32, RegionMasks)>,
+}
+
+/// Which slot of a disk holds a slice.
+fn slot_of(opened: &Opened, device: DeviceId, slice: u32) -> Option<SlotIndex> {
+    (0..opened.journal.slots()).map(SlotIndex).find(|slot| {
+        let held = opened.journal.slot(*slot).assignment;
+        held.is_some_and(|held| held.device == device && held.slice.0 == slice)
+    })
 }
 
 impl CopyOnDisk<'_> {
@@ -30,12 +40,43 @@ impl CopyOnDisk<'_> {
     }
 
     fn region(&self, region: u32, into: &mut [u8; PAGE]) {
-        match self.held {
-            Some((slot, masks)) if masks.readable() >> region & 1 == 1 => {
-                self.media.read(position(slot, region * REGION), into);
-            }
-            _ => into.fill(0),
+        match self.place(region) {
+            Some(at) => self.media.read(at, into),
+            None => into.fill(0),
         }
+    }
+
+    /// What a loss of power would leave of it.
+    fn durable_region(&self, region: u32, into: &mut [u8; PAGE]) {
+        match self.place(region) {
+            Some(at) => self.media.read_durable(at, into),
+            None => into.fill(0),
+        }
+    }
+
+    /// Regions that are called clean and of which something is in the disk's cache only.
+    fn clean_unflushed(&self) -> u64 {
+        self.unflushed(self.readable() & !self.dirty())
+    }
+
+    /// Those of these regions of which something is in the disk's cache only.
+    fn unflushed(&self, mut left: u64) -> u64 {
+        let (mut current, mut durable) = ([0; PAGE], [0; PAGE]);
+        let mut unflushed = 0;
+        while left != 0 {
+            let region = left.trailing_zeros();
+            left &= left - 1;
+            self.region(region, &mut current);
+            self.durable_region(region, &mut durable);
+            unflushed |= u64::from(current != durable) << region;
+        }
+        unflushed
+    }
+
+    /// Where a region's content is; nowhere if it is zeros.
+    fn place(&self, region: u32) -> Option<u64> {
+        let (slot, masks) = self.held?;
+        (masks.readable() >> region & 1 == 1).then(|| position(slot, region * REGION))
     }
 
     /// The regions whose logical content differs.
@@ -54,28 +95,50 @@ impl CopyOnDisk<'_> {
     }
 }
 
+/// Disks as they would be opened now; each once.
+#[derive(Default)]
+struct Shelf(BTreeMap<DiskId, Option<Opened>>);
+
+impl Shelf {
+    fn open(&mut self, disk: DiskId, mounted: &Mounted) -> Option<&Opened> {
+        let open = || mounted.open().ok().filter(|_| !mounted.media.is_dead());
+        self.0.entry(disk).or_insert_with(open).as_ref()
+    }
+}
+
 impl Cluster {
-    /// Every difference between two members must be covered by a dirty bit on one of them, at any moment:
-    /// each copy's bit is on its disk before its data. With `equal` there must be none.
-    pub fn compare_members(&mut self, equal: bool) {
-        let mut opened: BTreeMap<DiskId, Option<Opened>> = BTreeMap::new();
-        let spans = self.manager.map.devices.iter().flat_map(|device| &device.spans);
-        for member in spans.filter(|span| span.members().count() > 1).flat_map(|span| span.members()) {
-            let (node, index) = self.locate(member.disk);
-            let mounted = &self.node(node).disks[index];
-            let open = || mounted.open().ok().filter(|_| !mounted.media.is_dead());
-            opened.entry(member.disk).or_insert_with(open);
-        }
+    fn mounted(&self, disk: DiskId) -> &Mounted {
+        let (node, index) = self.locate(disk);
+        &self.node(node).disks[index]
+    }
+
+    /// Every difference between the primary's copy and another, whatever the map calls that, must be covered by
+    /// a dirty bit on one of them, at any moment: each copy's bit is on its disk before its data, and bits
+    /// are cleared of what is equal everywhere, and on stable storage everywhere (rules 8 and 9). With `equal` members must not differ at all.
+    pub fn compare_copies(&mut self, equal: bool) {
+        let mut shelf = Shelf::default();
         let mut wrong = Vec::new();
         for device in &self.manager.map.devices {
-            for span in device.spans.iter().filter(|span| span.members().count() > 1) {
-                let members: Vec<DiskId> = span.members().map(|member| member.disk).collect();
+            for span in &device.spans {
+                let compared = |replica: &&Replica| !equal || replica.state == ReplicaState::InSync;
+                let disks: Vec<DiskId> =
+                    span.replicas.iter().filter(compared).map(|replica| replica.disk).collect();
                 for slice in span.first.0..span.end() {
-                    let copies = members.iter().filter_map(|disk| {
-                        let opened = opened.get(disk)?.as_ref()?;
-                        Some((*disk, self.copy(*disk, opened, device.id, slice)))
-                    });
-                    let copies: Vec<_> = copies.collect();
+                    let mut copies = Vec::new();
+                    for disk in disks.iter().filter(|_| disks.len() > 1) {
+                        if let Some(opened) = shelf.open(*disk, self.mounted(*disk)) {
+                            copies.push((*disk, self.copy(*disk, opened, device.id, slice)));
+                        }
+                    }
+                    for (disk, copy) in &copies {
+                        let unflushed = copy.clean_unflushed();
+                        if unflushed != 0 {
+                            wrong.push(format!(
+                                "{} slice {slice}: {disk} calls regions {unflushed:x} clean and did not flush them",
+                                device.name
+                            ));
+                        }
+                    }
                     let Some((first, rest)) = copies.split_first() else { continue };
                     for other in rest {
                         let allowed = if equal { 0 } else { first.1.dirty() | other.1.dirty() };
@@ -83,7 +146,7 @@ impl Cluster {
                         if differing != 0 {
                             let covered = if equal { "" } else { " where neither is dirty" };
                             wrong.push(format!(
-                                "{} slice {slice}: {} and {} are in sync and differ{covered} in regions {differing:x}",
+                                "{} slice {slice}: {} and {} differ{covered} in regions {differing:x}",
                                 device.name, first.0, other.0
                             ));
                         }
@@ -94,15 +157,150 @@ impl Cluster {
         self.checker.violations.append(&mut wrong);
     }
 
-    fn copy(&self, disk: DiskId, opened: &Opened, device: DeviceId, slice: u32) -> CopyOnDisk<'_> {
-        let (node, index) = self.locate(disk);
-        let journal = &opened.journal;
-        let held = (0..journal.slots()).find_map(|slot| {
-            let state = journal.slot(SlotIndex(slot));
-            let held = state.assignment?;
-            (held.device == device && held.slice.0 == slice).then_some((slot, state.masks))
+    /// Any member may be primary next: each must hold what could be read now, and on stable storage
+    /// nothing older than what a flush covered (rules 1, 6, 7 and 12).
+    pub fn check_members(&mut self) {
+        for device in 0..self.manager.map.devices.len() {
+            self.check_device(device);
+        }
+    }
+
+    /// The same for one device.
+    pub(super) fn check_device(&mut self, index: usize) {
+        // A disk that failed a flush has lost something, and is a member until the manager knows.
+        if self.shape.mirrored_only || self.tainted {
+            return;
+        }
+        let device = &self.manager.map.devices[index];
+        let written: Vec<usize> = self.checker.written(index).collect();
+        let mut shelf = Shelf::default();
+        let mut wrong = Vec::new();
+        let (mut current, mut durable) = ([0; PAGE], [0; PAGE]);
+        for member in device.spans.iter().flat_map(|span| span.members().map(move |member| (span, member))) {
+            let (span, member) = member;
+            let mounted = self.mounted(member.disk);
+            if mounted.attach != member.incarnation.attach.0 {
+                continue;
+            }
+            let Some(opened) = shelf.open(member.disk, mounted) else { continue };
+            let mut read = None;
+            let mut copy = None;
+            for sector in &written {
+                let (region, within) = (sector / REGION_SECTORS, sector % REGION_SECTORS * SECTOR);
+                let slice = region as u32 / REGIONS_PER_SLICE;
+                if slice < span.first.0 || slice >= span.end() {
+                    continue;
+                }
+                if read != Some(region) {
+                    if read.is_none_or(|read| read as u32 / REGIONS_PER_SLICE != slice) {
+                        copy = Some(self.copy(member.disk, opened, device.id, slice));
+                    }
+                    read = Some(region);
+                    if let Some(copy) = &copy {
+                        copy.region(region as u32 % REGIONS_PER_SLICE, &mut current);
+                        copy.durable_region(region as u32 % REGIONS_PER_SLICE, &mut durable);
+                    }
+                }
+                let [now, later] = [&current, &durable].map(|page| stamp(&page[within..within + SECTOR]));
+                let well = matches!((now, later), (Some(now), Some(later))
+                    if self.checker.may_hold(self.now, index, *sector, now, later));
+                if !well {
+                    wrong.push(format!(
+                        "{}: {} sector {sector}: the member {} holds {now:x?}, and {later:x?} on stable storage",
+                        super::clock(self.now),
+                        device.name,
+                        member.disk
+                    ));
+                }
+            }
+        }
+        self.checker.violations.append(&mut wrong);
+    }
+
+    /// A flush of a device is acknowledged: nothing that was in a member's cache before it is there still.
+    pub(super) fn check_flushed(&mut self, device: usize, marks: &[u64]) {
+        let spans = &self.manager.map.devices[device].spans;
+        let left = spans.iter().flat_map(|span| span.members()).find(|member| {
+            let mounted = self.mounted(member.disk);
+            mounted.attach == member.incarnation.attach.0
+                && mounted.media.is_unflushed(marks[member.disk.0 as usize - 1])
         });
-        CopyOnDisk { media: &self.node(node).disks[index].media, held }
+        if let Some(left) = left {
+            let wrong = format!("dev{}: a flush is done, and {} did not flush", device + 1, left.disk);
+            self.checker.violations.push(wrong);
+        }
+    }
+
+    /// Dirty bits are about to be cleared: all members have flushed those regions (rule 9).
+    pub(super) fn check_clear(&mut self, device: DeviceId, slice: u32, offset: u32, length: u32) {
+        let span = self.manager.map.device(device).and_then(|device| device.span(SliceIndex(slice)));
+        let mut wrong = Vec::new();
+        for member in span.iter().flat_map(|span| span.members()) {
+            let mounted = self.mounted(member.disk);
+            let Some(opened) = mounted.open().ok().filter(|_| mounted.attach == member.incarnation.attach.0)
+            else {
+                continue;
+            };
+            let copy = self.copy(member.disk, &opened, device, slice);
+            let unflushed = copy.unflushed(copy.readable() & touched(offset, length, REGION));
+            if unflushed != 0 {
+                wrong.push(format!(
+                    "{device} slice {slice}: bits of {unflushed:x} are cleared, which {} did not flush",
+                    member.disk
+                ));
+            }
+        }
+        self.checker.violations.append(&mut wrong);
+    }
+
+    /// A loss is told of: no member has its caches still (rule 5).
+    pub(super) fn check_loss(&mut self, span: &Span) {
+        let intact = span.members().find(|member| {
+            let mounted = self.mounted(member.disk);
+            mounted.attach == member.incarnation.attach.0 && !mounted.media.is_dead()
+        });
+        if let Some(intact) = intact {
+            let wrong =
+                format!("slices from {}: {} is given up, and has everything", span.first, intact.disk);
+            self.checker.violations.push(wrong);
+        }
+    }
+
+    /// A node says that it has adopted a map: its epochs are on its disks, as a crash would leave them (rule 2).
+    pub(super) fn check_adopted(&mut self, node: u16, version: MapVersion) {
+        let Some(map) = self.manager.history.get(&version.0).filter(|_| !self.shape.mirrored_only) else {
+            return;
+        };
+        let mut shelf = Shelf::default();
+        let mut wrong = Vec::new();
+        for device in &map.devices {
+            for (span, replica) in
+                device.spans.iter().flat_map(|span| span.replicas.iter().map(move |replica| (span, replica)))
+            {
+                if self.locate(replica.disk).0 != node {
+                    continue;
+                }
+                let Some(opened) = shelf.open(replica.disk, self.mounted(replica.disk)) else { continue };
+                for slice in span.first.0..span.end() {
+                    let held = slot_of(opened, device.id, slice);
+                    let epoch = held
+                        .and_then(|slot| opened.journal.slot(slot).assignment)
+                        .map(|assignment| assignment.epoch);
+                    if epoch.is_none_or(|epoch| epoch < span.epoch) {
+                        wrong.push(format!(
+                            "n{node} adopted {version}, and {} holds {epoch:?} of {} slice {slice}",
+                            replica.disk, device.name
+                        ));
+                    }
+                }
+            }
+        }
+        self.checker.violations.append(&mut wrong);
+    }
+
+    fn copy(&self, disk: DiskId, opened: &Opened, device: DeviceId, slice: u32) -> CopyOnDisk<'_> {
+        let held = slot_of(opened, device, slice).map(|slot| (slot.0, opened.journal.masks(slot)));
+        CopyOnDisk { media: &self.mounted(disk).media, held }
     }
 
     /// Data is about to reach a disk: the dirty bits of its regions must be there, as a crash would leave them

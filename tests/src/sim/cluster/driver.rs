@@ -8,7 +8,7 @@ use crate::sim::scheduler::{MS, Nanos};
 use mirror_net::control::NodeMessage;
 use mirror_net::engine::action::{Action, Body, Io, Report};
 use mirror_net::format::MetadataIo;
-use mirror_net::ids::NodeId;
+use mirror_net::ids::{DeviceId, NodeId};
 use mirror_net::region::digest::DigestKey;
 use mirror_net::wire::header::{HEADER_BYTES, Header, Kind, Status, TRAILER_BYTES, Trailer};
 
@@ -16,6 +16,8 @@ use mirror_net::wire::header::{HEADER_BYTES, Header, Kind, Status, TRAILER_BYTES
 const SLOWEST: Nanos = 1_500 * MS;
 /// One in so many data writes is looked at as it begins; reading a disk's metadata takes a while.
 const INTENT_LOOK: u64 = 200;
+/// And one in so many regions whose dirty bits are about to be cleared.
+const CLEAR_LOOK: u64 = 8;
 /// How often a disk that hangs is looked at.
 const HANG_LOOK: Nanos = 20 * MS;
 
@@ -132,6 +134,9 @@ impl Cluster {
                     process.adopted = *version;
                 }
                 self.say(|| format!("n{node}: {report:?}"));
+                if let Report::Adopted { version } = &report {
+                    self.check_adopted(node, *version);
+                }
                 let adopted = matches!(report, Report::Adopted { .. });
                 self.tell_manager(
                     node,
@@ -201,6 +206,9 @@ impl Cluster {
                     && header.body_bytes > 0 =>
             {
                 self.checker.acts_as_primary(header.device, header.slice, header.slice_epoch.0, node);
+            }
+            Kind::Clear if self.random.one_in(CLEAR_LOOK) => {
+                self.check_clear(DeviceId(header.device), header.slice, header.offset, header.length);
             }
             _ => {}
         }

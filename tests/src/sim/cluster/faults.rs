@@ -59,6 +59,7 @@ impl Cluster {
     }
 
     pub(super) fn stop(&mut self, node: u16, power: bool) {
+        self.check_members();
         let mut random = self.random.clone();
         self.node_mut(node).stop(power, &mut random);
         self.random = random;
@@ -66,7 +67,7 @@ impl Cluster {
             // Whoever opens a disk finds it quiet.
             disk.media.faults.hung = false;
         }
-        self.compare_members(false);
+        self.compare_copies(false);
         for peer in 1..=self.nodes.len() as u16 {
             if let Some(session) = self.network.session(node, peer).filter(|_| peer != node) {
                 if power {

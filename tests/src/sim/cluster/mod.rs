@@ -13,7 +13,7 @@ use crate::sim::checker::Checker;
 use crate::sim::control::{Agent, Control};
 use crate::sim::disk::SECTOR;
 use crate::sim::network::{Frame, Network};
-use crate::sim::node::{Node, SLICE};
+use crate::sim::node::{Mounted, Node, SLICE};
 use crate::sim::process::Process;
 use crate::sim::scheduler::{MS, Nanos, Queue, Random};
 use crate::sim::workload::{Asked, SLICES};
@@ -69,8 +69,20 @@ pub struct Shape {
     pub depth: usize,
     /// Whether the nodes' clocks run at different speeds.
     pub drift: bool,
+    /// Whether users move from place to place.
+    pub wanders: bool,
     /// Whether users discard.
     pub discards: bool,
+}
+
+/// An exporter that another replaced.
+#[derive(Clone, Copy, Debug)]
+struct Former {
+    device: usize,
+    /// The node and its process.
+    exporter: (u16, u64),
+    /// Of its claim.
+    generation: u64,
 }
 
 /// The world.
@@ -106,7 +118,7 @@ pub struct Cluster {
     exporting: Vec<Option<(u16, u64)>>,
     exported: Vec<u64>,
     /// Exporters before, by device: they may not know it yet, and their users go on reading.
-    former: Vec<(usize, (u16, u64))>,
+    former: Vec<Former>,
     shape: Shape,
     /// Devices that have users.
     pub users: Vec<usize>,
@@ -198,6 +210,11 @@ impl Cluster {
     pub fn locate(&self, disk: DiskId) -> (u16, usize) {
         let index = disk.0 as u16 - 1;
         (index / self.shape.disks + 1, usize::from(index % self.shape.disks))
+    }
+
+    /// All disks, in the order of their ids.
+    fn disks(&self) -> impl Iterator<Item = &Mounted> {
+        self.nodes.iter().flat_map(|node| &node.disks)
     }
 
     fn node_mut(&mut self, id: u16) -> &mut Node {

@@ -1,13 +1,16 @@
 //! The users of the devices: they follow the claims, ask, and tell the checker what they see.
 
-use super::{Cluster, Event};
+use super::{Cluster, Event, Former};
 use crate::sim::disk::SECTOR;
 use crate::sim::node::SLICE;
-use crate::sim::scheduler::MS;
+use crate::sim::scheduler::{MS, Nanos};
 use crate::sim::workload::{Asked, Wish, fill, stamp, wish};
 use mirror_net::engine::action::{BufferRange, Request, RequestKind, RequestToken};
-use mirror_net::ids::{DeviceId, MapVersion, SliceIndex};
+use mirror_net::ids::{DeviceId, MapVersion, SliceEpoch, SliceIndex};
 use mirror_net::map::{DistributionMap, Span};
+
+/// How long users stay where they are.
+const WANDER: Nanos = 500 * MS;
 
 impl Cluster {
     /// Users follow the claim, once its holder was allowed to export and has adopted it.
@@ -27,12 +30,12 @@ impl Cluster {
         {
             return;
         }
-        self.exported[device] = allowed.0;
+        let before = std::mem::replace(&mut self.exported[device], allowed.0);
         self.check_primaries_know(device, claim.map_or_else(Default::default, |claim| claim.since));
         self.say(|| format!("n{node}: exports dev{}", device + 1));
         let now = self.now;
         if let Some(old) = self.exporting[device].replace(exporter) {
-            self.former.push((device, old));
+            self.former.push(Former { device, exporter: old, generation: before });
             // Whatever the one before left behind has happened by now, or never will.
             let left: Vec<u64> = self
                 .asked
@@ -86,15 +89,26 @@ impl Cluster {
         }
     }
 
+    /// Whether a former exporter lives and still takes its claim for the present one.
+    fn knows_no_better(&self, former: &Former) -> bool {
+        let (node, process) = former.exporter;
+        let adopted =
+            self.node(node).process.as_ref().map_or(0, |process| process.engine.adopted_version().0);
+        let claim = self.manager.history.get(&adopted).map(|map| map.devices[former.device].claim);
+        self.alive(node, process) && claim.is_some_and(|claim| claim.generation.0 == former.generation)
+    }
+
     pub(super) fn ask(&mut self, device: usize) {
         if !self.busy {
             return;
         }
-        let wish = wish(&mut self.random, self.shape.discards);
-        if wish.kind == RequestKind::Read && self.random.one_in(2) {
-            let former = self.former.iter().rev().find(|(of, old)| *of == device && self.alive(old.0, old.1));
-            if let Some((_, old)) = former.copied() {
-                self.submit_to(device, old, wish, false);
+        let place = if self.shape.wanders { self.now / WANDER } else { 0 };
+        let wish = wish(&mut self.random, self.shape.discards, place);
+        let late = if wish.kind == RequestKind::Read { 2 } else { 8 };
+        if self.random.one_in(late) {
+            let theirs = |former: &&Former| former.device == device && self.knows_no_better(former);
+            if let Some(former) = self.former.iter().rev().find(theirs).map(|former| former.exporter) {
+                self.submit_to(device, former, wish, false);
                 return;
             }
         }
@@ -127,14 +141,19 @@ impl Cluster {
         self.next_token += 1;
         let token = self.next_token;
         let (first, count) = ((wish.offset / SECTOR as u64) as usize, wish.length as usize / SECTOR);
+        let exports = self.exporting[device] == Some((node, process));
         let mut writes = Vec::new();
         let data = match wish.kind {
             RequestKind::Read => Some(vec![0xee; wish.length as usize]),
             RequestKind::Write { .. } => {
                 self.next_stamp += 1;
-                writes.push(self.checker.begin_write(now, device, first, count, self.next_stamp));
+                // What a former exporter writes nobody may ever see.
+                if exports {
+                    writes.push(self.checker.begin_write(now, device, first, count, self.next_stamp));
+                }
                 Some(fill(self.next_stamp, wish.length))
             }
+            RequestKind::WriteZeroes { .. } if !exports => None,
             RequestKind::WriteZeroes { .. } => {
                 writes.push(self.checker.begin_write(now, device, first, count, 0));
                 None
@@ -144,7 +163,7 @@ impl Cluster {
                 let region = SLICE as usize / 64 / SECTOR;
                 let start = first.div_ceil(region) * region;
                 let end = (first + count) / region * region;
-                if start < end {
+                if start < end && exports {
                     writes.push(self.checker.begin_write(now, device, start, end - start, 0));
                 }
                 None
@@ -167,6 +186,11 @@ impl Cluster {
             buffer: buffer.map(|buffer| BufferRange { buffer, offset: 0, length }),
         };
         running.engine.handle_request(clock, &request);
+        let here = self.serves(node, device, wish.offset, length);
+        let marks = match wish.kind {
+            RequestKind::Flush => self.disks().map(|disk| disk.media.flush_mark()).collect(),
+            _ => Vec::new(),
+        };
         self.asked.insert(
             token,
             Asked {
@@ -178,11 +202,9 @@ impl Cluster {
                 began: now,
                 writes,
                 exporter: (node, process),
-                claim: if self.exporting[device] == Some((node, process)) {
-                    self.exported[device]
-                } else {
-                    0
-                },
+                claim: if exports { self.exported[device] } else { 0 },
+                marks,
+                here,
                 replaced: false,
                 wanted,
             },
@@ -230,12 +252,19 @@ impl Cluster {
                 .push(format!("n{node}: request {token} is refused under the present claim"));
         }
         let (device, first) = (asked.device, (asked.offset / SECTOR as u64) as usize);
+        let stores = !matches!(asked.kind, RequestKind::Read | RequestKind::Flush);
+        let here = self.serves(node, device, asked.offset, asked.length);
+        if stores && asked.replaced && result.is_ok() && asked.here.is_some() && asked.here == here {
+            let wrong = format!("n{node}: request {token} is done here after another exporter started");
+            self.checker.violations.push(wrong);
+        }
         let freed = asked.buffer.and_then(|buffer| Some(self.process(node)?.free(buffer))).transpose();
         let buffer = freed.unwrap_or_else(|wrong| {
             self.checker.violations.push(format!("n{node}: request {token}: {wrong}"));
             None
         });
         let mut stamps = Vec::new();
+        let mut early = false;
         if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, buffer) {
             stamps.reserve(buffer.bytes().len() / SECTOR);
             for (index, sector) in buffer.bytes().chunks(SECTOR).enumerate() {
@@ -243,7 +272,7 @@ impl Cluster {
                     Some(stamp) => {
                         stamps.push(stamp);
                         if !self.tainted {
-                            self.checker.read(asked.began, now, device, first + index, stamp);
+                            early |= self.checker.read(asked.began, now, device, first + index, stamp);
                         }
                     }
                     None => self
@@ -254,7 +283,17 @@ impl Cluster {
             }
         }
         match (&result, asked.kind) {
-            (Ok(()), RequestKind::Flush) => self.checker.flushed(device, asked.began, now),
+            (Ok(()), RequestKind::Flush) => {
+                if asked.claim > 0 && !asked.replaced {
+                    self.check_flushed(device, &asked.marks);
+                }
+                self.checker.flushed(device, asked.began, now);
+            }
+            (Ok(()), RequestKind::Write { .. } | RequestKind::WriteZeroes { .. }) if asked.claim == 0 => {
+                self.checker
+                    .violations
+                    .push(format!("n{node}: request {token} of a former exporter is done"));
+            }
             (Err(_), RequestKind::Flush) => self.checker.flush_failed(device),
             (Ok(()), RequestKind::Discard) => {
                 for id in &asked.writes {
@@ -277,6 +316,9 @@ impl Cluster {
             }
             (Err(_), _) => self.orphans[device].extend(&asked.writes),
         }
+        if early {
+            self.check_device(device);
+        }
         if !stamps.is_empty() {
             self.say(|| format!("n{node}: request {token} read {stamps:x?}"));
         }
@@ -289,6 +331,18 @@ impl Cluster {
         if !asked.replaced {
             self.queue.push(now + pause, Event::Ask { device });
         }
+    }
+
+    /// The epoch under which a node is primary of a range, in the map that it has adopted and in the newest;
+    /// `None` if it is not, or if that is of several slices.
+    fn serves(&self, node: u16, device: usize, offset: u64, length: u32) -> Option<SliceEpoch> {
+        let slice = SliceIndex((offset / u64::from(SLICE)) as u32);
+        let last = (offset + u64::from(length.max(1)) - 1) / u64::from(SLICE);
+        let version = self.node(node).process.as_ref()?.engine.adopted_version();
+        let span = self.manager.history.get(&version.0)?.devices[device].span(slice)?;
+        let newest = self.manager.map.devices[device].span(slice)?;
+        let present = newest.epoch == span.epoch && self.locate(span.primary().disk).0 == node;
+        (present && last == u64::from(slice.0)).then_some(span.epoch)
     }
 
     /// Whether the manager knows of a loss in that slice which the exporter has not heard of.
