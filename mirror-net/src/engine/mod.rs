@@ -329,6 +329,10 @@ impl Engine {
         for op in self.ops.values() {
             for leg in op.legs.iter().filter(|leg| leg.state == op::LegState::Unsent) {
                 let peer = &self.peers[leg.peer];
+                if peer.is_open() && peer.lost.is_none() && peer.adopted().0 >= op.epoch.0 {
+                    // A full window empties by itself.
+                    continue;
+                }
                 let node = map.node_name(peer.node);
                 let line = match &peer.lost {
                     Some(lost) => format!(

@@ -180,9 +180,10 @@ fn run_of(device: DeviceId, span: &Span) -> Run {
 /// The map then names the incarnation that it has now: as a secondary it was compared on its
 /// attachment alone, as a primary it is compared on its process too (rule 3).
 ///
-/// Every other copy becomes stale, not the old primary's only: the old primary may have died with
-/// writes under way that some of them have and some have not. The new primary has them back as soon
-/// as it reaches them ([`join`]), and waits for none of them before.
+/// Every other copy becomes stale, an old primary that is alive included: each may have the old
+/// primary's last writes, which nobody acknowledged, and be promoted before the new primary has made it
+/// equal. Then a write would be there of an exporter that had lost its claim when it was made. The new
+/// primary has them back as soon as it reaches them ([`join`]), and waits for none of them before.
 fn promotion(map: &DistributionMap, registry: &Registry, span: &Span, run: Run, disk: DiskId) -> Vec<Verb> {
     let mut batch = vec![Verb::Promote { run, disk }];
     let listed = span.replica_on(disk).map(|replica| replica.incarnation);

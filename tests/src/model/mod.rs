@@ -45,8 +45,9 @@
 //! # What the search said of special cases
 //! - *A lease counts only if its grantor had adopted the slice's epoch* is needed (`lease-epoch`): two
 //!   hand-overs that the grantor never sees apart leave the first new primary a lease that nobody waits for.
-//! - *A request to make a copy a member* must be void once the epoch has changed (`ask-version`) and must name
-//!   the incarnation that has everything (`ask-incarnation`).
+//! - *A request to make a copy a member* must name the incarnation that has everything (`ask-incarnation`). That
+//!   it is void once the epoch has changed (`ask-version`) is a second fence since a secondary is known by its
+//!   attachment alone.
 //! - *Reconciling on a session that the same primary reopens within one epoch* may be left out for a member
 //!   of the same attachment, on two and on three nodes (`reconcile-reopened`): whatever was not acknowledged
 //!   is sent again, and what is still to be copied is remembered. For a copy that is being filled it may not

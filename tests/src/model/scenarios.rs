@@ -168,11 +168,8 @@ pub const KNOCK_OUTS: &[KnockOut] = &[
         CRASHES,
         "a copy is asked for, its session breaks, the primary goes on alone, the request commits",
     ),
-    missed(
-        Rule::AskVersion,
-        replication::Bounds { partitions: 1, leases: true, power_cuts: false, ..MOVED },
-        "",
-    ),
+    // Whatever makes the epoch another makes the copy another too, or its bits say so.
+    spare(Rule::AskVersion, replication::Bounds { partitions: 1, leases: true, power_cuts: false, ..MOVED }),
     missed(Rule::AskIncarnation, NEW, ""),
     missed(Rule::CopyFlush, NEW, "the copied data sat in the new member's volatile cache"),
     missed(Rule::InheritMask, THREE, "three copies: the promoted one knows nothing of another's gaps"),

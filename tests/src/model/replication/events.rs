@@ -293,8 +293,8 @@ impl Replication {
         let first = roster.primary();
         let known = next.registered[first];
         let member = before.state[first] == IN_SYNC;
-        let kept =
-            (roster.attach[first], roster.process[first]) == (before.attach[first], before.process[first]);
+        // As a secondary it was what its attachment was (rule 3).
+        let kept = roster.attach[first] == before.attach[first];
         let meant = (known.attach, known.process) == (roster.attach[first], roster.process[first]);
         let none_left = Self::each(before.members()).all(|node| !self.is_as_mapped(next, node));
         let lawful = member && meant && (kept || none_left && roster.members() == bit(first));

@@ -277,7 +277,8 @@ impl Cluster {
             for (span, replica) in
                 device.spans.iter().flat_map(|span| span.replicas.iter().map(move |replica| (span, replica)))
             {
-                if self.locate(replica.disk).0 != node {
+                // A stale copy serves nothing, and may lie on a disk that takes no more writes.
+                if self.locate(replica.disk).0 != node || replica.state == ReplicaState::Stale {
                     continue;
                 }
                 let Some(opened) = shelf.open(replica.disk, self.mounted(replica.disk)) else { continue };
