@@ -19,7 +19,7 @@ pub struct Failover {
 
 /// Computes the failover of a node; an error, for people, if nothing can move.
 ///
-/// The old copies become stale even if the node is well (see [`promotion`]); as soon as the new
+/// The old copies become stale even if the node is well (see `promotion`); as soon as the new
 /// primary reaches the node it resyncs them. Nothing is failed back by itself.
 pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str) -> Result<Failover, String> {
     let Some(node) = map.node_named(name) else {

@@ -28,7 +28,7 @@ pub(super) fn spoken_for<'a>(
     })
 }
 
-/// Marks `peer`'s copies stale wherever `asker` may speak ([`spoken_for`]); empty if that is
+/// Marks `peer`'s copies stale wherever `asker` may speak (`spoken_for`); empty if that is
 /// nowhere.
 ///
 /// Never takes the last member: the asker is one itself.
