@@ -74,6 +74,12 @@ fn is_safe(found: &SlotState, truth: &SlotState) -> bool {
     same && dirty && stored && (copy.state == was.state || copy.state == CopyState::Stale)
 }
 
+/// Given up: whoever serves it copies it anew.
+fn copied_whole(found: &SlotState) -> bool {
+    let stale = |copy: mirror_net::format::Assignment| copy.state == CopyState::Stale;
+    found.masks.zero == 0 && found.assignment.is_none_or(|copy| stale(copy) && found.masks.dirty == u64::MAX)
+}
+
 fn judge(opened: &Opened, base: &Base, damage: &mut Damage) {
     damage.torn |= opened.report.torn_log_block;
     damage.lost |= opened.report.mask_lost.is_some();
@@ -91,12 +97,6 @@ fn judge(opened: &Opened, base: &Base, damage: &mut Damage) {
     let kept = |truth: &[SlotState]| found.iter().zip(truth).all(|(found, truth)| is_safe(found, truth));
     // Wrong bytes in exactly the newest log block look like a write that the crash tore.
     let torn = damage.newest_log && damage.torn;
-    let copied_whole = |found: &SlotState| {
-        found.masks.zero == 0
-            && found
-                .assignment
-                .is_none_or(|copy| copy.state == CopyState::Stale && found.masks.dirty == u64::MAX)
-    };
     assert!(
         kept(&base.slots)
             || (torn && kept(&base.slots_before))
@@ -153,9 +153,8 @@ fuzz_target!(|input: &[u8]| {
         }
         image.drive(&mut journal);
     }
-    let after = image.open().expect("it worked");
-    // Against numbers forged under a good checksum what was written since may lose: aloud, then.
-    if damage.shows || !after.report.is_loss() {
-        assert_eq!(image::slots_of(&after.journal), image::slots_of(&journal));
-    }
+    let after = image::slots_of(&image.open().expect("it worked").journal);
+    // Where damage outlived the repair, as numbers forged under a good checksum do, what was written since
+    // may lose against it. Then all is given up, and nothing taken for what it is not.
+    assert!(after == image::slots_of(&journal) || after.iter().all(copied_whole));
 });
