@@ -260,9 +260,8 @@ impl Engine {
         }
         self.map = Some(adoption.map);
         if took_over {
-            self.took_over = self.adopted_version();
+            self.await_leases();
         }
-        self.await_leases();
         self.fit_operations();
         for (peer, counted) in counted.into_iter().enumerate() {
             // The map does not count any more on what it had then: its absence is on record.
@@ -289,12 +288,23 @@ impl Engine {
 
     /// Rule 13: whoever we granted a lease to may still be reading what came to us, unless it has adopted the
     /// map that took it away; with that it gave the lease back (rule 12).
-    pub(super) fn await_leases(&mut self) {
-        let reading = self.peers.iter().filter(|peer| peer.adopted() < self.took_over);
-        self.serve_after = reading.map(Peer::granted_until).max().unwrap_or(0);
+    fn await_leases(&mut self) {
+        self.took_over = self.adopted_version();
+        self.serve_after = self.leases_end();
+    }
+
+    /// A peer may have given its lease back. A wait only ever becomes shorter: what was granted since is
+    /// for what that peer serves itself.
+    pub(super) fn shorten_wait(&mut self) {
+        self.serve_after = self.serve_after.min(self.leases_end());
+    }
+
+    fn leases_end(&self) -> Nanos {
         if planted::is(Bug::LeaseNotAwaited) {
-            self.serve_after = 0;
+            return 0;
         }
+        let reading = self.peers.iter().filter(|peer| peer.adopted() < self.took_over);
+        reading.map(Peer::granted_until).max().unwrap_or(0)
     }
 
     /// Operations in flight go on under the new epoch, or end because they are not ours any more.

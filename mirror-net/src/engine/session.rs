@@ -361,7 +361,7 @@ impl Engine {
         if self.peers[peer].lost.as_ref().is_some_and(|lost| lost.by_session) {
             self.peers[peer].lost = None;
         }
-        self.await_leases();
+        self.shorten_wait();
         self.retry_parked();
         self.send_adopted(peer);
         self.ping_if_due(peer);
@@ -576,7 +576,7 @@ impl Engine {
             && session.adopted < version
         {
             session.adopted = version;
-            self.await_leases();
+            self.shorten_wait();
             self.retry_parked();
             self.resume_after(peer);
             self.ping_soon(peer);

@@ -157,6 +157,21 @@ fn a_write_of_an_exporter_that_is_also_the_secondary_outlives_their_session() {
     assert_eq!(rig.take(Kind::Reply).iter().filter(|reply| reply.header.sequence == read).count(), 1);
 }
 
+/// Only a role that comes here is waited for: the partner's end costs no more than the manager's word.
+#[test]
+fn a_primary_whose_partner_is_gone_goes_on_at_once() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.frame(2, Header::new(Kind::Ping), None);
+    rig.lane_down(2);
+    let write = rig.write(0, 4096);
+    assert_eq!(rig.result(write), None);
+    rig.adopt(&next(&first, second_stale));
+    assert_eq!(rig.result(write), Some(Ok(())));
+    let read = rig.request(RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), Some(Ok(())));
+}
+
 /// Rule 12: a primary that adopts the map which deposes it gives its leases back with that.
 #[test]
 fn a_hand_over_does_not_wait_for_the_lease_of_a_primary_that_knows() {
