@@ -2,6 +2,7 @@
 
 use crate::choices::Choices;
 use crate::image::SLICE_BYTES;
+use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId,
     ProcessId, SliceEpoch, SliceIndex,
@@ -22,7 +23,13 @@ pub fn incarnation(node: u16) -> Incarnation {
 }
 
 fn replica(node: u16) -> Replica {
-    Replica { disk: DiskId(u32::from(node)), state: ReplicaState::InSync, incarnation: incarnation(node) }
+    Replica {
+        disk: DiskId(u32::from(node)),
+        segment: Segment::Primary,
+        added: MapVersion(1),
+        state: ReplicaState::InSync,
+        incarnation: incarnation(node),
+    }
 }
 
 fn device(id: u32, exporter: u16, spans: &[(u32, &[u16])]) -> Device {
@@ -76,6 +83,7 @@ pub fn small() -> DistributionMap {
                 name: "d".into(),
                 slots: SegmentSlots { primary: 48, secondary: 48, unmirrored: 48 },
                 block_bytes: 512,
+                spare: false,
                 failed: None,
             })
             .collect(),
@@ -85,6 +93,7 @@ pub fn small() -> DistributionMap {
             device(3, 1, &[(SLICES, &[1])]),
             device(4, 1, &[(2, &[1, 3]), (2, &[3, 1])]),
         ],
+        plans: Vec::new(),
     }
 }
 
@@ -99,7 +108,7 @@ pub fn verb(choices: &mut Choices<'_>) -> Verb {
     let process = choices.below(5);
     let incarnation = Incarnation { attach: AttachId(disk.0.into()), process: ProcessId(process.into()) };
     match choices.below(9) {
-        0 => Verb::AddReplica { run, disk, incarnation },
+        0 => Verb::AddReplica { run, disk, segment: Segment::Secondary, incarnation },
         1 => Verb::Promote { run, disk },
         2 => Verb::DropReplica { run, disk },
         3 => Verb::Mark { run, disk, state: ReplicaState::Stale, incarnation: None },

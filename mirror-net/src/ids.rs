@@ -54,6 +54,11 @@ id!(
     "e"
 );
 id!(
+    /// Something that is being moved: the map version that began it.
+    PlanId(u64),
+    "plan#"
+);
+id!(
     /// Counts the moves of a device's claim; fences old exporters.
     ClaimGeneration(u64),
     "claim#"

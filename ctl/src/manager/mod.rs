@@ -55,7 +55,7 @@ pub async fn run(config: &Path, state_dir: &Path) -> Result<u8, Failure> {
     let stop = async move {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
     };
-    serve(listener, key, store, map, stop).await?;
+    serve(listener, key, store, map, file.policy, stop).await?;
     tracing::info!("stopped");
     Ok(OK)
 }

@@ -4,7 +4,7 @@ use super::connection;
 use super::store::{Store, Swapped};
 use crate::failure::Failure;
 use crate::key::random_bytes;
-use mirror_net::config::ClusterFile;
+use mirror_net::config::{ClusterFile, Policy};
 use mirror_net::control::{ManagerMessage, NodeMessage, OperatorReply, OperatorRequest, Registration};
 use mirror_net::ids::{ClusterId, ProcessId};
 use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
@@ -87,6 +87,7 @@ pub async fn serve<S: Store>(
     key: ClusterKey,
     store: S,
     map: Option<DistributionMap>,
+    policy: Policy,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Failure> {
     let (cluster, watch) = watch::channel(map.as_ref().map(|map| map.cluster));
@@ -103,7 +104,7 @@ pub async fn serve<S: Store>(
     };
     let accepting = tokio::spawn(accept(listener, shared));
     let mut server = Server {
-        manager: Manager::new(map),
+        manager: Manager::new(map, policy),
         store,
         started: Instant::now(),
         senders: HashMap::new(),

@@ -6,11 +6,13 @@
 
 mod error;
 mod parse;
+mod policy;
 mod size;
 #[cfg(test)]
 mod tests;
 
 pub use error::ConfigError;
+pub use policy::Policy;
 pub use size::{format_bytes, parse_bytes};
 
 use crate::map::SegmentSlots;
@@ -34,6 +36,8 @@ pub struct ClusterFile {
     pub key_file: PathBuf,
     /// `host:port` where the manager listens.
     pub manager: String,
+    /// What the manager does by itself.
+    pub policy: Policy,
     /// The nodes, in the order of the file: it decides who mirrors whom.
     pub nodes: Vec<NodeFile>,
 }

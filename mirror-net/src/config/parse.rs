@@ -1,8 +1,8 @@
 //! From text to a checked cluster file.
 
 use super::{
-    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, SLICE_BYTES_DEFAULT,
-    Segments, format_bytes, parse_bytes,
+    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, Policy,
+    SLICE_BYTES_DEFAULT, Segments, format_bytes, parse_bytes,
 };
 use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
 use core::net::{IpAddr, SocketAddr};
@@ -10,6 +10,7 @@ use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::path::PathBuf;
+use std::time::Duration;
 use toml::Spanned;
 
 type Text = Spanned<String>;
@@ -33,6 +34,10 @@ struct RawCluster {
     frontend: Option<Text>,
     nbd: Option<Text>,
     nbd_allow_remote: Option<bool>,
+    auto_failover: Option<bool>,
+    fail_after: Option<Text>,
+    auto_spare: Option<bool>,
+    spare_after: Option<Text>,
     // Known words of things to come: refused with a better sentence than "unknown field".
     commit: Option<Text>,
     copies: Option<Spanned<i64>>,
@@ -112,6 +117,7 @@ impl Reader<'_> {
             slice_bytes: self.slice_bytes(cluster)?,
             key_file,
             manager,
+            policy: self.policy(cluster)?,
             nodes: Vec::new(),
         };
         let frontend = self.frontend(cluster.frontend.as_ref(), "cluster.frontend")?.unwrap_or_default();
@@ -179,6 +185,45 @@ impl Reader<'_> {
             )),
             _ => Ok(()),
         }
+    }
+
+    fn policy(&self, cluster: &RawCluster) -> Result<Policy, ConfigError> {
+        let default = Policy::default();
+        let policy = Policy {
+            auto_failover: cluster.auto_failover.unwrap_or(default.auto_failover),
+            fail_after: self
+                .duration(cluster.fail_after.as_ref(), "cluster.fail_after")?
+                .unwrap_or(default.fail_after),
+            auto_spare: cluster.auto_spare.unwrap_or(default.auto_spare),
+            spare_after: self
+                .duration(cluster.spare_after.as_ref(), "cluster.spare_after")?
+                .unwrap_or(default.spare_after),
+        };
+        match &cluster.fail_after {
+            Some(at) if policy.fail_after < Policy::FAIL_AFTER_MIN => Err(self.error(
+                at,
+                "cluster.fail_after",
+                format!(
+                    "{:?} is shorter than {:?}, twice the time between two reports of a node",
+                    at.get_ref(),
+                    Policy::FAIL_AFTER_MIN
+                ),
+            )),
+            _ => Ok(policy),
+        }
+    }
+
+    fn duration(&self, text: Option<&Text>, field: &str) -> Result<Option<Duration>, ConfigError> {
+        let parsed = text.map(|text| {
+            humantime::parse_duration(text.get_ref().trim()).map_err(|error| {
+                self.error(
+                    text,
+                    field,
+                    format!("{:?}: {error}; write it as \"2s\" or \"1500ms\"", text.get_ref()),
+                )
+            })
+        });
+        parsed.transpose()
     }
 
     fn slice_bytes(&self, cluster: &RawCluster) -> Result<u32, ConfigError> {

@@ -4,15 +4,13 @@ use super::action::{Action, OpKey, Report};
 use super::loss::Unflushed;
 use super::op::{Legs, Local, Part};
 use super::session::Peer;
-use super::view::{DeviceView, PeerIndex, Place, SpanView, Viewer};
-use super::{Device, Engine, Nanos, Slice};
+use super::view::{DeviceView, PeerIndex, SpanView, Viewer};
+use super::{Engine, Nanos};
 use crate::format::alloc::Segment;
-use crate::format::journal::{Change, Ticket};
-use crate::format::table::{Assignment, CopyState, Role};
-use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, NodeId, SliceIndex, SlotIndex};
-use crate::map::{DistributionMap, ReplicaState};
+use crate::format::journal::Ticket;
+use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, NodeId, SliceIndex};
+use crate::map::DistributionMap;
 use crate::planted::{self, Bug};
-use crate::region::masks::RegionMasks;
 use crate::wire::header::Status;
 use std::sync::Arc;
 
@@ -98,110 +96,13 @@ impl Engine {
         let peers: Vec<NodeId> = self.peers.iter().map(|peer| peer.node).collect();
         let viewer = Viewer { me: self.me, disks: &disks, peers: &peers };
         let views: Vec<DeviceView> = map.devices.iter().map(|device| viewer.device(&map, device)).collect();
-        for (device, view) in map.devices.iter().zip(&views) {
-            self.place_device(view, device.is_mirrored())?;
+        for view in &views {
+            self.place_device(view)?;
         }
         let tickets = self.disks.iter().map(|disk| disk.journal.last_ticket()).collect();
         self.adopting = Some(Adoption { map, views, tickets });
         self.adoption_durable();
         Ok(())
-    }
-
-    /// Assigns slots to copies that have none, and writes down changed epochs.
-    fn place_device(&mut self, view: &DeviceView, mirrored: bool) -> Result<(), AdoptError> {
-        let index = match self.by_device.get(&view.id) {
-            Some(index) => *index,
-            None => {
-                let index = self.devices.len();
-                self.by_device.insert(view.id, index);
-                // An empty view until the adoption is durable: nothing can be asked of it.
-                let unborn = DeviceView { slices: 0, spans: Vec::new(), ..view.clone() };
-                self.devices.push(Device::new(unborn));
-                index
-            }
-        };
-        let concerned = view.claim.node == self.me || view.spans.iter().any(|span| span.mine.is_some());
-        if concerned && self.devices[index].slices.len() < view.slices as usize {
-            self.devices[index].slices.resize_with(view.slices as usize, Slice::default);
-            self.find_slots(index);
-        }
-        for span in &view.spans {
-            let Some(mine) = span.mine else { continue };
-            let role = if span.primary == Place::Here { Role::Primary } else { Role::Secondary };
-            let state = match mine.state {
-                ReplicaState::InSync => CopyState::InSync,
-                ReplicaState::Syncing => CopyState::Syncing,
-                ReplicaState::Stale => CopyState::Stale,
-            };
-            for slice in span.first..span.end {
-                let entry = &self.devices[index].slices[slice as usize];
-                let disk = &mut self.disks[mine.disk];
-                if let Some((_, slot)) = entry.place.filter(|(on, _)| *on == mine.disk) {
-                    let held = disk.journal.slot(SlotIndex(slot)).assignment;
-                    if held
-                        .is_none_or(|held| (held.epoch, held.role, held.state) != (span.epoch, role, state))
-                    {
-                        let (first, count, loss) = (SlotIndex(slot), 1, span.loss);
-                        disk.journal.submit(Change::Epoch {
-                            first,
-                            count,
-                            epoch: span.epoch,
-                            role,
-                            state,
-                            loss,
-                        });
-                    }
-                    continue;
-                }
-                let segment = match (mirrored, role) {
-                    (false, _) => Segment::Unmirrored,
-                    (true, Role::Primary) => Segment::Primary,
-                    (true, Role::Secondary) => Segment::Secondary,
-                };
-                let slot = disk.allocator.allocate(segment).ok_or(AdoptError::NoSlot {
-                    disk: disk.id,
-                    segment,
-                    device: view.id,
-                    slice: SliceIndex(slice),
-                })?;
-                let free = disk.journal.slot(slot);
-                let assignment = Assignment {
-                    device: view.id,
-                    slice: SliceIndex(slice),
-                    role,
-                    state,
-                    epoch: span.epoch,
-                    loss: span.loss,
-                    slot_generation: free.slot_generation,
-                };
-                // A copy that is still to be filled has no mask of what it lacks: it is all of it.
-                let dirty = if state == CopyState::InSync { 0 } else { u64::MAX };
-                let masks = RegionMasks { dirty, valid: 0, zero: free.masks.zero };
-                let ticket = disk.journal.submit(Change::Assign { slot, assignment, masks });
-                let entry = &mut self.devices[index].slices[slice as usize];
-                entry.place = Some((mine.disk, slot.0));
-                entry.intent = ticket;
-                entry.untouched = u64::MAX;
-            }
-        }
-        Ok(())
-    }
-
-    /// Finds the slots that hold a device's slices already.
-    fn find_slots(&mut self, index: usize) {
-        let id = self.devices[index].view.id;
-        for (number, disk) in self.disks.iter().enumerate() {
-            for slot in 0..disk.journal.slots() {
-                let Some(held) =
-                    disk.journal.slot(SlotIndex(slot)).assignment.filter(|held| held.device == id)
-                else {
-                    continue;
-                };
-                if let Some(slice) = self.devices[index].slices.get_mut(held.slice.0 as usize) {
-                    slice.place = Some((number, slot));
-                }
-            }
-        }
     }
 
     /// Makes the map effective once everything it needs is durable.
@@ -258,7 +159,9 @@ impl Engine {
             }
             self.fit_resync(index, &before, consecutive);
         }
+        let first = self.map.is_none();
         self.map = Some(adoption.map);
+        self.leave_slots(first, &changed);
         if took_over {
             self.await_leases();
         }

@@ -31,6 +31,7 @@ mod repair;
 mod resync;
 mod secondary;
 pub mod session;
+mod slots;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -43,7 +44,7 @@ pub use extents::Extent;
 use crate::control::SessionReport;
 use crate::format::alloc::Allocator;
 use crate::format::journal::{Journal, Ticket};
-use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
+use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId, SlotIndex};
 use crate::map::DistributionMap;
 use action::{Action, DiskIndex, FlushKey, OpKey};
 use exporter::{ExportFlush, ExportFlushKey, PartKey, Pending, Recalled, RequestKey, RequestPart};
@@ -153,6 +154,8 @@ pub struct Engine {
     peers: Vec<Peer>,
     devices: Vec<Device>,
     by_device: HashMap<DeviceId, usize>,
+    /// Slots of copies that the map lists no more, which operations may still be using.
+    leaving: Vec<(DiskIndex, SlotIndex)>,
     map: Option<Arc<DistributionMap>>,
     adopting: Option<adopt::Adoption>,
     next_map: Option<Arc<DistributionMap>>,
@@ -216,6 +219,7 @@ impl Engine {
             peers: Vec::new(),
             devices: Vec::new(),
             by_device: HashMap::new(),
+            leaving: Vec::new(),
             map: None,
             adopting: None,
             next_map: None,
@@ -276,6 +280,7 @@ impl Engine {
         }
         self.next_tick = now + TICK;
         self.tick_sessions();
+        self.free_left_slots();
         self.checkpoint_idle_disks();
         self.tick_recalled();
         self.tick_clearing();

@@ -3,6 +3,7 @@
 use super::action::{Action, BufferId, BufferRange, Io, Report, Request, RequestKind, RequestToken};
 use super::{Engine, LocalDisk, Me, Nanos};
 use crate::format::alloc::Allocator;
+use crate::format::alloc::Segment;
 use crate::format::create::{FormatOptions, format};
 use crate::format::{Geometry, MetadataIo, Plan, PlanStep, SlotOrder, ZoneProfile, open};
 use crate::ids::{
@@ -26,6 +27,8 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
         |node: u16| Incarnation { attach: AttachId(u64::from(node)), process: ProcessId(u64::from(node)) };
     let replica = |node: u16| Replica {
         disk: DiskId(u32::from(node)),
+        segment: if node == 1 { Segment::Primary } else { Segment::Secondary },
+        added: MapVersion(1),
         state: ReplicaState::InSync,
         incarnation: incarnation(node),
     };
@@ -51,6 +54,7 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
                 name: "d".into(),
                 slots: SegmentSlots { primary: 4, secondary: 4, unmirrored: 0 },
                 block_bytes: 512,
+                spare: false,
                 failed: None,
             })
             .collect(),
@@ -69,6 +73,7 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
                 replicas: (1..=copies).map(replica).collect(),
             }],
         }],
+        plans: Vec::new(),
     }
 }
 

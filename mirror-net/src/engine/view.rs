@@ -1,6 +1,7 @@
 //! The adopted map as one node needs it: for each device, who is what for which slices.
 
 use super::action::DiskIndex;
+use crate::format::alloc::Segment;
 use crate::ids::{AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch};
 use crate::map::validate::COPIES_MAX;
 use crate::map::{self, Claim, DistributionMap, ReplicaState};
@@ -64,8 +65,8 @@ pub struct SpanView {
     pub mine: Option<Mine>,
     /// The other copies that get writes: members and syncing ones.
     pub others: Vec<PeerIndex>,
-    /// Under which attachment each of `others` holds its copy.
-    pub attached: Vec<AttachId>,
+    /// Under which attachment each of `others` holds its copy, and since which map.
+    pub attached: Vec<(AttachId, MapVersion)>,
     /// Those of them that are members.
     pub members: Vec<PeerIndex>,
     /// Peers with copies that lack writes, on disks that work.
@@ -81,6 +82,10 @@ pub struct Mine {
     pub disk: DiskIndex,
     /// What it is worth.
     pub state: ReplicaState,
+    /// The segment whose slots it takes up.
+    pub segment: Segment,
+    /// The map version that put it there.
+    pub added: MapVersion,
 }
 
 impl SpanView {
@@ -94,8 +99,8 @@ impl SpanView {
         self.members.len() + 1 == self.copies || planted::is(Bug::ClearedAlone)
     }
 
-    /// Under which attachment that peer holds its copy, if it gets writes.
-    pub fn attached(&self, peer: PeerIndex) -> Option<AttachId> {
+    /// Under which attachment that peer holds its copy, and since which map, if it gets writes.
+    pub fn attached(&self, peer: PeerIndex) -> Option<(AttachId, MapVersion)> {
         self.others.iter().position(|other| *other == peer).map(|index| self.attached[index])
     }
 
@@ -191,7 +196,12 @@ impl Viewer<'_> {
                 Place::Here => {
                     // A disk that the map gives us and that we do not have leaves `mine` empty.
                     let disk = self.disks.iter().position(|(disk, _)| *disk == replica.disk);
-                    view.mine = disk.map(|disk| Mine { disk, state: replica.state });
+                    view.mine = disk.map(|disk| Mine {
+                        disk,
+                        state: replica.state,
+                        segment: replica.segment,
+                        added: replica.added,
+                    });
                     view.intact = disk.map(|disk| self.disks[disk].1).is_some_and(|now| {
                         now.attach == replica.incarnation.attach
                             && (position > 0 || now == replica.incarnation)
@@ -199,7 +209,7 @@ impl Viewer<'_> {
                 }
                 Place::Peer(peer) if replica.state != ReplicaState::Stale => {
                     view.others.push(peer);
-                    view.attached.push(replica.incarnation.attach);
+                    view.attached.push((replica.incarnation.attach, replica.added));
                     if replica.state == ReplicaState::InSync {
                         view.members.push(peer);
                     }

@@ -3,14 +3,14 @@
 use super::superblock::{SlotOrder, Superblock, ZONE_POINTS, ZoneProfile};
 use crate::ids::SlotIndex;
 use crate::map::SegmentSlots;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Rates that differ by less than this, in percent of the disk's fastest, count as equal: within it,
 /// neighbours in address matter more than speed.
 const EQUAL_WITHIN_PERCENT: u64 = 10;
 
 /// The three parts of a disk.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Segment {
     /// This node's own mirrored data.

@@ -1,22 +1,32 @@
 //! The manager as a state machine.
 
+use super::advance::advance;
 use super::ask::{Ask, Asks, Wish};
 use super::create::{Creation, Progress};
+use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
-use super::{Change, ConnectionId, Input, Output, Proposal, Ticket, export, failover, findings};
+use super::{Change, ConnectionId, Input, Output, Proposal, Ticket, detector, export, failover, findings};
+use crate::config::Policy;
 use crate::control::{
     ClusterStatus, DiskContent, ManagerMessage, NodeMessage, NodeStatus, OperatorReply, Registration,
 };
-use crate::ids::{ClusterId, ExporterSession, MapVersion, NodeId};
+use crate::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId};
 use crate::map::DistributionMap;
 use crate::planted::{self, Bug};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// The system manager: see the module's description.
 #[derive(Debug)]
 pub struct Manager {
+    policy: Policy,
     map: Option<DistributionMap>,
+    /// When it began to listen; `None` before its first input.
+    started_ms: Option<u64>,
+    /// Disks that an operator does not want made again, until this manager ends.
+    held: BTreeSet<DiskId>,
+    /// Why copies that are gone are not made again, as was last said.
+    hindered: Vec<String>,
     registry: Registry,
     /// Nodes that know a newer map than we do, with what to say about each.
     outdated: BTreeMap<String, String>,
@@ -40,9 +50,13 @@ enum Then {
 
 impl Manager {
     /// Starts with what the store holds.
-    pub fn new(map: Option<DistributionMap>) -> Self {
+    pub fn new(map: Option<DistributionMap>, policy: Policy) -> Self {
         Self {
+            policy,
             map,
+            started_ms: None,
+            held: BTreeSet::new(),
+            hindered: Vec::new(),
             registry: Registry::default(),
             outdated: BTreeMap::new(),
             asks: Asks::default(),
@@ -98,6 +112,7 @@ impl Manager {
 
     /// Takes one event, and decides all that follows from it.
     pub fn handle(&mut self, now_ms: u64, input: Input) {
+        self.started_ms.get_or_insert(now_ms);
         match input {
             Input::Register { connection, cluster, registration } => {
                 self.register(now_ms, connection, cluster, registration);
@@ -331,9 +346,42 @@ impl Manager {
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }
             } else {
-                return;
+                let change = self.unasked(now_ms);
+                if change.is_empty() {
+                    return;
+                }
+                self.propose(change, Then::Nothing);
             }
         }
+    }
+
+    /// What is done without being asked for.
+    fn unasked(&mut self, now_ms: u64) -> Change {
+        let Some(map) = &self.map else { return Change::default() };
+        let started_ms = self.started_ms.unwrap_or(now_ms);
+        let (registry, policy) = (&self.registry, &self.policy);
+        for node in map.nodes.iter().filter(|_| policy.auto_failover) {
+            let Some(why) = detector::failed(map, registry, policy, node, started_ms, now_ms) else {
+                continue;
+            };
+            if let Ok(failover::Failover { batch, moved, .. }) =
+                failover::plan(map, registry, now_ms, &node.name)
+            {
+                let cause = std::iter::once(format!("failover of {}: {why}", node.name));
+                return Change { batch, why: cause.chain(moved).collect() };
+            }
+        }
+        let now = Situation { registry, policy, started_ms, now_ms };
+        let change = advance(map, &now);
+        if !change.is_empty() || !policy.auto_spare {
+            return change;
+        }
+        let (change, hindered) = regeneration::begin(map, &now, &self.held);
+        if hindered != self.hindered {
+            hindered.iter().for_each(|line| self.outputs.push_back(Output::Log(line.clone())));
+            self.hindered = hindered;
+        }
+        change
     }
 
     fn decide_ask(&mut self, now_ms: u64, ask: &Ask) {

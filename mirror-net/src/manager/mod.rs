@@ -12,15 +12,22 @@
 //! not what the map says ([`repair`], rules 3 to 5); only the present primary has its partner
 //! recorded stale ([`stale`], rule 1), and has it back ([`join`], rules 3, 6 and 7); a device is exported when every primary knows its claim
 //! ([`export`], rule 15).
+//!
+//! What an operator could do it does by itself where the [policy](crate::config::Policy) says so: a node
+//! that failed ([`detector`]) is failed over, copies that are gone for long are made again on a spare
+//! ([`regeneration`]), and plans go on ([`advance`]).
 
+pub mod advance;
 mod ask;
 mod copies;
 mod core;
 mod create;
+pub mod detector;
 pub mod export;
 pub mod failover;
 pub mod findings;
 pub mod join;
+pub mod regeneration;
 pub mod registry;
 pub mod repair;
 pub mod stale;

@@ -7,6 +7,7 @@
 use super::{
     Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,
 };
+use crate::format::alloc::Segment;
 use crate::ids::{
     ClaimGeneration, ClusterId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId,
     SliceEpoch, SliceIndex,
@@ -82,6 +83,7 @@ pub fn pairs(
         nodes: Vec::new(),
         disks: Vec::new(),
         devices: Vec::new(),
+        plans: Vec::new(),
     };
     let mut disks_of: Vec<Vec<(DiskId, &DiskSpec)>> = Vec::new();
     for (index, node) in nodes.iter().enumerate() {
@@ -102,6 +104,7 @@ pub fn pairs(
                 name: disk.name.clone(),
                 slots: disk.slots,
                 block_bytes: disk.block_bytes,
+                spare: node.spare,
                 failed: None,
             });
             disks.push((disk_id, disk));
@@ -138,17 +141,17 @@ pub fn pairs(
                     disk: spec.name.clone(),
                 });
             }
-            let own = Replica { disk: *disk, state: ReplicaState::InSync, incarnation: spec.incarnation };
+            let own = |segment| in_sync(*disk, segment, spec.incarnation);
             let claim =
                 Claim { node: NodeId(node as u16 + 1), generation: ClaimGeneration(1), since: version };
             let mut device = |name: String, slices: u32, copies: u8, spans: Vec<Span>| {
                 let id = DeviceId(map.devices.len() as u32 + 1);
                 map.devices.push(Device { id, name, slices, block_bytes, copies, claim, spans });
             };
-            let spans = mirror_spans(spec.slots.primary, &own, &mut room);
+            let spans = mirror_spans(spec.slots.primary, &own(Segment::Primary), &mut room);
             device(format!("{}-{}", nodes[node].name, spec.name), spec.slots.primary, 2, spans);
             if spec.slots.unmirrored > 0 {
-                let span = span(0, spec.slots.unmirrored, vec![own]);
+                let span = span(0, spec.slots.unmirrored, vec![own(Segment::Unmirrored)]);
                 device(
                     format!("{}-{}-unmirrored", nodes[node].name, spec.name),
                     spec.slots.unmirrored,
@@ -162,6 +165,11 @@ pub fn pairs(
     Ok(map)
 }
 
+/// A copy of the first map: nothing was ever written, so it is like the others.
+fn in_sync(disk: DiskId, segment: Segment, incarnation: Incarnation) -> Replica {
+    Replica { disk, segment, added: MapVersion(1), state: ReplicaState::InSync, incarnation }
+}
+
 fn span(first: u32, count: u32, replicas: Vec<Replica>) -> Span {
     Span { first: SliceIndex(first), count, epoch: SliceEpoch(1), loss: LossGeneration(0), replicas }
 }
@@ -173,7 +181,7 @@ fn mirror_spans(slices: u32, own: &Replica, room: &mut [(DiskId, u32, Incarnatio
     for (disk, free, incarnation) in room.iter_mut() {
         let count = (*free).min(slices - first);
         if count > 0 {
-            let mirror = Replica { disk: *disk, state: ReplicaState::InSync, incarnation: *incarnation };
+            let mirror = in_sync(*disk, Segment::Secondary, *incarnation);
             spans.push(span(first, count, vec![own.clone(), mirror]));
             first += count;
             *free -= count;

@@ -5,6 +5,7 @@
 
 pub mod layout;
 mod model;
+pub mod plan;
 pub mod validate;
 pub mod verbs;
 

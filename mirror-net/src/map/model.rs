@@ -1,13 +1,15 @@
 //! The map as data, and the questions it answers.
 
+use crate::format::alloc::Segment;
 use crate::ids::{
     ClaimGeneration, ClusterId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId,
     SliceEpoch, SliceIndex,
 };
+use crate::map::plan::Plan;
 use serde::{Deserialize, Serialize};
 
 /// The version of the map's JSON form; a reader refuses any other.
-pub const MAP_FORMAT: u32 = 1;
+pub const MAP_FORMAT: u32 = 2;
 
 /// Where every slice of every device lives, and who may export each device.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -29,6 +31,9 @@ pub struct DistributionMap {
     pub disks: Vec<Disk>,
     /// Every device, in order of id.
     pub devices: Vec<Device>,
+    /// What is being moved, in order of id.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plans: Vec<Plan>,
 }
 
 /// A machine running `ublk-server`.
@@ -49,6 +54,10 @@ pub struct Node {
     pub switch: Option<String>,
 }
 
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
 /// How many slots of a disk belong to each segment.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -62,6 +71,15 @@ pub struct SegmentSlots {
 }
 
 impl SegmentSlots {
+    /// The slots of one segment.
+    pub fn of(&self, segment: Segment) -> u32 {
+        match segment {
+            Segment::Primary => self.primary,
+            Segment::Secondary => self.secondary,
+            Segment::Unmirrored => self.unmirrored,
+        }
+    }
+
     /// All slots together.
     pub fn total(&self) -> u64 {
         u64::from(self.primary) + u64::from(self.secondary) + u64::from(self.unmirrored)
@@ -82,6 +100,9 @@ pub struct Disk {
     pub slots: SegmentSlots,
     /// The smallest write it takes, in bytes: 512 or 4096.
     pub block_bytes: u32,
+    /// Holds nothing until it is activated, in place of a disk that is gone.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub spare: bool,
     /// Set when the disk stopped working; nothing is placed on it any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<Failed>,
@@ -150,6 +171,11 @@ pub struct Span {
 pub struct Replica {
     /// The disk it is on.
     pub disk: DiskId,
+    /// The segment whose slots it takes up there. A failover changes roles and moves nothing, so this
+    /// need not be the replica's present role.
+    pub segment: Segment,
+    /// The map version that put it there: what the disk may hold of the slice from before is no copy.
+    pub added: MapVersion,
     /// What it is worth.
     pub state: ReplicaState,
     /// The incarnation under which it became so.

@@ -1,8 +1,10 @@
 //! What must hold of every map, checked on every load and after every change.
 
+use super::plan::Move;
 use super::{Device, DistributionMap, MAP_FORMAT, ReplicaState};
+use crate::format::alloc::Segment;
 use crate::format::geometry::SLOTS_MAX;
-use crate::ids::{DeviceId, DiskId, NodeId};
+use crate::ids::{DeviceId, DiskId, NodeId, PlanId};
 use crate::region::masks::REGIONS_PER_SLICE;
 use std::collections::{HashMap, HashSet};
 
@@ -64,8 +66,12 @@ pub enum InvalidMap {
     EpochAhead { device: String, slice: u32 },
     #[error("device {device:?}: a block size of {bytes} bytes is smaller than that of {disk}")]
     BlockSize { device: String, bytes: u32, disk: DiskId },
-    #[error("{disk} would hold {wanted} slices, it has {slots} slots")]
-    Overcommitted { disk: DiskId, wanted: u64, slots: u64 },
+    #[error("the {segment:?} segment of {disk} would hold {wanted} slices, it has {slots} slots")]
+    Overcommitted { disk: DiskId, segment: Segment, wanted: u64, slots: u32 },
+    #[error("device {device:?} slice {slice}: its copy on {disk} was added in a map that is still to come")]
+    AddedAhead { device: String, slice: u32, disk: DiskId },
+    #[error("{plan} moves something of a device, or to a disk, that is not in the map")]
+    PlanOfNothing { plan: PlanId },
 }
 
 impl DistributionMap {
@@ -96,7 +102,7 @@ impl DistributionMap {
                 return Err(InvalidMap::TooManySlots { disk: disk.id, slots: disk.slots.total() });
             }
         }
-        let mut committed: HashMap<DiskId, u64> = HashMap::new();
+        let mut committed: HashMap<(DiskId, Segment), u64> = HashMap::new();
         for device in &self.devices {
             if !nodes.contains(&device.claim.node) {
                 return Err(InvalidMap::ClaimWithoutNode(device.name.clone()));
@@ -108,10 +114,18 @@ impl DistributionMap {
             block_bytes("device", device.id, device.block_bytes)?;
             self.validate_spans(device, &mut committed)?;
         }
-        for (id, wanted) in committed {
-            let slots = self.disk(id).map_or(0, |disk| disk.slots.total());
-            if wanted > slots {
-                return Err(InvalidMap::Overcommitted { disk: id, wanted, slots });
+        for ((disk, segment), wanted) in committed {
+            let slots = self.disk(disk).map_or(0, |disk| disk.slots.of(segment));
+            if wanted > u64::from(slots) {
+                return Err(InvalidMap::Overcommitted { disk, segment, wanted, slots });
+            }
+        }
+        ordered("plan", self.plans.iter().map(|plan| plan.id))?;
+        for plan in &self.plans {
+            counted("plan", plan.id.0)?;
+            let in_map = |step: &Move| self.device(step.run.device).is_some() && self.disk(step.to).is_some();
+            if !plan.moves.iter().all(in_map) {
+                return Err(InvalidMap::PlanOfNothing { plan: plan.id });
             }
         }
         Ok(())
@@ -120,7 +134,7 @@ impl DistributionMap {
     fn validate_spans(
         &self,
         device: &Device,
-        committed: &mut HashMap<DiskId, u64>,
+        committed: &mut HashMap<(DiskId, Segment), u64>,
     ) -> Result<(), InvalidMap> {
         let name = || device.name.clone();
         let mut next = 0u32;
@@ -164,7 +178,10 @@ impl DistributionMap {
                 for other in &span.replicas[..index] {
                     self.validate_apart(device.id, slice, disk.node, other.disk)?;
                 }
-                *committed.entry(disk.id).or_default() += u64::from(span.count);
+                if replica.added > self.version {
+                    return Err(InvalidMap::AddedAhead { device: name(), slice, disk: disk.id });
+                }
+                *committed.entry((disk.id, replica.segment)).or_default() += u64::from(span.count);
             }
         }
         if next != device.slices {

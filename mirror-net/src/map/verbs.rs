@@ -3,10 +3,12 @@
 //! A batch is one new map version, or no change at all: it is applied to a copy, every step is
 //! checked, and the result is validated. Repeating a batch that has taken effect changes nothing.
 
+use super::plan::Plan;
 use super::validate::InvalidMap;
 use super::{Device, DistributionMap, Failed, Replica, ReplicaState, Span};
+use crate::format::alloc::Segment;
 use crate::ids::{
-    ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch,
+    ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, PlanId, SliceEpoch,
     SliceIndex,
 };
 use crate::planted::{self, Bug};
@@ -33,6 +35,8 @@ pub enum Verb {
         run: Run,
         /// The disk that takes the copy.
         disk: DiskId,
+        /// The segment whose slots it takes up.
+        segment: Segment,
         /// The disk's incarnation.
         incarnation: Incarnation,
     },
@@ -86,6 +90,30 @@ pub enum Verb {
         /// What the node reported.
         reason: String,
     },
+    /// A disk is a spare from now on, or is none any more.
+    SetSpare {
+        /// The disk.
+        disk: DiskId,
+        /// Whether it is to hold nothing until it is activated.
+        spare: bool,
+    },
+    /// What is to be moved from now on; its id is the map's next.
+    BeginPlan {
+        /// The plan.
+        plan: Plan,
+    },
+    /// A plan begins nothing new, or goes on.
+    PausePlan {
+        /// The plan.
+        plan: PlanId,
+        /// Whether it is to rest.
+        paused: bool,
+    },
+    /// A plan is done, or is given up as it is.
+    EndPlan {
+        /// The plan.
+        plan: PlanId,
+    },
 }
 
 /// Why a batch was refused; nothing of it was applied.
@@ -98,6 +126,8 @@ pub enum VerbError {
     UnknownNode(NodeId),
     #[error("there is no {0} in the map")]
     UnknownDisk(DiskId),
+    #[error("there is no {0} in the map")]
+    UnknownPlan(PlanId),
     #[error("{device} has no slices {first} to {end}")]
     NoSuchSlices { device: DeviceId, first: u32, end: u32 },
     #[error("{device} slice {slice} has no replica on {disk}")]
@@ -125,7 +155,9 @@ impl DistributionMap {
         for verb in batch {
             next.apply_verb(verb)?;
         }
-        if next.devices == self.devices && next.disks == self.disks && next.nodes == self.nodes {
+        if (&next.devices, &next.disks, &next.nodes, &next.plans)
+            == (&self.devices, &self.disks, &self.nodes, &self.plans)
+        {
             return Ok(None);
         }
         for device in &mut next.devices {
@@ -137,12 +169,15 @@ impl DistributionMap {
 
     fn apply_verb(&mut self, verb: &Verb) -> Result<(), VerbError> {
         match verb {
-            Verb::AddReplica { run, disk, incarnation } => {
+            Verb::AddReplica { run, disk, segment, incarnation } => {
                 self.disk(*disk).ok_or(VerbError::UnknownDisk(*disk))?;
+                let added = self.version;
                 self.each_span(*run, |_, span| {
                     if span.replica_on(*disk).is_none() {
                         span.replicas.push(Replica {
                             disk: *disk,
+                            segment: *segment,
+                            added,
                             state: ReplicaState::Syncing,
                             incarnation: *incarnation,
                         });
@@ -223,6 +258,28 @@ impl DistributionMap {
                 let disk =
                     self.disks.iter_mut().find(|d| d.id == *disk).ok_or(VerbError::UnknownDisk(*disk))?;
                 disk.failed.get_or_insert_with(|| Failed { reason: reason.clone() });
+                Ok(())
+            }
+            Verb::SetSpare { disk, spare } => {
+                let disk =
+                    self.disks.iter_mut().find(|d| d.id == *disk).ok_or(VerbError::UnknownDisk(*disk))?;
+                disk.spare = *spare;
+                Ok(())
+            }
+            Verb::BeginPlan { plan } => {
+                if !self.plans.iter().any(|other| other.id == plan.id) {
+                    self.plans.push(plan.clone());
+                }
+                Ok(())
+            }
+            Verb::PausePlan { plan, paused } => {
+                let plan =
+                    self.plans.iter_mut().find(|p| p.id == *plan).ok_or(VerbError::UnknownPlan(*plan))?;
+                plan.paused = *paused;
+                Ok(())
+            }
+            Verb::EndPlan { plan } => {
+                self.plans.retain(|other| other.id != *plan);
                 Ok(())
             }
         }
@@ -375,7 +432,7 @@ mod tests {
                 let disk = DiskId(disk + 1);
                 let incarnation = Incarnation::default();
                 let verb = match kind {
-                    0 => Verb::AddReplica { run, disk, incarnation },
+                    0 => Verb::AddReplica { run, disk, segment: Segment::Secondary, incarnation },
                     1 => Verb::Promote { run, disk },
                     2 => Verb::DropReplica { run, disk },
                     3 => Verb::Mark { run, disk, state: ReplicaState::Stale, incarnation: None },

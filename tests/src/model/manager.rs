@@ -5,6 +5,7 @@
 //! question, and the map that it wants stored is what the model goes on with. What follows depends
 //! on nothing else (the manager promises that itself), so every model remembers the answers.
 
+use mirror_net::config::Policy;
 use mirror_net::control::{DiskContent, DiskInventory, ManagerMessage, NodeMessage, Registration};
 use mirror_net::ids::{
     AttachId, ClusterId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, NodeId, ProcessId,
@@ -108,6 +109,7 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
         name: "d".into(),
         slots,
         block_bytes: 512,
+        spare: false,
         failed: None,
     };
     DistributionMap {
@@ -127,6 +129,7 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
             claim,
             spans,
         }],
+        plans: Vec::new(),
     }
 }
 
@@ -179,7 +182,7 @@ fn connection(index: usize) -> ConnectionId {
 
 /// A manager that has heard all that, and has the map last: it decides about the whole of it at once.
 fn manager(map: &DistributionMap, heard: &[Heard]) -> Manager {
-    let mut manager = Manager::new(None);
+    let mut manager = Manager::new(None, Policy::MANUAL);
     for (index, node) in heard.iter().enumerate() {
         let disk = DiskInventory {
             name: "d".into(),

@@ -6,6 +6,7 @@
 //! still happens. Somebody else may change the map in the store. Messages of one connection and
 //! direction arrive in order, after a delay; in silence they wait; with the connection they are lost.
 
+use mirror_net::config::Policy;
 use mirror_net::control::{ManagerMessage, NodeMessage, Registration};
 use mirror_net::ids::{ClaimGeneration, DiskId, ExporterSession, MapVersion};
 use mirror_net::manager::{ConnectionId, Manager};
@@ -13,6 +14,7 @@ use mirror_net::map::DistributionMap;
 use mirror_net::map::verbs::Verb;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What a node's agent says.
 #[derive(Debug)]
@@ -56,6 +58,11 @@ impl Agent {
     }
 }
 
+/// What the manager does by itself: spares are wanted soon, for schedules are short.
+fn policy() -> Policy {
+    Policy { spare_after: Duration::from_secs(4), ..Policy::default() }
+}
+
 /// The manager and its store.
 pub struct Control {
     /// The newest map in the store.
@@ -95,7 +102,7 @@ impl Control {
     pub fn start(&mut self) {
         if self.core.is_none() {
             self.life += 1;
-            self.core = Some(Manager::new(Some((*self.map).clone())));
+            self.core = Some(Manager::new(Some((*self.map).clone()), policy()));
         }
     }
 

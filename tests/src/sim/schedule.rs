@@ -30,6 +30,7 @@ pub enum Class {
     DiskError,
     DiskDeath,
     Deposed,
+    Moved,
     LateFrame,
 }
 
@@ -37,7 +38,7 @@ use Class::*;
 
 impl Class {
     /// All, in the order of their counts.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -58,11 +59,12 @@ impl Class {
         DiskError,
         DiskDeath,
         Deposed,
+        Moved,
         LateFrame,
     ];
 
     /// What can be planned while nothing is broken for ever.
-    const PASSING: [Self; 19] = [
+    const PASSING: [Self; 21] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -83,6 +85,8 @@ impl Class {
         // The rarest way to go wrong needs two things at a time: it is drawn twice as often.
         Deposed,
         Deposed,
+        Moved,
+        Moved,
     ];
 
     /// What takes no copy out of service, and so may come together with a broken disk.
@@ -111,6 +115,7 @@ impl Class {
             DiskError => "disk error",
             DiskDeath => "disk death",
             Deposed => "failover of a node that does not hear of it",
+            Moved => "copy dropped or added",
             LateFrame => "frame of an old session",
         }
     }
@@ -240,6 +245,7 @@ impl Planner<'_> {
                 self.cluster.plan(at, Fault::Disk { node, disk, wrong: Wrong::Dead });
             }
             Deposed => self.depose(node, other, at),
+            Moved => self.move_copy(node, other, at),
             // What is left of a lane that is lost.
             LateFrame => {}
         }
@@ -285,6 +291,50 @@ impl Planner<'_> {
                 }
             }
         }
+    }
+
+    /// A copy goes to another place, or is dropped and begins anew, perhaps before its node hears of it.
+    fn move_copy(&mut self, node: u16, other: u16, at: Nanos) {
+        let device = self.cluster.users[self.random.below(self.cluster.users.len() as u64) as usize];
+        let within = |random: &mut Random, ms: u64| at + random.below(ms * MS);
+        // Where it has a copy that it does not serve, if it has one at all.
+        let held = self.cluster.secondary_of(device);
+        let (other, node, disk) = match held {
+            Some((holder, disk)) => (holder, node, disk),
+            None => (other, node, self.disk()),
+        };
+        if self.random.one_in(2) {
+            let then = at + self.one_of(&[20, 300, 2_000]) * MS;
+            self.cluster.plan(at, Fault::AddCopy { device, node, disk });
+            self.cluster.plan(then, Fault::DropCopy { device, node: other });
+            return;
+        }
+        let node = other;
+        let drop = within(self.random, 300);
+        let again = drop + self.one_of(&[100, 800, 3_000]) * MS + self.random.below(200 * MS);
+        match self.random.below(4) {
+            // It hears of neither before both are done.
+            0 | 1 => {
+                self.cluster.plan(at, Fault::NoManager { node, on: true });
+                // What waits on its connection goes with that: of all maps it gets the newest.
+                self.cluster.plan(again + 50 * MS, Fault::CutControl { node });
+                self.cluster.plan(again + 100 * MS, Fault::NoManager { node, on: false });
+            }
+            2 => self.stop(at, again + 100 * MS, Fault::Kill { node }, node),
+            // What is under way in the slot when it is given up is still under way when it is wanted again.
+            _ => {
+                let stuck = |hung| Fault::Disk { node, disk, wrong: Wrong::Hung(hung) };
+                self.cluster.plan(drop.saturating_sub(10 * MS), stuck(true));
+                self.cluster.plan(again + self.random.below(300 * MS), stuck(false));
+            }
+        }
+        self.cluster.plan(drop, Fault::DropCopy { device, node });
+        let device = if self.random.one_in(2) {
+            device
+        } else {
+            self.cluster.users[self.random.below(self.cluster.users.len() as u64) as usize]
+        };
+        self.cluster.plan(again, Fault::AddCopy { device, node, disk });
     }
 
     fn stop(&mut self, at: Nanos, until: Nanos, stop: Fault, node: u16) {

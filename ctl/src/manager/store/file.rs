@@ -196,6 +196,7 @@ mod tests {
             nodes: Vec::new(),
             disks: Vec::new(),
             devices: Vec::new(),
+            plans: Vec::new(),
         }
     }
 

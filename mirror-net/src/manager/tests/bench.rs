@@ -1,5 +1,6 @@
 //! A manager with a store that never fails and nodes that say what a test tells them to.
 
+use crate::config::Policy;
 use crate::control::{
     DiskContent, DiskInventory, ManagerMessage, NodeMessage, NodeReport, OperatorReply, Registration,
 };
@@ -41,7 +42,7 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn new(map: Option<DistributionMap>) -> Self {
         Self {
-            manager: Manager::new(map),
+            manager: Manager::new(map, Policy::MANUAL),
             now_ms: 1_000_000,
             connections: BTreeMap::new(),
             next: 0,

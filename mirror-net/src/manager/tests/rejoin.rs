@@ -1,6 +1,7 @@
 use super::bench::incarnation;
 use super::rules::{rebooted, restarted};
 use super::{Bench, map_of};
+use crate::config::Policy;
 use crate::control::{ManagerMessage, NodeMessage, OperatorReply, SILENCE_MS};
 use crate::ids::MapVersion;
 use crate::manager::{Input, Manager};
@@ -203,7 +204,7 @@ fn a_node_that_is_not_there_is_not_filled() {
     bench.ask_syncing(1, 2, None);
     assert_eq!(bench.stored.len(), stored, "it is not connected");
     // A manager that was restarted knows nothing of it, and begins with the same as soon as it does.
-    bench.manager = Manager::new(Some(bench.map().clone()));
+    bench.manager = Manager::new(Some(bench.map().clone()), Policy::MANUAL);
     bench.register(1, incarnation(1));
     bench.ask_syncing(1, 2, None);
     assert_eq!(bench.stored.len(), stored, "it has not registered");

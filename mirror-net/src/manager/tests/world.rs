@@ -11,6 +11,7 @@ mod rejoin;
 
 use self::rejoin::{Joined, Said};
 use super::bench::{incarnation, map_of};
+use crate::config::Policy;
 use crate::control::{DiskContent, DiskInventory, ManagerMessage, NodeMessage, NodeReport, Registration};
 use crate::ids::{AttachId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, NodeId, ProcessId};
 use crate::manager::repair::{SpanPlan, plan_span};
@@ -119,7 +120,7 @@ impl World {
             random: Random(seed),
             now_ms: 1_000,
             next: 10_000,
-            manager: Manager::new(Some(map.clone())),
+            manager: Manager::new(Some(map.clone()), Policy::MANUAL),
             store: map,
             sessions: 0,
             nodes,
@@ -286,7 +287,7 @@ impl World {
     }
 
     fn restart_manager(&mut self) {
-        self.manager = Manager::new(Some(self.store.clone()));
+        self.manager = Manager::new(Some(self.store.clone()), Policy::MANUAL);
         for node in &mut self.nodes {
             node.connection = None;
             node.arriving.clear();

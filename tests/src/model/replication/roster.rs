@@ -2,6 +2,7 @@
 
 use super::state::{NODES, NONE};
 use crate::model::manager::{self, Heard, Question, decide, disk_id, index_of};
+use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{ClaimGeneration, LossGeneration, MapVersion, NodeId, SliceEpoch, SliceIndex};
 use mirror_net::map::{Claim, Replica, ReplicaState, Span};
 use std::cell::RefCell;
@@ -107,6 +108,8 @@ fn span_of(roster: &Roster) -> Span {
     let listed = roster.order.iter().filter(|node| **node != NONE).map(|node| *node as usize);
     let replica = |node: usize| Replica {
         disk: disk_id(node),
+        segment: Segment::Primary,
+        added: MapVersion(BASE),
         state: match roster.state[node] {
             IN_SYNC => ReplicaState::InSync,
             SYNCING => ReplicaState::Syncing,

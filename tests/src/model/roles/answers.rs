@@ -2,6 +2,7 @@
 
 use super::state::{Copy, Map, NODES, Registered, Slice};
 use crate::model::manager::{self, Heard, Question, decide, disk_id, index_of, node_id};
+use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{ClaimGeneration, LossGeneration, MapVersion, SliceEpoch, SliceIndex};
 use mirror_net::map::{Claim, DistributionMap, Replica, ReplicaState, Span};
 use std::cell::RefCell;
@@ -61,6 +62,8 @@ fn heard(registered: &[Registered]) -> Vec<Heard> {
 fn shipped(map: &Map, nodes: usize) -> DistributionMap {
     let replica = |copy: &Copy| Replica {
         disk: disk_id(copy.node.into()),
+        segment: Segment::Primary,
+        added: MapVersion(1),
         state: [ReplicaState::InSync, ReplicaState::Syncing, ReplicaState::Stale][copy.state as usize - 1],
         incarnation: manager::incarnation(0, copy.incarnation),
     };

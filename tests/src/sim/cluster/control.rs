@@ -9,10 +9,12 @@ use crate::sim::transitions::wrong_with;
 use mirror_net::control::{
     DiskContent, DiskInventory, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
 };
+use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{AttachId, ClusterId, DeviceId, NodeId, ProcessId};
 use mirror_net::manager::{Input, Output, Proposal, Ticket};
-use mirror_net::map::verbs::Verb;
-use mirror_net::map::{DistributionMap, ReplicaState};
+use mirror_net::map::validate::COPIES_MAX;
+use mirror_net::map::verbs::{Run, Verb};
+use mirror_net::map::{DistributionMap, ReplicaState, Span};
 use std::sync::Arc;
 
 impl Cluster {
@@ -302,6 +304,48 @@ impl Cluster {
     pub(super) fn move_claim(&mut self, device: usize, node: u16) {
         let device = DeviceId(device as u32 + 1);
         self.change_map(&[Verb::MoveClaim { device, node: NodeId(node) }]);
+    }
+
+    /// Gives a mirrored device another copy, on a node that has none of it.
+    pub(super) fn add_copy(&mut self, device: usize, node: u16, disk: usize) {
+        let (map, segment) = (Arc::clone(&self.manager.map), Segment::Secondary);
+        let incarnation = self.node(node).incarnation(disk);
+        let disk = self.node(node).disks[disk].id;
+        let new = |span: &&Span| {
+            let there = span.replicas.iter().any(|copy| self.locate(copy.disk).0 == node);
+            !there && span.replicas.len() < COPIES_MAX
+        };
+        let spans = map.devices[device].spans.iter().filter(new);
+        let batch: Vec<Verb> = spans
+            .map(|span| {
+                let run = Run { device: DeviceId(device as u32 + 1), first: span.first, count: span.count };
+                Verb::AddReplica { run, disk, segment, incarnation }
+            })
+            .collect();
+        if map.devices[device].is_mirrored() && !batch.is_empty() {
+            self.change_map(&batch);
+        }
+    }
+
+    /// Node and disk of the first secondary copy of a device.
+    pub fn secondary_of(&self, device: usize) -> Option<(u16, usize)> {
+        let span = &self.manager.map.devices[device].spans[0];
+        span.replicas.get(1).map(|copy| self.locate(copy.disk))
+    }
+
+    /// Gives up a node's copies of a device where it is not the primary.
+    pub(super) fn drop_copy(&mut self, device: usize, node: u16) {
+        let map = Arc::clone(&self.manager.map);
+        let mut batch = Vec::new();
+        for span in &map.devices[device].spans {
+            for copy in span.replicas[1..].iter().filter(|copy| self.locate(copy.disk).0 == node) {
+                let run = Run { device: DeviceId(device as u32 + 1), first: span.first, count: span.count };
+                batch.push(Verb::DropReplica { run, disk: copy.disk });
+            }
+        }
+        if !batch.is_empty() {
+            self.change_map(&batch);
+        }
     }
 }
 

@@ -24,10 +24,13 @@ struct CopyOnDisk<'a> {
 
 /// Which slot of a disk holds a slice.
 fn slot_of(opened: &Opened, device: DeviceId, slice: u32) -> Option<SlotIndex> {
-    (0..opened.journal.slots()).map(SlotIndex).find(|slot| {
-        let held = opened.journal.slot(*slot).assignment;
-        held.is_some_and(|held| held.device == device && held.slice.0 == slice)
-    })
+    let slots = (0..opened.journal.slots()).map(SlotIndex);
+    let held = slots.filter_map(|slot| {
+        let held = opened.journal.slot(slot).assignment;
+        held.filter(|held| held.device == device && held.slice.0 == slice).map(|held| (held.epoch, slot))
+    });
+    // One that was dropped and is still in use may be there besides the one that is meant.
+    held.max_by_key(|(epoch, _)| *epoch).map(|(_, slot)| slot)
 }
 
 impl CopyOnDisk<'_> {

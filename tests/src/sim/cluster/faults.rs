@@ -29,6 +29,8 @@ pub enum Fault {
     StartManager,
     CutControl { node: u16 },
     MoveClaim { device: usize, node: u16 },
+    AddCopy { device: usize, node: u16, disk: usize },
+    DropCopy { device: usize, node: u16 },
 }
 
 /// What becomes wrong with a disk.
@@ -144,6 +146,8 @@ impl Cluster {
             Fault::StartManager => self.manager.start(),
             Fault::CutControl { node } => self.cut_control(node),
             Fault::MoveClaim { device, node } => self.move_claim(device, node),
+            Fault::AddCopy { device, node, disk } => self.add_copy(device, node, disk),
+            Fault::DropCopy { device, node } => self.drop_copy(device, node),
         }
     }
 

@@ -3,6 +3,7 @@
 use super::Shape;
 use crate::sim::node::{Node, SLICE};
 use crate::sim::workload::SLICES;
+use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{
     ClaimGeneration, ClusterId, DeviceId, LossGeneration, MapVersion, SliceEpoch, SliceIndex,
 };
@@ -13,7 +14,7 @@ use mirror_net::map::{
 };
 
 /// What the map says of every disk's slots. A partner with three disks holds some devices on two of them.
-const SLOTS: SegmentSlots = SegmentSlots { primary: SLICES, secondary: SLICES + 1, unmirrored: SLICES };
+const SLOTS: SegmentSlots = SegmentSlots { primary: SLICES, secondary: 2 * SLICES + 1, unmirrored: SLICES };
 
 /// The map, with everything in sync, and the devices that have users.
 pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> (DistributionMap, Vec<usize>) {
@@ -59,6 +60,12 @@ fn spread(shape: Shape, nodes: &[Node]) -> DistributionMap {
         let disk = (device + copy) % node.disks.len();
         Replica {
             disk: node.disks[disk].id,
+            segment: match (device < 2, copy) {
+                (false, _) => Segment::Unmirrored,
+                (true, 0) => Segment::Primary,
+                (true, _) => Segment::Secondary,
+            },
+            added: MapVersion(1),
             state: ReplicaState::InSync,
             incarnation: node.incarnation(disk),
         }
@@ -91,6 +98,7 @@ fn spread(shape: Shape, nodes: &[Node]) -> DistributionMap {
                 name: format!("d{index}"),
                 slots: SegmentSlots { primary: 4, secondary: 4, unmirrored: 2 },
                 block_bytes: 512,
+                spare: false,
                 failed: None,
             })
             .collect(),
@@ -116,5 +124,6 @@ fn spread(shape: Shape, nodes: &[Node]) -> DistributionMap {
                 }],
             })
             .collect(),
+        plans: Vec::new(),
     }
 }

@@ -1,0 +1,143 @@
+//! A plan goes on: what became in sync takes the place of what was there.
+//!
+//! The steps are found anew from the map at every look, so nobody's death can lose any of them.
+
+use super::regeneration::Situation;
+use super::registry::Standing;
+use super::{Change, Lines, promotion};
+use crate::ids::DiskId;
+use crate::map::plan::{Move, Plan};
+use crate::map::verbs::{Run, Verb};
+use crate::map::{DistributionMap, ReplicaState, Span};
+
+/// The next steps of the first plan that has any.
+pub fn advance(map: &DistributionMap, now: &Situation<'_>) -> Change {
+    for plan in map.plans.iter().filter(|plan| !plan.paused) {
+        let change = advance_plan(map, now, plan);
+        if !change.is_empty() {
+            return change;
+        }
+    }
+    Change::default()
+}
+
+/// Ends a plan where it is: copies that are not in sync yet are given up.
+pub fn cancel(map: &DistributionMap, plan: &Plan) -> Vec<Verb> {
+    let mut batch = give_up(map, plan, |_| true);
+    batch.push(Verb::EndPlan { plan: plan.id });
+    batch
+}
+
+/// Drops new copies that are not in sync, of moves that `wanted` chooses. Their disks are spares again
+/// if nothing is left on them.
+fn give_up(map: &DistributionMap, plan: &Plan, wanted: impl Fn(&Move) -> bool) -> Vec<Verb> {
+    let mut batch = Vec::new();
+    let mut targets: Vec<DiskId> = Vec::new();
+    for step in plan.moves.iter().filter(|step| wanted(step)) {
+        if !targets.contains(&step.to) {
+            targets.push(step.to);
+        }
+        for (span, run) in pieces(map, step) {
+            let there = span.replica_on(step.to).is_some_and(|copy| copy.state != ReplicaState::InSync);
+            if there && span.primary().disk != step.to {
+                batch.push(Verb::DropReplica { run, disk: step.to });
+            }
+        }
+    }
+    for disk in targets {
+        let stays = map
+            .devices
+            .iter()
+            .flat_map(|device| &device.spans)
+            .any(|span| span.replica_on(disk).is_some_and(|copy| copy.state == ReplicaState::InSync));
+        let failed = map.disk(disk).is_none_or(|disk| disk.failed.is_some());
+        if !stays && !failed {
+            batch.push(Verb::SetSpare { disk, spare: true });
+        }
+    }
+    batch
+}
+
+/// The spans of a move, each with the part of it that moves.
+fn pieces<'a>(map: &'a DistributionMap, step: &Move) -> impl Iterator<Item = (&'a Span, Run)> {
+    let run = step.run;
+    map.spans_of(run).map(move |(span, count)| {
+        let first = span.first.max(run.first);
+        (span, Run { device: run.device, first, count })
+    })
+}
+
+fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Change {
+    let lost = super::regeneration::lost_disks(map, now);
+    let is_lost = |disk: DiskId| lost.iter().find(|lost| lost.disk == disk);
+    if let Some(lost) = plan.moves.iter().find_map(|step| is_lost(step.to)) {
+        // Another spare is found for what it was to take, as if nothing had been begun.
+        let mut batch = give_up(map, plan, |step| is_lost(step.to).is_some());
+        batch.push(Verb::EndPlan { plan: plan.id });
+        let why = vec![format!(
+            "{} is given up: {}, where it goes to: {}",
+            plan.id,
+            map.disk_name(lost.disk),
+            lost.why
+        )];
+        return Change { batch, why };
+    }
+    let mut change = Change::default();
+    let mut done = true;
+    for step in &plan.moves {
+        let mut lines = Lines::default();
+        let name = map.disk_name(step.to);
+        for (span, run) in pieces(map, step) {
+            let in_sync = span.replica_on(step.to).is_some_and(|copy| copy.state == ReplicaState::InSync);
+            let old = step.from.and_then(|from| span.replica_on(from));
+            done &= in_sync;
+            if !in_sync {
+                continue;
+            }
+            let Some(copy) = span.replica_on(step.to) else { continue };
+            let is_primary = span.primary().disk == step.to;
+            let old_is_primary = step.from == Some(span.primary().disk);
+            // A copy that is not what the map says is another matter first.
+            let intact = now.registry.standing(map, span, copy, now.now_ms) == Standing::Intact;
+            let goes_first = (step.primary || old_is_primary) && !is_primary;
+            if goes_first && !intact {
+                done = false;
+                continue;
+            }
+            if goes_first {
+                change.batch.extend(promotion(map, now.registry, &as_run(span, run), run, step.to));
+                lines.add(&as_run(span, run), format!("served by {name} from now on"));
+            }
+            if let Some(old) = old {
+                change.batch.push(Verb::DropReplica { run, disk: old.disk });
+                lines.add(
+                    &as_run(span, run),
+                    format!("{name} is in sync and takes the place of {}", map.disk_name(old.disk)),
+                );
+            }
+        }
+        if let Some(device) = map.device(step.run.device) {
+            change.why.extend(lines.finish(&device.name, device.slices));
+        }
+    }
+    if done {
+        change.batch.push(Verb::EndPlan { plan: plan.id });
+        let mut emptied: Vec<DiskId> = plan.moves.iter().filter_map(|step| step.from).collect();
+        emptied.sort_unstable();
+        emptied.dedup();
+        for disk in emptied {
+            // What was replaced comes back as the spare, never as the owner.
+            if map.disk(disk).is_some_and(|disk| disk.failed.is_none()) {
+                change.batch.push(Verb::SetSpare { disk, spare: true });
+                change.why.push(format!("{} is a spare from now on", map.disk_name(disk)));
+            }
+        }
+        change.why.push(format!("{} is done: {}", plan.id, plan.cause));
+    }
+    change
+}
+
+/// The part of a span that a run covers.
+fn as_run(span: &Span, run: Run) -> Span {
+    Span { first: run.first, count: run.count, ..span.clone() }
+}

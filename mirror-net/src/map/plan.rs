@@ -1,0 +1,96 @@
+//! Plans: what is being moved, as data.
+//!
+//! A plan names the places that copies are to have. What is left of it is the difference between
+//! that and today's map, computed anew at every look; so it is resumable whoever dies, and there
+//! is no progress to be lost. Its steps are the map's [verbs](super::verbs) and nothing else.
+
+use super::verbs::Run;
+use super::{DistributionMap, ReplicaState};
+use crate::format::alloc::Segment;
+use crate::ids::{DiskId, PlanId};
+use serde::{Deserialize, Serialize};
+
+/// Copies that are to be somewhere else.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The map version that began it.
+    pub id: PlanId,
+    /// Why, for people.
+    pub cause: String,
+    /// Begins nothing new; copies that are being filled go on.
+    #[serde(default)]
+    pub paused: bool,
+    /// What moves. No two of them are about the same slice and disk.
+    pub moves: Vec<Move>,
+}
+
+/// One copy of a run of slices gets another place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Move {
+    /// Where in the address space.
+    pub run: Run,
+    /// The disk that is rid of it once the new copy is in sync; `None` if a copy was missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<DiskId>,
+    /// The disk that takes it.
+    pub to: DiskId,
+    /// The segment whose slots it takes up there.
+    pub segment: Segment,
+    /// Whether the new copy becomes the primary at the end.
+    pub primary: bool,
+}
+
+/// How far a plan is, in slices.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct PlanProgress {
+    /// All that it moves.
+    pub slices: u64,
+    /// Those whose new copy is in sync.
+    pub in_sync: u64,
+    /// Those whose new copy is being filled.
+    pub syncing: u64,
+}
+
+impl Plan {
+    /// How far it is under that map.
+    pub fn progress(&self, map: &DistributionMap) -> PlanProgress {
+        let mut progress = PlanProgress::default();
+        for step in &self.moves {
+            progress.slices += u64::from(step.run.count);
+            for (span, count) in map.spans_of(step.run) {
+                match span.replica_on(step.to).map(|replica| replica.state) {
+                    Some(ReplicaState::InSync) => progress.in_sync += u64::from(count),
+                    Some(_) => progress.syncing += u64::from(count),
+                    None => {}
+                }
+            }
+        }
+        progress
+    }
+
+    /// Whether it takes something to that disk, or from it.
+    pub fn concerns(&self, disk: DiskId) -> bool {
+        self.moves.iter().any(|step| step.to == disk || step.from == Some(disk))
+    }
+}
+
+impl DistributionMap {
+    /// The plan with that id.
+    pub fn plan(&self, id: PlanId) -> Option<&Plan> {
+        self.plans.iter().find(|plan| plan.id == id)
+    }
+
+    /// The spans that a run reaches into, each with how many of its slices lie in the run.
+    pub fn spans_of(&self, run: Run) -> impl Iterator<Item = (&super::Span, u32)> {
+        let end = run.first.0.saturating_add(run.count);
+        self.device(run.device).into_iter().flat_map(move |device| {
+            device.spans.iter().filter_map(move |span| {
+                let first = span.first.0.max(run.first.0);
+                let count = span.end().min(end).saturating_sub(first);
+                (count > 0).then_some((span, count))
+            })
+        })
+    }
+}
