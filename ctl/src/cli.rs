@@ -81,6 +81,21 @@ pub enum Command {
         #[command(subcommand)]
         verb: DeviceVerb,
     },
+    /// What is being moved
+    Plan {
+        /// What to do
+        #[command(subcommand)]
+        verb: PlanVerb,
+    },
+    /// What happened, and why
+    Events {
+        /// Go on until interrupted
+        #[arg(long)]
+        follow: bool,
+        /// Print JSON, an object a line
+        #[arg(long)]
+        json: bool,
+    },
     /// A disk of a node, looked at without the daemon
     Disk {
         /// What to do
@@ -162,6 +177,45 @@ pub enum DeviceVerb {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+}
+
+/// Verbs of `plan`.
+#[derive(Subcommand, Debug)]
+pub enum PlanVerb {
+    /// List the plans and how far they are
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show every move of a plan
+    Show {
+        /// The plan's number
+        plan: u64,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show how it goes on until it is done: a bar for a person, lines in a pipe
+    Watch {
+        /// The plan's number
+        plan: u64,
+    },
+    /// Copy nothing until it is resumed
+    Pause {
+        /// The plan's number
+        plan: u64,
+    },
+    /// Go on with it
+    Resume {
+        /// The plan's number
+        plan: u64,
+    },
+    /// Give it up where it is: what is in sync stays
+    Cancel {
+        /// The plan's number
+        plan: u64,
     },
 }
 

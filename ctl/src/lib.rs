@@ -8,6 +8,7 @@ pub mod client;
 mod cluster;
 mod device;
 mod disk;
+mod events;
 pub mod failure;
 pub mod json;
 pub mod key;
@@ -15,6 +16,7 @@ pub mod manager;
 mod map;
 mod node;
 mod output;
+mod plan;
 pub mod playground;
 
 #[cfg(test)]
@@ -22,8 +24,11 @@ mod snapshots;
 mod status;
 
 use clap::Parser;
-use cli::{Cli, ClusterVerb, Command, DeviceVerb, DiskVerb, KeyVerb, ManagerVerb, MapVerb, NodeVerb};
+use cli::{
+    Cli, ClusterVerb, Command, DeviceVerb, DiskVerb, KeyVerb, ManagerVerb, MapVerb, NodeVerb, PlanVerb,
+};
 use failure::Failure;
+use mirror_net::control::PlanOrder;
 use std::process::ExitCode;
 
 /// Reads the command line, does what it says, and reports.
@@ -60,6 +65,19 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
             node::failover(&config, &node, json).await
         }
         Command::Device { verb: DeviceVerb::List { json } } => device::list(&config, json).await,
+        Command::Plan { verb: PlanVerb::List { json } } => plan::list(&config, json).await,
+        Command::Plan { verb: PlanVerb::Show { plan, json } } => plan::show(&config, plan, json).await,
+        Command::Plan { verb: PlanVerb::Watch { plan } } => plan::watch(&config, plan).await,
+        Command::Plan { verb: PlanVerb::Pause { plan } } => {
+            plan::order(&config, plan, PlanOrder::Pause).await
+        }
+        Command::Plan { verb: PlanVerb::Resume { plan } } => {
+            plan::order(&config, plan, PlanOrder::Resume).await
+        }
+        Command::Plan { verb: PlanVerb::Cancel { plan } } => {
+            plan::order(&config, plan, PlanOrder::Cancel).await
+        }
+        Command::Events { follow, json } => events::events(&config, follow, json).await,
         Command::Disk { verb: DiskVerb::Inspect { path, slots, json } } => disk::inspect(&path, slots, json),
         Command::Playground(arguments) => {
             let dir = cli.dir.ok_or_else(|| {

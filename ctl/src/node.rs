@@ -51,6 +51,10 @@ pub async fn failover(config: &Path, node: &str, json: bool) -> Result<u8, Failu
         output::print_json(&FailoverJson { node, version: version.0, moved, stayed, adopted, seconds })?;
         return Ok(if adopted { OK } else { FAILED });
     }
+    if moved.is_empty() && stayed.is_empty() {
+        output::print(&format!("node {node} serves nothing: there is nothing to move"));
+        return Ok(OK);
+    }
     let mut text = String::new();
     for line in &moved {
         text += &format!("{line}\n");

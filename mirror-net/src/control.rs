@@ -5,7 +5,8 @@
 //! connect to the manager; the first message names which of the two it is by its type.
 
 use crate::ids::{
-    AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId,
+    AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, PlanId,
+    ProcessId,
 };
 use crate::map::{DistributionMap, SegmentSlots};
 use serde::{Deserialize, Serialize};
@@ -279,6 +280,69 @@ pub enum OperatorRequest {
         /// The node's name.
         node: String,
     },
+    /// Pause, resume or cancel a plan.
+    Plan {
+        /// The plan.
+        plan: PlanId,
+        /// What is to become of it.
+        order: PlanOrder,
+    },
+    /// What happened, the oldest first.
+    Events {
+        /// Only what has a larger number; 0 for all that is remembered.
+        after: u64,
+    },
+}
+
+/// What an operator wants of a plan.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlanOrder {
+    /// Copy nothing until it is resumed. New writes still reach the new copies.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Give up the new copies that are not in sync yet.
+    Cancel,
+}
+
+/// What an event is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// A node came, went, counts as failed or is back.
+    Node,
+    /// The map changed.
+    Map,
+    /// Copies are gone, and there is nowhere to make them again.
+    Spare,
+}
+
+impl EventKind {
+    /// As it is spelt in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Node => "node",
+            Self::Map => "map",
+            Self::Spare => "spare",
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// Larger than that of every event before.
+    pub number: u64,
+    /// When, by the clock of the manager's machine, as RFC 3339 in UTC.
+    pub at: String,
+    /// What it is about.
+    pub kind: EventKind,
+    /// The map that it made, if it made one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<MapVersion>,
+    /// What happened, and why; one line.
+    pub text: String,
 }
 
 /// What the manager answers.
@@ -305,6 +369,16 @@ pub enum OperatorReply {
         moved: Vec<String>,
         /// What could not move, and why; empty when all went over.
         stayed: Vec<String>,
+    },
+    /// It is done; one line for each thing.
+    Done {
+        /// For people.
+        lines: Vec<String>,
+    },
+    /// What happened.
+    Events {
+        /// The oldest first.
+        events: Vec<Event>,
     },
     /// It was refused; nothing changed.
     Refused {

@@ -1,6 +1,7 @@
 //! `mirrorctl manager run`: the manager's core with sockets, a clock and a store.
 
 mod connection;
+mod events;
 mod server;
 pub mod store;
 
@@ -9,6 +10,7 @@ pub use server::{Server, serve};
 use crate::client::load_file;
 use crate::failure::{Failure, OK};
 use crate::key;
+use events::EventLog;
 use std::io::ErrorKind;
 use std::path::Path;
 use store::{FileStore, Store};
@@ -55,7 +57,7 @@ pub async fn run(config: &Path, state_dir: &Path) -> Result<u8, Failure> {
     let stop = async move {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
     };
-    serve(listener, key, store, map, file.policy, stop).await?;
+    serve(listener, key, store, map, EventLog::open(state_dir), file.policy, stop).await?;
     tracing::info!("stopped");
     Ok(OK)
 }

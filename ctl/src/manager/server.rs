@@ -1,11 +1,14 @@
 //! The loop around the manager's core.
 
 use super::connection;
+use super::events::EventLog;
 use super::store::{Store, Swapped};
 use crate::failure::Failure;
 use crate::key::random_bytes;
 use mirror_net::config::{ClusterFile, Policy};
-use mirror_net::control::{ManagerMessage, NodeMessage, OperatorReply, OperatorRequest, Registration};
+use mirror_net::control::{
+    EventKind, ManagerMessage, NodeMessage, OperatorReply, OperatorRequest, Registration,
+};
 use mirror_net::ids::{ClusterId, ProcessId};
 use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
 use mirror_net::map::DistributionMap;
@@ -74,6 +77,7 @@ impl Shared {
 pub struct Server<S> {
     manager: Manager,
     store: S,
+    events: EventLog,
     started: Instant,
     senders: HashMap<ConnectionId, mpsc::Sender<ManagerMessage>>,
     replies: HashMap<Ticket, oneshot::Sender<OperatorReply>>,
@@ -87,18 +91,19 @@ pub async fn serve<S: Store>(
     key: ClusterKey,
     store: S,
     map: Option<DistributionMap>,
+    events: EventLog,
     policy: Policy,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Failure> {
     let (cluster, watch) = watch::channel(map.as_ref().map(|map| map.cluster));
-    let (events, mut arriving) = mpsc::channel(EVENTS_MAX);
+    let (sender, mut arriving) = mpsc::channel(EVENTS_MAX);
     let bytes = random_bytes()?;
     let process = ProcessId(u64::from_le_bytes(bytes[..8].try_into().unwrap_or_default()));
     let shared = Shared {
         key,
         process,
         cluster: watch,
-        events,
+        events: sender,
         connections: Arc::new(AtomicU64::new(1)),
         told: Arc::default(),
     };
@@ -106,6 +111,7 @@ pub async fn serve<S: Store>(
     let mut server = Server {
         manager: Manager::new(map, policy),
         store,
+        events,
         started: Instant::now(),
         senders: HashMap::new(),
         replies: HashMap::new(),
@@ -184,6 +190,11 @@ impl<S: Store> Server<S> {
         let answer = match request {
             OperatorRequest::Map => OperatorReply::Map { map: self.manager.map().cloned().map(Box::new) },
             OperatorRequest::Status => OperatorReply::Status(Box::new(self.manager.status(self.now_ms()))),
+            OperatorRequest::Events { after } => OperatorReply::Events { events: self.events.after(after) },
+            OperatorRequest::Plan { plan, order } => {
+                self.replies.insert(ticket, reply);
+                return self.feed(Input::Plan { ticket, plan, order });
+            }
             OperatorRequest::Failover { node } => {
                 self.replies.insert(ticket, reply);
                 return self.feed(Input::Failover { ticket, node });
@@ -213,6 +224,7 @@ impl<S: Store> Server<S> {
                         Swapped::Stored => {
                             for line in &proposal.why {
                                 tracing::info!("map {}: {line}", proposal.next.version);
+                                self.events.note(EventKind::Map, Some(proposal.next.version), line.clone());
                             }
                             Input::Stored { version: proposal.next.version }
                         }
@@ -234,6 +246,10 @@ impl<S: Store> Server<S> {
                     }
                 }
                 Output::Log(line) => tracing::info!("{line}"),
+                Output::Event(kind, line) => {
+                    tracing::info!("{line}");
+                    self.events.note(kind, None, line);
+                }
             }
         }
         Ok(())

@@ -366,7 +366,16 @@ impl Engine {
         if self.now < self.foreground_at + YIELD { 1 } else { usize::MAX }
     }
 
+    /// Whether an operator paused the plan that takes a device's copies to that peer.
+    fn is_paused(&self, device: usize, peer: PeerIndex) -> bool {
+        let Some(map) = self.map.as_deref().filter(|map| !map.plans.is_empty()) else { return false };
+        let (device, node) = (self.devices[device].view.id, self.peers[peer].node);
+        let moves = map.plans.iter().filter(|plan| plan.paused).flat_map(|plan| &plan.moves);
+        moves.into_iter().any(|step| step.run.device == device && map.node_of(step.to) == Some(node))
+    }
+
     fn start_copies(&mut self, device: usize, peer: PeerIndex) {
+        let paused = self.is_paused(device, peer);
         loop {
             let under_way: u32 = self.resyncs.iter().map(|resync| resync.copies).sum();
             let limit = self.copy_limit();
@@ -375,7 +384,11 @@ impl Engine {
             let Some(resync) = self.find_resync(device, peer) else { return };
             let urgent = resync.urgent.pop_front();
             if urgent.is_none()
-                && (resync.left == 0 || under_way as usize >= limit || no_buffer || now < resync.not_before)
+                && (paused
+                    || resync.left == 0
+                    || under_way as usize >= limit
+                    || no_buffer
+                    || now < resync.not_before)
             {
                 return;
             }

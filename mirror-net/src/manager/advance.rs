@@ -5,7 +5,8 @@
 use super::regeneration::Situation;
 use super::registry::Standing;
 use super::{Change, Lines, promotion};
-use crate::ids::DiskId;
+use crate::control::PlanOrder;
+use crate::ids::{DiskId, PlanId};
 use crate::map::plan::{Move, Plan};
 use crate::map::verbs::{Run, Verb};
 use crate::map::{DistributionMap, ReplicaState, Span};
@@ -21,11 +22,32 @@ pub fn advance(map: &DistributionMap, now: &Situation<'_>) -> Change {
     Change::default()
 }
 
-/// Ends a plan where it is: copies that are not in sync yet are given up.
-pub fn cancel(map: &DistributionMap, plan: &Plan) -> Vec<Verb> {
-    let mut batch = give_up(map, plan, |_| true);
-    batch.push(Verb::EndPlan { plan: plan.id });
-    batch
+/// What an operator's order about a plan changes; an error, for people, if it changes nothing.
+pub fn ordered(map: &DistributionMap, id: PlanId, order: PlanOrder) -> Result<Change, String> {
+    let Some(plan) = map.plan(id) else {
+        let there: Vec<String> = map.plans.iter().map(|plan| plan.id.0.to_string()).collect();
+        return Err(match there.as_slice() {
+            [] => format!("there is no plan {}: nothing is being moved", id.0),
+            there => format!("there is no plan {}; there are {}", id.0, there.join(", ")),
+        });
+    };
+    let (batch, what) = match order {
+        PlanOrder::Pause | PlanOrder::Resume => {
+            let paused = order == PlanOrder::Pause;
+            let state = if paused { "paused" } else { "under way" };
+            if plan.paused == paused {
+                return Err(format!("plan {} is {state} already", id.0));
+            }
+            (vec![Verb::PausePlan { plan: id, paused }], format!("plan {} is {state}", id.0))
+        }
+        // What is in sync stays, and counts: nothing is less protected than before.
+        PlanOrder::Cancel => {
+            let mut batch = give_up(map, plan, |_| true);
+            batch.push(Verb::EndPlan { plan: id });
+            (batch, format!("plan {} is cancelled: copies that were not in sync yet are given up", id.0))
+        }
+    };
+    Ok(Change { batch, why: vec![format!("{what}, by the operator")] })
 }
 
 /// Drops new copies that are not in sync, of moves that `wanted` chooses. Their disks are spares again
@@ -122,10 +144,7 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
     }
     if done {
         change.batch.push(Verb::EndPlan { plan: plan.id });
-        let mut emptied: Vec<DiskId> = plan.moves.iter().filter_map(|step| step.from).collect();
-        emptied.sort_unstable();
-        emptied.dedup();
-        for disk in emptied {
+        for disk in plan.sources() {
             // What was replaced comes back as the spare, never as the owner.
             if map.disk(disk).is_some_and(|disk| disk.failed.is_none()) {
                 change.batch.push(Verb::SetSpare { disk, spare: true });

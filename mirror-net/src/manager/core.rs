@@ -1,18 +1,21 @@
 //! The manager as a state machine.
 
-use super::advance::advance;
 use super::ask::{Ask, Asks, Wish};
 use super::create::{Creation, Progress};
 use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
-use super::{Change, ConnectionId, Input, Output, Proposal, Ticket, detector, export, failover, findings};
+use super::{
+    Change, ConnectionId, Input, Output, Proposal, Ticket, advance, detector, export, failover, findings,
+};
 use crate::config::Policy;
 use crate::control::{
-    ClusterStatus, DiskContent, ManagerMessage, NodeMessage, NodeStatus, OperatorReply, Registration,
+    ClusterStatus, DiskContent, EventKind, ManagerMessage, NodeMessage, NodeStatus, OperatorReply, PlanOrder,
+    Registration,
 };
-use crate::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId};
+use crate::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId, PlanId};
 use crate::map::DistributionMap;
+use crate::map::plan::Plan;
 use crate::planted::{self, Bug};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -34,6 +37,9 @@ pub struct Manager {
     /// The last question of each node about each other that led to nothing: the log says it once.
     ignored: BTreeMap<(String, NodeId), String>,
     failovers: VecDeque<(Ticket, String)>,
+    orders: VecDeque<(Ticket, PlanId, PlanOrder)>,
+    /// Nodes that count as failed, as was last said.
+    down: BTreeSet<NodeId>,
     creation: Option<Creation>,
     /// What is being stored, and who waits for it.
     storing: Option<(Proposal, Then)>,
@@ -45,6 +51,7 @@ pub struct Manager {
 enum Then {
     Nothing,
     FailedOver { ticket: Ticket, moved: Vec<String>, stayed: Vec<String> },
+    Ordered { ticket: Ticket, lines: Vec<String> },
     Created,
 }
 
@@ -62,6 +69,8 @@ impl Manager {
             asks: Asks::default(),
             ignored: BTreeMap::new(),
             failovers: VecDeque::new(),
+            orders: VecDeque::new(),
+            down: BTreeSet::new(),
             creation: None,
             storing: None,
             outputs: VecDeque::new(),
@@ -148,6 +157,7 @@ impl Manager {
                 }
             }
             Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
+            Input::Plan { ticket, plan, order } => self.orders.push_back((ticket, plan, order)),
             Input::Stored { version } => self.stored(version),
             Input::Conflict { newest } => self.conflict(newest.map(|map| *map)),
             Input::Tick => {}
@@ -198,7 +208,7 @@ impl Manager {
             }
             self.outputs.push_back(Output::Close { connection: old });
         }
-        self.log(line);
+        self.outputs.push_back(Output::Event(EventKind::Node, line));
         self.outputs.push_back(Output::GiveSession { connection });
     }
 
@@ -287,7 +297,7 @@ impl Manager {
         let Some((name, entry)) = self.registry.by_connection_mut(connection) else { return };
         entry.connected = false;
         let line = format!("node {name} disconnected");
-        self.log(line);
+        self.outputs.push_back(Output::Event(EventKind::Node, line));
     }
 
     fn advance_creation(&mut self, now_ms: u64) {
@@ -324,7 +334,9 @@ impl Manager {
         while self.storing.is_none() {
             let Some(map) = &self.map else {
                 self.asks.clear();
-                for (ticket, _) in std::mem::take(&mut self.failovers) {
+                let waiting = std::mem::take(&mut self.failovers).into_iter().map(|(ticket, _)| ticket);
+                let orders = std::mem::take(&mut self.orders).into_iter().map(|(ticket, ..)| ticket);
+                for ticket in waiting.chain(orders).collect::<Vec<_>>() {
                     let reason = "no cluster has been created yet".to_owned();
                     self.reply(ticket, OperatorReply::Refused { reason });
                 }
@@ -337,11 +349,27 @@ impl Manager {
                 self.decide_ask(now_ms, &ask);
             } else if let Some((ticket, node)) = self.failovers.pop_front() {
                 match failover::plan(map, &self.registry, now_ms, &node) {
+                    // It has been failed over already, perhaps by this manager a moment ago.
+                    Ok(failover::Failover { batch, moved, stayed }) if batch.is_empty() => {
+                        let version = map.version;
+                        self.reply(ticket, OperatorReply::FailedOver { version, moved, stayed });
+                    }
                     Ok(failover::Failover { batch, moved, stayed }) => {
                         let why = std::iter::once(format!("failover of {node} by the operator"))
                             .chain(moved.iter().cloned())
                             .collect();
                         self.propose(Change { batch, why }, Then::FailedOver { ticket, moved, stayed });
+                    }
+                    Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
+                }
+            } else if let Some((ticket, plan, order)) = self.orders.pop_front() {
+                match advance::ordered(map, plan, order) {
+                    Ok(change) => {
+                        if order == PlanOrder::Cancel {
+                            self.held.extend(map.plan(plan).into_iter().flat_map(Plan::sources));
+                        }
+                        let lines = change.why.clone();
+                        self.propose(change, Then::Ordered { ticket, lines });
                     }
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }
@@ -360,25 +388,34 @@ impl Manager {
         let Some(map) = &self.map else { return Change::default() };
         let started_ms = self.started_ms.unwrap_or(now_ms);
         let (registry, policy) = (&self.registry, &self.policy);
-        for node in map.nodes.iter().filter(|_| policy.auto_failover) {
-            let Some(why) = detector::failed(map, registry, policy, node, started_ms, now_ms) else {
-                continue;
+        for node in &map.nodes {
+            let failed = detector::failed(map, registry, policy, node, started_ms, now_ms);
+            let text = match &failed {
+                Some(why) if self.down.insert(node.id) => {
+                    Some(format!("node {} counts as failed: {why}", node.name))
+                }
+                None if self.down.remove(&node.id) => Some(format!("node {} is back", node.name)),
+                _ => None,
             };
-            if let Ok(failover::Failover { batch, moved, .. }) =
-                failover::plan(map, registry, now_ms, &node.name)
+            self.outputs.extend(text.map(|text| Output::Event(EventKind::Node, text)));
+            let Some(why) = failed.filter(|_| policy.auto_failover) else { continue };
+            let plan = failover::plan(map, registry, now_ms, &node.name);
+            if let Some(failover::Failover { batch, moved, .. }) =
+                plan.ok().filter(|plan| !plan.batch.is_empty())
             {
                 let cause = std::iter::once(format!("failover of {}: {why}", node.name));
                 return Change { batch, why: cause.chain(moved).collect() };
             }
         }
         let now = Situation { registry, policy, started_ms, now_ms };
-        let change = advance(map, &now);
+        let change = advance::advance(map, &now);
         if !change.is_empty() || !policy.auto_spare {
             return change;
         }
         let (change, hindered) = regeneration::begin(map, &now, &self.held);
         if hindered != self.hindered {
-            hindered.iter().for_each(|line| self.outputs.push_back(Output::Log(line.clone())));
+            let new = hindered.iter().filter(|line| !self.hindered.contains(line));
+            self.outputs.extend(new.map(|line| Output::Event(EventKind::Spare, line.clone())));
             self.hindered = hindered;
         }
         change
@@ -436,7 +473,7 @@ impl Manager {
                     "BUG: a change was computed that cannot be made: {reason}: {:?}",
                     change.batch
                 ));
-                if let Then::FailedOver { ticket, .. } = then {
+                if let Then::FailedOver { ticket, .. } | Then::Ordered { ticket, .. } = then {
                     self.reply(ticket, OperatorReply::Refused { reason });
                 }
                 self.storing = None;
@@ -458,6 +495,7 @@ impl Manager {
             Then::FailedOver { ticket, moved, stayed } => {
                 self.reply(ticket, OperatorReply::FailedOver { version, moved, stayed });
             }
+            Then::Ordered { ticket, lines } => self.reply(ticket, OperatorReply::Done { lines }),
             Then::Created => {
                 if let (Some(creation), Some(map)) = (self.creation.take(), self.map.clone()) {
                     self.reply(creation.ticket, OperatorReply::Created { map: Box::new(map) });
@@ -506,7 +544,9 @@ impl Manager {
         let reason =
             "another manager changed the map at the same moment; nothing changed, repeat it".to_owned();
         match then {
-            Some(Then::FailedOver { ticket, .. }) => self.reply(ticket, OperatorReply::Refused { reason }),
+            Some(Then::FailedOver { ticket, .. } | Then::Ordered { ticket, .. }) => {
+                self.reply(ticket, OperatorReply::Refused { reason })
+            }
             Some(Then::Created) => {
                 if let Some(creation) = self.creation.take() {
                     self.reply(creation.ticket, OperatorReply::Refused { reason });

@@ -17,7 +17,7 @@ pub struct Failover {
     pub stayed: Vec<String>,
 }
 
-/// Computes the failover of a node; an error, for people, if nothing can move.
+/// Computes the failover of a node: nothing, if it serves nothing; an error, for people, if nothing can move.
 ///
 /// The old copies become stale even if the node is well (see `promotion`); as soon as the new
 /// primary reaches the node it resyncs them. Nothing is failed back by itself.
@@ -30,11 +30,8 @@ pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str)
     for device in &map.devices {
         move_device(map, registry, now_ms, node.id, device, &mut plan);
     }
-    if plan.batch.is_empty() {
-        return Err(match plan.stayed.as_slice() {
-            [] => format!("node {name} is primary of nothing and exports nothing: there is nothing to move"),
-            stayed => format!("nothing of node {name} can move: {}", stayed.join("; ")),
-        });
+    if plan.batch.is_empty() && !plan.stayed.is_empty() {
+        return Err(format!("nothing of node {name} can move: {}", plan.stayed.join("; ")));
     }
     if registry.is_up(name, now_ms) && plan.batch.iter().any(|verb| matches!(verb, Verb::Mark { .. })) {
         plan.moved.push(format!(

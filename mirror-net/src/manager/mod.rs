@@ -38,8 +38,8 @@ pub use self::core::Manager;
 
 use self::registry::Registry;
 use crate::config::ClusterFile;
-use crate::control::{ManagerMessage, NodeMessage, OperatorReply, Registration};
-use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion};
+use crate::control::{EventKind, ManagerMessage, NodeMessage, OperatorReply, PlanOrder, Registration};
+use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
 use crate::map::verbs::{Run, Verb};
 use crate::map::{DistributionMap, ReplicaState, Span};
 
@@ -100,6 +100,15 @@ pub enum Input {
         /// The node's name.
         node: String,
     },
+    /// An operator wants a plan paused, resumed or given up.
+    Plan {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// The plan.
+        plan: PlanId,
+        /// What is to become of it.
+        order: PlanOrder,
+    },
     /// The proposal is stored.
     Stored {
         /// Its version.
@@ -146,6 +155,9 @@ pub enum Output {
     },
     /// Something that belongs into the log.
     Log(String),
+    /// Something that belongs into the log, and that an operator may want to know later. What a
+    /// proposal changes is told by [`Proposal::why`] and not here.
+    Event(EventKind, String),
 }
 
 /// A change of the map, to be stored by compare-and-swap on the version.

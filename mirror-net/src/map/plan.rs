@@ -9,6 +9,7 @@ use super::{DistributionMap, ReplicaState};
 use crate::format::alloc::Segment;
 use crate::ids::{DiskId, PlanId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// Copies that are to be somewhere else.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -68,6 +69,11 @@ impl Plan {
             }
         }
         progress
+    }
+
+    /// The disks that it empties, each once.
+    pub fn sources(&self) -> BTreeSet<DiskId> {
+        self.moves.iter().filter_map(|step| step.from).collect()
     }
 
     /// Whether it takes something to that disk, or from it.

@@ -81,7 +81,7 @@ impl Bench {
                 Output::Send { connection, message } => self.sent.push((connection, message)),
                 Output::Close { connection } => self.closed.push(connection),
                 Output::Reply { ticket, reply } => self.replies.push((ticket, reply)),
-                Output::Log(line) => {
+                Output::Event(_, line) | Output::Log(line) => {
                     assert!(!line.starts_with("BUG"), "{line}");
                     self.log.push(line);
                 }

@@ -165,7 +165,7 @@ impl World {
                 Output::Send { connection, message } => self.deliver(connection, message),
                 Output::Close { connection } => self.hang_up(connection),
                 Output::Reply { .. } => self.seen.failovers += 1,
-                Output::Log(line) => assert!(!line.starts_with("BUG"), "{line}"),
+                Output::Event(_, line) | Output::Log(line) => assert!(!line.starts_with("BUG"), "{line}"),
             }
         }
     }

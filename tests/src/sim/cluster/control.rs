@@ -46,7 +46,7 @@ impl Cluster {
                 }
                 Output::Close { connection } => self.hang_up(connection.0, 100 * MS),
                 Output::Reply { reply, .. } => self.say(|| format!("manager: answers {reply:?}")),
-                Output::Log(line) => {
+                Output::Event(_, line) | Output::Log(line) => {
                     if line.starts_with("BUG") {
                         self.checker.violations.push(line.clone());
                     }
