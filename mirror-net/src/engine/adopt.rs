@@ -1,4 +1,8 @@
-//! Adopting a map: slots and epochs durable first, then everything in flight is fitted to it.
+//! Adopting a map: what it takes away is left first, then slots and epochs become durable, then everything
+//! in flight is fitted to it.
+//!
+//! A copy that the map drops is left before the map is adopted as a whole, since its slot may be the only
+//! one for a copy that the map adds. To stop early is always safe: nobody counts on the copy any more.
 
 use super::action::{Action, OpKey, Report};
 use super::loss::Unflushed;
@@ -19,8 +23,8 @@ use std::sync::Arc;
 pub(super) struct Adoption {
     map: Arc<DistributionMap>,
     views: Vec<DeviceView>,
-    /// For each disk, what must be durable.
-    tickets: Vec<Ticket>,
+    /// For each disk, what must be durable; `None` while slots are awaited that are still in use.
+    tickets: Option<Vec<Ticket>>,
 }
 
 /// Whether a peer that was lost before this change of a device's view still has to be recorded stale.
@@ -96,29 +100,77 @@ impl Engine {
         let peers: Vec<NodeId> = self.peers.iter().map(|peer| peer.node).collect();
         let viewer = Viewer { me: self.me, disks: &disks, peers: &peers };
         let views: Vec<DeviceView> = map.devices.iter().map(|device| viewer.device(&map, device)).collect();
-        for view in &views {
-            self.place_device(view)?;
+        self.find_devices(&views);
+        self.check_room(&views)?;
+        if self.map.is_none() {
+            self.leave_forgotten_slots(map.version);
         }
-        let tickets = self.disks.iter().map(|disk| disk.journal.last_ticket()).collect();
-        self.adopting = Some(Adoption { map, views, tickets });
-        self.adoption_durable();
+        self.withdraw(&views);
+        self.adopting = Some(Adoption { map, views, tickets: None });
+        self.place_adopted();
         Ok(())
+    }
+
+    /// Gives copies that are new here their slots, if all that are needed are free by now.
+    pub(super) fn place_adopted(&mut self) {
+        let Some(mut adoption) = self.adopting.take_if(|adoption| adoption.tickets.is_none()) else { return };
+        if self.is_room(&adoption.views) {
+            adoption.views.iter().for_each(|view| self.place_device(view));
+            adoption.tickets = Some(self.disks.iter().map(|disk| disk.journal.last_ticket()).collect());
+        }
+        self.adopting = Some(adoption);
+        self.adoption_durable();
+    }
+
+    /// Leaves the copies that new views do not list here any more: they are fitted to those already.
+    fn withdraw(&mut self, views: &[DeviceView]) {
+        let mut changed = Vec::new();
+        for view in views {
+            let Some(index) = self.by_device.get(&view.id).copied() else { continue };
+            let Some(reduced) = self.devices[index].view.without_copies_left_by(view) else { continue };
+            let before = std::mem::replace(&mut self.devices[index].view, reduced);
+            self.note_losses(index);
+            self.restart_clearing(index);
+            self.fit_resync(index, &before, false);
+            changed.push(index);
+        }
+        if changed.is_empty() {
+            return;
+        }
+        self.leave_slots(&changed);
+        self.fit_operations();
+        self.resume_under_new_views(&changed);
+    }
+
+    /// What waited under the views before may go on, or ends.
+    fn resume_under_new_views(&mut self, changed: &[usize]) {
+        for device in changed {
+            self.restart_flushes(*device);
+            self.restart_export_flushes(*device);
+        }
+        self.reroute_forwarded();
+        for peer in 0..self.peers.len() {
+            self.resume_after(peer);
+        }
+        self.retry_parked();
+        self.retry_unreconciled();
     }
 
     /// Makes the map effective once everything it needs is durable.
     pub(super) fn adoption_durable(&mut self) {
         let durable = self.adopting.as_ref().is_some_and(|adoption| {
-            let mut disks = self.disks.iter().zip(&adoption.tickets);
+            let Some(tickets) = &adoption.tickets else { return false };
+            let mut disks = self.disks.iter().zip(tickets);
             // A failed disk's copies serve nothing; it holds up nobody else.
             disks.all(|(disk, ticket)| disk.journal.durable_ticket() >= *ticket || disk.failed)
         });
-        if !durable && !planted::is(Bug::EpochVolatile) {
+        let placed = self.adopting.as_ref().is_some_and(|adoption| adoption.tickets.is_some());
+        if !durable && !(placed && planted::is(Bug::EpochVolatile)) {
             return;
         }
         let Some(adoption) = self.adopting.take() else { return };
         self.make_effective(adoption);
         if let Some(next) = self.next_map.take() {
-            // It was validated when it came; a slot that is missing now was missing then.
             if let Err(error) = self.begin_adoption(next) {
                 self.refused_map = Some(error);
             }
@@ -159,9 +211,7 @@ impl Engine {
             }
             self.fit_resync(index, &before, consecutive);
         }
-        let first = self.map.is_none();
         self.map = Some(adoption.map);
-        self.leave_slots(first, &changed);
         if took_over {
             self.await_leases();
         }
@@ -176,16 +226,7 @@ impl Engine {
             self.send_adopted(peer);
             self.ping_soon(peer);
         }
-        for device in changed {
-            self.restart_flushes(device);
-            self.restart_export_flushes(device);
-        }
-        self.reroute_forwarded();
-        for peer in 0..self.peers.len() {
-            self.resume_after(peer);
-        }
-        self.retry_parked();
-        self.retry_unreconciled();
+        self.resume_under_new_views(&changed);
         self.unreported = Some(self.adopted_version());
     }
 

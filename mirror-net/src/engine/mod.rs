@@ -281,6 +281,7 @@ impl Engine {
         self.next_tick = now + TICK;
         self.tick_sessions();
         self.free_left_slots();
+        self.place_adopted();
         self.checkpoint_idle_disks();
         self.tick_recalled();
         self.tick_clearing();

@@ -3,34 +3,109 @@
 //! A copy that is new here takes a free slot before the map that adds it is adopted, and lacks
 //! everything. A slot whose copy the map has dropped is free again as soon as no operation uses it.
 
+use super::action::DiskIndex;
 use super::adopt::AdoptError;
 use super::view::{DeviceView, Place};
 use super::{Device, Engine, Slice};
+use crate::format::alloc::Segment;
 use crate::format::journal::Change;
 use crate::format::table::{Assignment, CopyState, Role};
-use crate::ids::{SliceIndex, SlotIndex};
+use crate::ids::{DeviceId, MapVersion, SliceIndex, SlotIndex};
 use crate::map::ReplicaState;
 use crate::region::masks::RegionMasks;
+use std::collections::BTreeMap;
 
 impl Engine {
-    /// Assigns slots to copies that have none, and writes down changed epochs.
-    pub(super) fn place_device(&mut self, view: &DeviceView) -> Result<(), AdoptError> {
-        let index = match self.by_device.get(&view.id) {
-            Some(index) => *index,
-            None => {
-                let index = self.devices.len();
-                self.by_device.insert(view.id, index);
-                // An empty view until the adoption is durable: nothing can be asked of it.
-                let unborn = DeviceView { slices: 0, spans: Vec::new(), ..view.clone() };
-                self.devices.push(Device::new(unborn));
-                index
+    /// Makes room for what is kept of devices that are new here, and finds the slots that hold them
+    /// already.
+    pub(super) fn find_devices(&mut self, views: &[DeviceView]) {
+        for view in views {
+            let index = match self.by_device.get(&view.id) {
+                Some(index) => *index,
+                None => {
+                    let index = self.devices.len();
+                    self.by_device.insert(view.id, index);
+                    // An empty view until the adoption is durable: nothing can be asked of it.
+                    let unborn = DeviceView { slices: 0, spans: Vec::new(), ..view.clone() };
+                    self.devices.push(Device::new(unborn));
+                    index
+                }
+            };
+            let concerned = view.claim.node == self.me || view.spans.iter().any(|span| span.mine.is_some());
+            if concerned && self.devices[index].slices.len() < view.slices as usize {
+                self.devices[index].slices.resize_with(view.slices as usize, Slice::default);
+                self.find_slots(index, view);
             }
-        };
-        let concerned = view.claim.node == self.me || view.spans.iter().any(|span| span.mine.is_some());
-        if concerned && self.devices[index].slices.len() < view.slices as usize {
-            self.devices[index].slices.resize_with(view.slices as usize, Slice::default);
-            self.find_slots(index, view);
         }
+    }
+
+    /// The slices that the views place here and that have no slot there: disk, segment, device, slice.
+    fn unplaced<'a>(
+        &'a self,
+        views: &'a [DeviceView],
+    ) -> impl Iterator<Item = (DiskIndex, Segment, DeviceId, u32)> + 'a {
+        views.iter().flat_map(move |view| {
+            let slices = self.by_device.get(&view.id).map_or(&[][..], |index| &self.devices[*index].slices);
+            let spans = view.spans.iter().filter_map(|span| span.mine.map(|mine| (span, mine)));
+            spans.flat_map(move |(span, mine)| {
+                (span.first..span.end)
+                    .filter(move |slice| {
+                        let place = slices.get(*slice as usize).and_then(|slice| slice.place);
+                        place.is_none_or(|(disk, _)| disk != mine.disk)
+                    })
+                    .map(move |slice| (mine.disk, mine.segment, view.id, slice))
+            })
+        })
+    }
+
+    /// How many slots the views need of each segment of each disk.
+    fn wanted(&self, views: &[DeviceView]) -> BTreeMap<(DiskIndex, Segment), u32> {
+        let mut wanted = BTreeMap::new();
+        for (disk, segment, ..) in self.unplaced(views) {
+            *wanted.entry((disk, segment)).or_default() += 1;
+        }
+        wanted
+    }
+
+    /// Whether every slot that the views need is free now.
+    pub(super) fn is_room(&self, views: &[DeviceView]) -> bool {
+        let mut wanted = self.wanted(views).into_iter();
+        wanted.all(|((disk, segment), count)| self.disks[disk].allocator.free_slots(segment) >= count)
+    }
+
+    /// Whether every slot that the views need is free, or will be when they have been adopted.
+    pub(super) fn check_room(&self, views: &[DeviceView]) -> Result<(), AdoptError> {
+        let wanted = self.wanted(views);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let mut stay: BTreeMap<(DiskIndex, Segment), u32> = BTreeMap::new();
+        for view in views {
+            let slices = self.by_device.get(&view.id).map_or(&[][..], |index| &self.devices[*index].slices);
+            for (number, slice) in slices.iter().enumerate().take(view.slices as usize) {
+                let listed = view.span(number as u32).mine.map(|mine| mine.disk);
+                if let Some((disk, slot)) = slice.place.filter(|(disk, _)| listed == Some(*disk)) {
+                    let segment = self.disks[disk].allocator.segment_of(SlotIndex(slot));
+                    *stay.entry((disk, segment)).or_default() += 1;
+                }
+            }
+        }
+        for ((disk, segment), count) in wanted {
+            let stay = stay.get(&(disk, segment)).copied().unwrap_or(0);
+            if stay + count > self.disks[disk].allocator.order(segment).len() as u32 {
+                let mut unplaced = self.unplaced(views);
+                let found = unplaced.find(|(on, of, ..)| (*on, *of) == (disk, segment));
+                let Some((.., device, slice)) = found else { continue };
+                let (disk, slice) = (self.disks[disk].id, SliceIndex(slice));
+                return Err(AdoptError::NoSlot { disk, segment, device, slice });
+            }
+        }
+        Ok(())
+    }
+
+    /// Assigns slots to copies that have none, and writes down changed epochs. There is room for all.
+    pub(super) fn place_device(&mut self, view: &DeviceView) {
+        let Some(index) = self.by_device.get(&view.id).copied() else { return };
         for span in &view.spans {
             let Some(mine) = span.mine else { continue };
             let role = if span.primary == Place::Here { Role::Primary } else { Role::Secondary };
@@ -62,12 +137,7 @@ impl Engine {
                     }
                     continue;
                 }
-                let slot = disk.allocator.allocate(mine.segment).ok_or(AdoptError::NoSlot {
-                    disk: disk.id,
-                    segment: mine.segment,
-                    device: view.id,
-                    slice: SliceIndex(slice),
-                })?;
+                let slot = disk.allocator.allocate(mine.segment).expect("there is room for all");
                 let free = disk.journal.slot(slot);
                 let assignment = Assignment {
                     device: view.id,
@@ -90,7 +160,6 @@ impl Engine {
                 entry.untouched = u64::MAX;
             }
         }
-        Ok(())
     }
 
     /// Finds the slots that hold a device's slices already, where the map lists them. After a crash two
@@ -116,10 +185,9 @@ impl Engine {
         }
     }
 
-    /// Gives up the slots of copies that the map does not list any more; at the first map also those
-    /// that were left while this node was away.
-    pub(super) fn leave_slots(&mut self, first: bool, changed: &[usize]) {
-        for device in changed {
+    /// Gives up the slots of copies that the views of those devices do not list any more.
+    pub(super) fn leave_slots(&mut self, devices: &[usize]) {
+        for device in devices {
             let Device { view, slices, .. } = &mut self.devices[*device];
             for (number, slice) in slices.iter_mut().enumerate().take(view.slices as usize) {
                 let listed = view.span(number as u32).mine.map(|mine| mine.disk);
@@ -129,15 +197,12 @@ impl Engine {
                 }
             }
         }
-        if first {
-            self.leave_forgotten_slots();
-        }
         self.free_left_slots();
     }
 
-    /// Slots that hold copies which the map lists nowhere here.
-    fn leave_forgotten_slots(&mut self) {
-        let Some(map) = &self.map else { return };
+    /// Gives up the slots of copies that were dropped while this node was away: those that its first
+    /// map, of that version, does not list.
+    pub(super) fn leave_forgotten_slots(&mut self, version: MapVersion) {
         for (number, disk) in self.disks.iter().enumerate() {
             for slot in (0..disk.journal.slots()).map(SlotIndex) {
                 let Some(held) = disk.journal.slot(slot).assignment else { continue };
@@ -146,11 +211,12 @@ impl Engine {
                 let entry = slices.get(held.slice.0 as usize);
                 let listed = entry.is_some_and(|entry| entry.place == Some((number, slot.0)));
                 // A copy of a map that is newer than this one is not for this one to give up.
-                if !listed && held.epoch.0 <= map.version.0 && !self.leaving.contains(&(number, slot)) {
+                if !listed && held.epoch.0 <= version.0 && !self.leaving.contains(&(number, slot)) {
                     self.leaving.push((number, slot));
                 }
             }
         }
+        self.free_left_slots();
     }
 
     /// Frees those that nobody uses any more.
@@ -165,7 +231,7 @@ impl Engine {
                 return true;
             }
             let disk = &mut disks[*disk];
-            if !disk.failed && disk.journal.slot(*slot).assignment.is_some() {
+            if disk.journal.slot(*slot).assignment.is_some() {
                 let RegionMasks { dirty, valid, zero } = disk.journal.masks(*slot);
                 // What was written since the slot was zeroed is not zero, whoever wrote it.
                 let masks = RegionMasks { dirty: 0, valid: 0, zero: zero & !dirty & !valid };
@@ -185,7 +251,9 @@ fn nothing_copied(slot: RegionMasks) -> RegionMasks {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{Rig, map, next};
-    use crate::ids::{MapVersion, SliceEpoch, SlotIndex};
+    use super::AdoptError;
+    use crate::format::alloc::Segment;
+    use crate::ids::{DeviceId, MapVersion, SliceEpoch, SlotIndex};
     use crate::map::{DistributionMap, ReplicaState};
     use crate::wire::header::{Header, Kind};
 
@@ -273,5 +341,69 @@ mod tests {
         rig.adopt(&next(&third, |span| span.replicas[1].state = ReplicaState::InSync));
         assert_eq!(rig.engine.disks[0].journal.masks(slot).dirty, u64::MAX);
         assert_eq!(slot_in_use(&rig), [slot.0]);
+    }
+
+    /// Takes what is free of node 2's secondary segment, but for so many slots.
+    fn fill(rig: &mut Rig, but: u32) {
+        let allocator = &mut rig.engine.disks[0].allocator;
+        while allocator.free_slots(Segment::Secondary) > but {
+            allocator.allocate(Segment::Secondary);
+        }
+    }
+
+    /// Without node 2's copy of the first device, and with one of a second device instead.
+    fn exchanged(map: &DistributionMap) -> DistributionMap {
+        let mut second = map.devices[0].clone();
+        (second.id, second.name) = (DeviceId(2), "other".into());
+        let mut next = dropped(map);
+        second.spans[0].epoch = SliceEpoch(next.version.0);
+        let copy = &mut second.spans[0].replicas[1];
+        (copy.state, copy.added) = (ReplicaState::Syncing, next.version);
+        next.devices.push(second);
+        next
+    }
+
+    #[test]
+    fn a_copy_waits_for_the_slot_of_the_one_that_leaves_for_it() {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(2, &first);
+        let slots = slot_in_use(&rig);
+        fill(&mut rig, 0);
+        rig.hold = true;
+        write_from_1(&mut rig, 1);
+        rig.adopt(&exchanged(&first));
+        rig.wait(200, &[]);
+        assert_eq!(rig.engine.adopted_version(), first.version, "the slot is in use");
+        // Of what leaves, nothing begins any more.
+        write_from_1(&mut rig, 1);
+        assert_eq!(rig.held.len(), 1);
+        rig.complete_io(Ok(()));
+        rig.wait(200, &[]);
+        assert_eq!(rig.engine.adopted_version().0, first.version.0 + 1);
+        assert_eq!(slot_in_use(&rig), slots);
+        let held = rig.engine.disks[0].journal.slot(SlotIndex(slots[0])).assignment.unwrap();
+        assert_eq!(held.device, DeviceId(2));
+    }
+
+    #[test]
+    fn a_map_that_needs_more_slots_than_there_are_is_refused_and_changes_nothing() {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(2, &first);
+        fill(&mut rig, 0);
+        // The slots that are taken belong to nobody: as if the segment were smaller than the map says.
+        let mut next = exchanged(&first);
+        let more = (3..=8).map(|id| {
+            let mut device = next.devices[1].clone();
+            (device.id, device.name) = (DeviceId(id), format!("other {id}"));
+            device
+        });
+        next.devices.extend(more.collect::<Vec<_>>());
+        next.disks[0].slots.primary = 8;
+        next.disks[1].slots.secondary = 8;
+        let error = rig.engine.handle_map(rig.now, std::sync::Arc::new(next)).unwrap_err();
+        assert!(matches!(error, AdoptError::NoSlot { segment: Segment::Secondary, .. }), "{error}");
+        assert_eq!(rig.engine.adopted_version(), first.version);
+        write_from_1(&mut rig, 1);
+        assert!(rig.sent.iter().any(|sent| sent.header.kind == Kind::Ack), "{:?}", rig.sent);
     }
 }

@@ -125,6 +125,55 @@ impl DeviceView {
         &self.spans[self.spans.partition_point(|span| span.end <= slice)]
     }
 
+    /// The same device with those spans, which cover it in order.
+    fn with_spans(self, spans: Vec<SpanView>) -> Self {
+        let mut view = DeviceView {
+            spans,
+            primaries: Vec::new(),
+            secondaries: Vec::new(),
+            live_disks: Vec::new(),
+            serving_disks: Vec::new(),
+            ..self
+        };
+        for span in &view.spans {
+            push_new(&mut view.primaries, span.primary);
+            if span.primary == Place::Here {
+                span.others.iter().for_each(|peer| push_new(&mut view.secondaries, *peer));
+            }
+            if let Some(mine) = span.mine {
+                if mine.state != ReplicaState::Stale {
+                    push_new(&mut view.live_disks, mine.disk);
+                }
+                if span.serves() {
+                    push_new(&mut view.serving_disks, mine.disk);
+                }
+            }
+        }
+        view
+    }
+
+    /// This view without this node's copies of slices that a newer one lists on another of its disks,
+    /// or not here at all: of those it says what the newer one says. `None` if there are none.
+    pub fn without_copies_left_by(&self, newer: &DeviceView) -> Option<DeviceView> {
+        let leaves = |span: &SpanView, newer: &SpanView| {
+            span.mine.is_some_and(|mine| newer.mine.is_none_or(|there| there.disk != mine.disk))
+        };
+        let mut spans = Vec::new();
+        let mut left = false;
+        for span in &self.spans {
+            for other in newer.spans.iter().filter(|other| other.first < span.end && span.first < other.end) {
+                let (first, end) = (span.first.max(other.first), span.end.min(other.end));
+                spans.push(if leaves(span, other) {
+                    left = true;
+                    SpanView { first, end, mine: None, intact: false, ..other.clone() }
+                } else {
+                    SpanView { first, end, ..span.clone() }
+                });
+            }
+        }
+        left.then(|| self.clone().with_spans(spans))
+    }
+
     /// The map version from which on this claim and that span hold together.
     pub fn fence(&self, span: &SpanView) -> MapVersion {
         MapVersion(span.epoch.0.max(self.claim.since.0))
@@ -144,32 +193,18 @@ pub struct Viewer<'a> {
 impl Viewer<'_> {
     /// Prepares one device of a map.
     pub fn device(&self, map: &DistributionMap, device: &map::Device) -> DeviceView {
-        let mut view = DeviceView {
+        let unborn = DeviceView {
             id: device.id,
             claim: device.claim,
             slices: device.slices,
             block_bytes: device.block_bytes,
-            spans: device.spans.iter().map(|span| self.span(map, span)).collect(),
+            spans: Vec::new(),
             primaries: Vec::new(),
             secondaries: Vec::new(),
             live_disks: Vec::new(),
             serving_disks: Vec::new(),
         };
-        for span in &view.spans {
-            push_new(&mut view.primaries, span.primary);
-            if span.primary == Place::Here {
-                span.others.iter().for_each(|peer| push_new(&mut view.secondaries, *peer));
-            }
-            if let Some(mine) = span.mine {
-                if mine.state != ReplicaState::Stale {
-                    push_new(&mut view.live_disks, mine.disk);
-                }
-                if span.serves() {
-                    push_new(&mut view.serving_disks, mine.disk);
-                }
-            }
-        }
-        view
+        unborn.with_spans(device.spans.iter().map(|span| self.span(map, span)).collect())
     }
 
     fn span(&self, map: &DistributionMap, span: &map::Span) -> SpanView {
