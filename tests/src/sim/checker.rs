@@ -212,9 +212,17 @@ impl Checker {
             .map(|(_, write)| write)
     }
 
-    /// A read of one sector, asked for at `began`, returned `stamp`. True if that is of a write which is not
-    /// acknowledged and was not read before.
-    pub fn read(&mut self, began: Nanos, now: Nanos, device: usize, sector: usize, stamp: Stamp) -> bool {
+    /// A read of one sector, asked for at `began`, returned `stamp`, and no later one may return something
+    /// older if it `lasts`. True if that is of a write which is not acknowledged and was not read before.
+    pub fn read(
+        &mut self,
+        began: Nanos,
+        now: Nanos,
+        device: usize,
+        sector: usize,
+        stamp: Stamp,
+        lasts: bool,
+    ) -> bool {
         self.reads += 1;
         // Zeros may be those from before the first write.
         let mut over = (stamp == 0).then(|| self.overwritten(device, sector, 0, began)).flatten();
@@ -240,7 +248,7 @@ impl Checker {
         if let Some(index) = newest {
             let entry = &mut self.sectors[device][sector][index];
             let early = entry.seen.is_none() && self.writes[entry.write].acknowledged.is_none();
-            if stamp != 0 {
+            if stamp != 0 && lasts {
                 entry.seen.get_or_insert(now);
             }
             return early && stamp != 0;
@@ -284,13 +292,13 @@ mod tests {
         let a = checker.begin_write(1, 0, 0, 1, 10);
         checker.acknowledge(2, a, false, false);
         let b = checker.begin_write(3, 0, 0, 1, 11);
-        checker.read(4, 5, 0, 0, 10);
-        checker.read(4, 6, 0, 0, 11);
+        checker.read(4, 5, 0, 0, 10, true);
+        checker.read(4, 6, 0, 0, 11, true);
         assert!(checker.violations.is_empty());
-        checker.read(7, 8, 0, 0, 10);
+        checker.read(7, 8, 0, 0, 10, true);
         assert_eq!(checker.violations.len(), 1, "11 was seen before");
         checker.acknowledge(9, b, false, false);
-        checker.read(10, 11, 0, 0, 0);
+        checker.read(10, 11, 0, 0, 0, true);
         assert_eq!(checker.violations.len(), 2);
     }
 }

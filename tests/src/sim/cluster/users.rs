@@ -24,10 +24,15 @@ impl Cluster {
         let adopted =
             self.node(node).process.as_ref().map_or(0, |process| process.engine.adopted_version().0);
         let claim = self.manager.history.get(&adopted).map(|map| map.devices[device].claim);
-        if self.exporting[device] == Some(exporter)
-            || allowed.0 < self.exported[device]
+        if allowed.0 < self.exported[device]
             || claim.is_none_or(|claim| claim.node.0 != node || claim.generation != allowed)
         {
+            return;
+        }
+        if self.exporting[device] == Some(exporter) {
+            // The claim went away and came back before it heard of that: it goes on under the newer one, and
+            // who starts late under one in between is not its successor.
+            self.exported[device] = allowed.0;
             return;
         }
         let before = std::mem::replace(&mut self.exported[device], allowed.0);
@@ -267,12 +272,16 @@ impl Cluster {
         let mut early = false;
         if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, buffer) {
             stamps.reserve(buffer.bytes().len() / SECTOR);
+            // Under a lease from before a loss, what was lost may be read once more: that is before the loss.
+            let slices = [asked.offset, asked.offset + asked.length as u64 - 1];
+            let lasts =
+                slices.map(|at| !self.loss_unseen(node, device, (at / SLICE as u64) as u32)) == [true; 2];
             for (index, sector) in buffer.bytes().chunks(SECTOR).enumerate() {
                 match stamp(sector) {
                     Some(stamp) => {
                         stamps.push(stamp);
                         if !self.tainted {
-                            early |= self.checker.read(asked.began, now, device, first + index, stamp);
+                            early |= self.checker.read(asked.began, now, device, first + index, stamp, lasts);
                         }
                     }
                     None => self
