@@ -191,7 +191,7 @@ impl Rig {
                 let device = DeviceId(choices.below(6));
                 let (offset, length) = (u64::from(choices.word()) << 9, u64::from(choices.word()) << 9);
                 let total: u64 =
-                    self.engine.extents(device, offset, length).map(|extent| extent.length).sum();
+                    self.engine.extents(self.now, device, offset, length).map(|extent| extent.length).sum();
                 assert_eq!(total, length);
             }
         }

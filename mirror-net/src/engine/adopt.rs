@@ -158,22 +158,19 @@ impl Engine {
 
     /// Makes the map effective once everything it needs is durable.
     pub(super) fn adoption_durable(&mut self) {
-        let durable = self.adopting.as_ref().is_some_and(|adoption| {
+        let durable = |adoption: &mut Adoption| {
             let Some(tickets) = &adoption.tickets else { return false };
             let mut disks = self.disks.iter().zip(tickets);
             // A failed disk's copies serve nothing; it holds up nobody else.
             disks.all(|(disk, ticket)| disk.journal.durable_ticket() >= *ticket || disk.failed)
-        });
-        let placed = self.adopting.as_ref().is_some_and(|adoption| adoption.tickets.is_some());
-        if !durable && !(placed && planted::is(Bug::EpochVolatile)) {
-            return;
-        }
-        let Some(adoption) = self.adopting.take() else { return };
+                || planted::is(Bug::EpochVolatile)
+        };
+        let Some(adoption) = self.adopting.take_if(durable) else { return };
         self.make_effective(adoption);
-        if let Some(next) = self.next_map.take() {
-            if let Err(error) = self.begin_adoption(next) {
-                self.refused_map = Some(error);
-            }
+        if let Some(next) = self.next_map.take()
+            && let Err(error) = self.begin_adoption(next)
+        {
+            self.refused_map = Some(error);
         }
     }
 

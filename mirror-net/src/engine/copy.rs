@@ -7,12 +7,12 @@
 use super::Engine;
 use super::action::{Action, Body, BufferId, BufferRange, OpKey};
 use super::op::{Local, Op};
-use super::session::Awaited;
 use super::view::PeerIndex;
+use super::window::Awaited;
 use crate::ids::SlotIndex;
 use crate::planted::{self, Bug};
 use crate::region::digest::{self, COARSE_BYTES, Digest, FINE_BYTES};
-use crate::wire::header::{BadFrame, FLAG_FINE, HEADER_BYTES, Header, Kind, PIECE_BYTES_MAX, Status};
+use crate::wire::header::{FLAG_FINE, HEADER_BYTES, Header, Kind, PIECE_BYTES_MAX, Status};
 
 /// The state of a copy.
 #[derive(Debug)]
@@ -190,14 +190,15 @@ impl Engine {
         self.copy_progress(key);
     }
 
-    /// An answer to a message of a copy; `None` if the session ended without.
+    /// An answer to a message of a copy; `None` if the session ended without. Digests that are none count as
+    /// different from everything.
     pub(super) fn on_copy_answer(
         &mut self,
         key: OpKey,
         message: CopyMessage,
         answer: Option<(&Header, &[u8])>,
-    ) -> Result<(), BadFrame> {
-        let (Some(op), Some(copy)) = (self.ops.get_mut(key), self.copies.get_mut(key)) else { return Ok(()) };
+    ) {
+        let (Some(op), Some(copy)) = (self.ops.get_mut(key), self.copies.get_mut(key)) else { return };
         op.asked -= 1;
         copy.failed |= self.disks[op.disk].failed;
         let status = answer.map(|(header, _)| Status::parse(header.flags));
@@ -207,10 +208,10 @@ impl Engine {
             _ if op.doomed.is_some() || copy.failed => {}
             (CopyMessage::Store, Some(Status::Done)) => {}
             (CopyMessage::Coarse, Some(Status::Done)) => {
-                copy.coarse = Coarse::Known(digest::parse(body).ok_or(BadFrame::Content("half a digest"))?);
+                copy.coarse = Coarse::Known(digest::parse(body).unwrap_or_default());
             }
             (CopyMessage::Fine { offset }, Some(Status::Done)) => {
-                let theirs = digest::parse(body).ok_or(BadFrame::Content("half a digest"))?;
+                let theirs = digest::parse(body).unwrap_or_default();
                 self.send_differing(key, offset, &theirs);
             }
             // It cannot read its sectors: writing them anew is what helps.
@@ -226,7 +227,6 @@ impl Engine {
             (_, None | Some(Status::Fenced | Status::Invalid | Status::ClaimLost)) => copy.failed = true,
         }
         self.copy_progress(key);
-        Ok(())
     }
 
     /// Sends the small blocks of a large one that differ; all of them if theirs are not known.

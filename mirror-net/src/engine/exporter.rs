@@ -8,8 +8,9 @@ use super::action::{
     Action, Body, BufferId, BufferRange, FlushKey, Request, RequestError, RequestKind, RequestToken,
 };
 use super::op::{Op, OpKind, Origin};
-use super::session::{Awaited, SILENCE};
+use super::session::SILENCE;
 use super::view::{PeerIndex, Place};
+use super::window::Awaited;
 use super::{Device, Engine, Nanos};
 use crate::ids::{ClaimGeneration, LossGeneration};
 use crate::planted::{self, Bug};

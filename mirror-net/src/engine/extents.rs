@@ -1,6 +1,6 @@
 //! Which parts of a device hold data: for clients that copy or show only those.
 
-use super::Engine;
+use super::{Engine, Nanos};
 use crate::ids::{DeviceId, SlotIndex};
 
 /// A part of a device.
@@ -15,9 +15,17 @@ pub struct Extent {
 impl Engine {
     /// The extents of a range, one after the other.
     ///
-    /// Only what this node could read at this moment is ever called empty (docs/protocol.md rule 12);
-    /// slices whose primary is another node count as data.
-    pub fn extents(&self, device: DeviceId, offset: u64, length: u64) -> impl Iterator<Item = Extent> {
+    /// Only what this node could read at `now`, the present, is ever called empty (docs/protocol.md
+    /// rule 12); slices whose primary is another node count as data.
+    pub fn extents(
+        &mut self,
+        now: Nanos,
+        device: DeviceId,
+        offset: u64,
+        length: u64,
+    ) -> impl Iterator<Item = Extent> {
+        // A lease is judged by the time at which it is used, however long nothing has happened here.
+        self.now = now;
         let region = u64::from(self.region_bytes());
         let end = offset.saturating_add(length);
         let device = self.by_device.get(&device).copied();

@@ -37,6 +37,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod view;
+mod window;
 
 pub use adopt::AdoptError;
 pub use extents::Extent;

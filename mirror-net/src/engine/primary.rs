@@ -1,12 +1,11 @@
 //! An operation's way: range lock, the legs to the other copies, the end.
 
 use super::action::{Action, Body, OpKey};
-use super::copy::CopyMessage;
 use super::local::LocalStart;
 use super::op::{LegState, Legs, Local, Op, OpKind, Origin, Part, Sender};
 use super::repair::Repair;
-use super::session::Awaited;
 use super::view::{PeerIndex, SpanView};
+use super::window::Awaited;
 use super::{Engine, Nanos};
 use crate::ids::{ExporterSession, SliceEpoch};
 use crate::planted::{self, Bug};
@@ -482,36 +481,9 @@ impl Engine {
             | Kind::Clear
             | Kind::Fetch => return self.on_replicate(sender, header, small_body, buffer),
             Kind::Flush => self.flush_for_primary(sender, header)?,
-            Kind::Ack => match self.take_awaited(peer, header.sequence) {
-                Some(Awaited::Leg(key)) => self.on_leg_ack(peer, key, header),
-                Some(Awaited::FlushLeg(key)) => self.on_flush_ack(peer, key, header),
-                Some(Awaited::Copy(key, message)) => {
-                    self.on_copy_answer(key, message, Some((header, small_body)))?;
-                }
-                Some(Awaited::Fetch(key)) => {
-                    self.on_fetched(key, Some(header), buffer);
-                    self.resume_starved(peer);
-                    return Ok(());
-                }
-                _ => return Err(BadFrame::Content("an ack for nothing")),
-            },
-            Kind::Masks => match self.take_awaited(peer, header.sequence) {
-                Some(Awaited::Unite(exchange)) => {
-                    self.on_masks(peer, exchange, Some((header, small_body)))?;
-                }
-                _ => return Err(BadFrame::Content("masks that nobody asked for")),
-            },
-            Kind::Digests => match self.take_awaited(peer, header.sequence) {
-                Some(Awaited::Copy(key, message @ (CopyMessage::Coarse | CopyMessage::Fine { .. }))) => {
-                    self.on_copy_answer(key, message, Some((header, small_body)))?;
-                }
-                _ => return Err(BadFrame::Content("digests that nobody asked for")),
-            },
-            Kind::Reply => match self.take_awaited(peer, header.sequence) {
-                Some(Awaited::Part(key, attempt)) => self.on_part_reply(peer, key, attempt, header, buffer),
-                Some(Awaited::ExportFlush(key)) => self.on_export_flush_reply(peer, key, header),
-                _ => return Err(BadFrame::Content("a reply to nothing")),
-            },
+            Kind::Ack | Kind::Masks | Kind::Digests | Kind::Reply => {
+                return self.on_answer(peer, header, small_body, buffer);
+            }
             Kind::ForwardFlush => {
                 let trailer = trailer.ok_or(BadFrame::Content("forwarded without a trailer"))?;
                 self.flush_for_exporter(sender, header, &trailer)?;
@@ -520,6 +492,28 @@ impl Engine {
                 let trailer = trailer.ok_or(BadFrame::Content("forwarded without a trailer"))?;
                 return self.on_forwarded(sender, header, &trailer, buffer);
             }
+        }
+        self.release(buffer);
+        self.resume_starved(peer);
+        Ok(())
+    }
+
+    fn on_answer(
+        &mut self,
+        peer: PeerIndex,
+        header: &Header,
+        body: &[u8],
+        mut buffer: Option<BufferId>,
+    ) -> Result<(), BadFrame> {
+        match self.take_answered(peer, header, body)? {
+            Awaited::Leg(key) => self.on_leg_ack(peer, key, header),
+            Awaited::FlushLeg(key) => self.on_flush_ack(peer, key, header),
+            Awaited::Copy(key, message) => self.on_copy_answer(key, message, Some((header, body))),
+            Awaited::Unite(exchange) => self.on_masks(peer, exchange, Some((header, body))),
+            Awaited::Part(key, attempt) => self.on_part_reply(peer, key, attempt, header, buffer),
+            Awaited::ExportFlush(key) => self.on_export_flush_reply(peer, key, header),
+            // It keeps the data.
+            Awaited::Fetch(key) => self.on_fetched(key, Some(header), buffer.take()),
         }
         self.release(buffer);
         self.resume_starved(peer);

@@ -3,8 +3,8 @@
 use super::Engine;
 use super::action::{Body, BufferId, BufferRange, OpKey};
 use super::op::{Local, Op, OpKind, Origin};
-use super::session::Awaited;
 use super::view::PeerIndex;
+use super::window::Awaited;
 use crate::region::masks::touched;
 use crate::wire::header::{Header, Kind, Status};
 

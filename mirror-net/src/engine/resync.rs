@@ -7,14 +7,14 @@
 
 use super::action::Body;
 use super::op::{Op, OpKind, Origin};
-use super::session::Awaited;
 use super::view::{DeviceView, PeerIndex};
+use super::window::Awaited;
 use super::{Engine, Nanos};
 use crate::control::ResyncReport;
 use crate::format::journal::Change;
 use crate::ids::{SliceEpoch, SlotIndex};
 use crate::region::masks::RegionMasks;
-use crate::wire::header::{BadFrame, Header, Kind, Status};
+use crate::wire::header::{Header, Kind, Status};
 use std::collections::VecDeque;
 
 /// Exchanges of masks under way with one copy of a device, at most.
@@ -295,27 +295,18 @@ impl Engine {
     }
 
     /// That copy's masks came, or will never come (`None`).
-    pub(super) fn on_masks(
-        &mut self,
-        peer: PeerIndex,
-        exchange: Exchange,
-        answer: Option<(&Header, &[u8])>,
-    ) -> Result<(), BadFrame> {
+    pub(super) fn on_masks(&mut self, peer: PeerIndex, exchange: Exchange, answer: Option<(&Header, &[u8])>) {
         let Exchange { device, slice, .. } = exchange;
-        let theirs = match answer {
-            Some((header, body)) if Status::parse(header.flags) == Status::Done => {
-                let ([dirty, readable], []) = body.as_chunks::<8>() else {
-                    return Err(BadFrame::Content("masks: not two words"));
-                };
-                Some((u64::from_le_bytes(*dirty), u64::from_le_bytes(*readable)))
-            }
+        let body = answer.filter(|(header, _)| Status::parse(header.flags) == Status::Done);
+        let theirs = body.and_then(|(_, body)| match body.as_chunks::<8>() {
+            ([dirty, readable], []) => Some((u64::from_le_bytes(*dirty), u64::from_le_bytes(*readable))),
             _ => None,
-        };
+        });
         // A new epoch began everything anew.
         let current = self.devices[device].view.span(slice).epoch == exchange.epoch;
         let not_before = self.now + TRY_AGAIN;
         self.resync_due = true;
-        let Some(resync) = self.find_resync(device, peer) else { return Ok(()) };
+        let Some(resync) = self.find_resync(device, peer) else { return };
         match &mut resync.stage {
             Stage::Uniting { pending, .. } if exchange.again => *pending = pending.saturating_sub(1),
             _ if exchange.again => {}
@@ -331,14 +322,14 @@ impl Engine {
             {
                 behind.asked = false;
             }
-            return Ok(());
+            return;
         };
-        let Some((disk, slot)) = self.devices[device].slices[slice as usize].place else { return Ok(()) };
+        let Some((disk, slot)) = self.devices[device].slices[slice as usize].place else { return };
         let mine = self.disks[disk].journal.masks(SlotIndex(slot));
-        let Some(behind) = self.behind_mut(device, slice, peer) else { return Ok(()) };
+        let Some(behind) = self.behind_mut(device, slice, peer) else { return };
         behind.united |= exchange.dirty | dirty;
         if exchange.again || behind.known {
-            return Ok(());
+            return;
         }
         behind.asked = false;
         behind.known = true;
@@ -358,7 +349,6 @@ impl Engine {
             resync.total += regions;
         }
         self.retry_unreconciled();
-        Ok(())
     }
 
     /// How many regions may be copied at a time now.

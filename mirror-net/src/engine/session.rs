@@ -4,12 +4,10 @@
 //! that it did on behalf of the session before has come to its end (docs/protocol.md rule 10). Each
 //! side sends `Open` when it is ready and nothing else before the other's `Open` has arrived.
 
-use super::action::{Action, Body, BufferId, FlushKey, OpKey, Report};
-use super::copy::CopyMessage;
-use super::exporter::{ExportFlushKey, PartKey};
+use super::action::{Action, Body, BufferId, OpKey, Report};
 use super::op::{LegState, OpKind, Origin, Part};
-use super::resync::Exchange;
 use super::view::PeerIndex;
+use super::window::{Awaited, Window};
 use super::{Engine, Nanos};
 use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
 use crate::planted::{self, Bug};
@@ -28,71 +26,8 @@ pub const SILENCE: Nanos = 1_000_000_000;
 pub const UNREACHED: Nanos = 5_000_000_000;
 /// Between two identical requests to the manager.
 pub const ASK_AGAIN: Nanos = 1_000_000_000;
-/// Messages in flight on one session, at most; what is more waits.
-pub const WINDOW: usize = 4096;
-/// Bytes of data in flight on one session, at most, but for one message: the other side has to hold them.
-pub const WINDOW_BYTES: u64 = 32 << 20;
 /// Pings whose answer is still awaited, at most.
 const PINGS_MAX: usize = 8;
-
-/// What an answer on a session is for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Awaited {
-    Leg(OpKey),
-    /// With the attempt.
-    Part(PartKey, u32),
-    FlushLeg(FlushKey),
-    ExportFlush(ExportFlushKey),
-    Unite(Exchange),
-    Copy(OpKey, CopyMessage),
-    Fetch(OpKey),
-}
-
-/// Messages that wait for their answers, by sequence.
-#[derive(Default, Debug)]
-struct Window {
-    base: u64,
-    /// With the bytes of data that it sent or asked for.
-    awaited: VecDeque<Option<(Awaited, u32)>>,
-    /// Places that are taken.
-    count: usize,
-    /// Bytes of all of them.
-    bytes: u64,
-}
-
-impl Window {
-    /// One slow answer does not hold up the others, within reason.
-    fn has_room(&self) -> bool {
-        self.count < WINDOW && self.bytes < WINDOW_BYTES && self.awaited.len() < 16 * WINDOW
-    }
-
-    fn put(&mut self, sequence: u64, awaited: Awaited, bytes: u32) {
-        if self.awaited.is_empty() {
-            self.base = sequence;
-        }
-        // Messages without an answer have numbers too; the window keeps an empty place for them.
-        while self.base + (self.awaited.len() as u64) < sequence {
-            self.awaited.push_back(None);
-        }
-        self.awaited.push_back(Some((awaited, bytes)));
-        self.count += 1;
-        self.bytes += u64::from(bytes);
-    }
-
-    fn take(&mut self, sequence: u64) -> Option<Awaited> {
-        let index = usize::try_from(sequence.checked_sub(self.base)?).ok()?;
-        let taken = self.awaited.get_mut(index)?.take();
-        if let Some((_, bytes)) = taken {
-            self.count -= 1;
-            self.bytes -= u64::from(bytes);
-        }
-        while let Some(None) = self.awaited.front() {
-            self.awaited.pop_front();
-            self.base += 1;
-        }
-        taken.map(|(awaited, _)| awaited)
-    }
-}
 
 #[derive(Debug)]
 struct Session {
@@ -430,14 +365,14 @@ impl Engine {
             });
         }
         self.peers[peer].last_error = Some(reason.clone());
-        for (awaited, _) in session.window.awaited.into_iter().flatten() {
+        for awaited in session.window.into_awaited() {
             match awaited {
                 Awaited::Leg(key) => self.leg_ended(peer, key, false),
                 Awaited::Part(key, attempt) => self.part_unanswered(key, attempt, peer),
                 Awaited::FlushLeg(key) => self.flush_leg_unsent(key, peer),
                 Awaited::ExportFlush(key) => self.export_flush_unsent(key, peer),
-                Awaited::Unite(exchange) => drop(self.on_masks(peer, exchange, None)),
-                Awaited::Copy(key, message) => drop(self.on_copy_answer(key, message, None)),
+                Awaited::Unite(exchange) => self.on_masks(peer, exchange, None),
+                Awaited::Copy(key, message) => self.on_copy_answer(key, message, None),
                 Awaited::Fetch(key) => self.on_fetched(key, None, None),
             }
         }
@@ -535,20 +470,23 @@ impl Engine {
         }
     }
 
-    /// Takes the answer's waiter out of the window.
-    pub(super) fn take_awaited(&mut self, peer: PeerIndex, sequence: u64) -> Option<Awaited> {
-        self.peers[peer].session.as_mut()?.window.take(sequence)
+    /// Takes the answer's waiter out of the window. One that an answer does not fit stays there: the session
+    /// ends, and it is told so with all the others.
+    pub(super) fn take_answered(
+        &mut self,
+        peer: PeerIndex,
+        header: &Header,
+        body: &[u8],
+    ) -> Result<Awaited, BadFrame> {
+        let session = self.peers[peer].session.as_mut().ok_or(BadFrame::Session)?;
+        session.window.take_answered(header, body)
     }
 
     /// Answers made room: what could not be sent goes on. Not for every single one, since it looks at
     /// everything that waits.
     pub(super) fn resume_starved(&mut self, peer: PeerIndex) {
         let Some(session) = self.peers[peer].session.as_mut() else { return };
-        if session.starved
-            && session.window.count * 2 <= WINDOW
-            && session.window.bytes * 2 <= WINDOW_BYTES
-            && session.window.has_room()
-        {
+        if session.starved && session.window.is_half_empty() {
             session.starved = false;
             self.resume_after(peer);
         }
@@ -695,34 +633,5 @@ impl Engine {
         if let Some(buffer) = buffer {
             self.actions.push_back(Action::Release { buffer });
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn flush() -> Awaited {
-        Awaited::FlushLeg(FlushKey::default())
-    }
-
-    #[test]
-    fn a_window_is_full_by_messages_or_by_bytes() {
-        let mut window = Window::default();
-        let mut sequence = 0;
-        while window.has_room() {
-            sequence += 1;
-            window.put(sequence, flush(), 1 << 20);
-        }
-        assert_eq!(sequence, 32);
-        assert_eq!(window.take(7), Some(flush()));
-        assert_eq!(window.take(7), None, "answered twice");
-        assert!(window.has_room());
-        let mut window = Window::default();
-        for sequence in 1..=WINDOW as u64 {
-            assert!(window.has_room());
-            window.put(sequence, flush(), 0);
-        }
-        assert!(!window.has_room());
     }
 }

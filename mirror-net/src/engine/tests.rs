@@ -1,7 +1,7 @@
 //! What one engine does, seen from outside.
 
 use super::action::{Report, RequestError, RequestKind};
-use super::testing::{Rig, claimed, map, next};
+use super::testing::{DEVICE, Rig, claimed, map, next};
 use crate::ids::MapVersion;
 use crate::map::ReplicaState;
 use crate::wire::header::{Header, Kind, Status, Trailer};
@@ -88,7 +88,7 @@ fn what_was_held_under_an_older_claim_is_never_sent_under_a_newer_one() {
 fn forwarded(kind: Kind, epoch: u64, offset: u32) -> Header {
     Header {
         slice_epoch: crate::ids::SliceEpoch(epoch),
-        device: super::testing::DEVICE.0,
+        device: DEVICE.0,
         offset,
         length: 4096,
         ..Header::new(kind)
@@ -290,7 +290,7 @@ fn more_requests_than_the_window_holds_all_complete() {
         rig.request(RequestKind::WriteZeroes { fua: false }, offset(index), 512);
     }
     assert_eq!(rig.take(Kind::Zero).len(), 512);
-    for _ in 0..super::session::WINDOW {
+    for _ in 0..super::window::WINDOW {
         rig.flush();
     }
     let write = rig.flush();
@@ -576,4 +576,29 @@ fn nothing_is_copied_from_a_disk_that_failed_meanwhile() {
     rig.flush();
     rig.complete_io(Ok(()));
     assert!(rig.take(Kind::Write).is_empty());
+}
+
+#[test]
+fn an_answer_of_another_kind_ends_the_session_and_the_write_goes_on_in_the_next() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    let write = rig.write(0, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.answer(&leg[0], Kind::Masks, Status::Done);
+    assert_eq!(rig.closed, [2]);
+    rig.open(2, first.version);
+    let again = rig.take(Kind::Write);
+    assert_eq!(again.len(), 1, "nobody has it");
+    rig.ack(&again[0]);
+    assert_eq!(rig.result(write), Some(Ok(())));
+}
+
+#[test]
+fn nothing_is_called_empty_under_a_lease_that_ran_out_unnoticed() {
+    let mut rig = Rig::new(1, &map(2, 2, 1));
+    let mut data = |now| rig.engine.extents(now, DEVICE, 0, 4096).any(|extent| extent.data);
+    let now = 2_000_000_000;
+    assert!(!data(now), "nothing was ever written");
+    // It slept: no tick came in between.
+    assert!(data(now + super::session::LEASE + 1));
 }
