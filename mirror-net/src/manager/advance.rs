@@ -10,6 +10,7 @@ use crate::ids::{DiskId, PlanId};
 use crate::map::plan::{Move, Plan};
 use crate::map::verbs::{Run, Verb};
 use crate::map::{DistributionMap, ReplicaState, Span};
+use std::collections::BTreeSet;
 
 /// The next steps of the first plan that has any.
 pub fn advance(map: &DistributionMap, now: &Situation<'_>) -> Change {
@@ -54,11 +55,9 @@ pub fn ordered(map: &DistributionMap, id: PlanId, order: PlanOrder) -> Result<Ch
 /// if nothing is left on them.
 fn give_up(map: &DistributionMap, plan: &Plan, wanted: impl Fn(&Move) -> bool) -> Vec<Verb> {
     let mut batch = Vec::new();
-    let mut targets: Vec<DiskId> = Vec::new();
+    let mut targets = BTreeSet::new();
     for step in plan.moves.iter().filter(|step| wanted(step)) {
-        if !targets.contains(&step.to) {
-            targets.push(step.to);
-        }
+        targets.insert(step.to);
         for (span, run) in pieces(map, step) {
             let there = span.replica_on(step.to).is_some_and(|copy| copy.state != ReplicaState::InSync);
             if there && span.primary().disk != step.to {
@@ -66,18 +65,17 @@ fn give_up(map: &DistributionMap, plan: &Plan, wanted: impl Fn(&Move) -> bool) -
             }
         }
     }
-    for disk in targets {
-        let stays = map
-            .devices
-            .iter()
-            .flat_map(|device| &device.spans)
-            .any(|span| span.replica_on(disk).is_some_and(|copy| copy.state == ReplicaState::InSync));
-        let failed = map.disk(disk).is_none_or(|disk| disk.failed.is_some());
-        if !stays && !failed {
-            batch.push(Verb::SetSpare { disk, spare: true });
-        }
-    }
+    batch.extend(spares_after(map, &batch, targets));
     batch
+}
+
+/// Makes spares of those disks that work and hold no copies any more once a batch is applied.
+fn spares_after(map: &DistributionMap, batch: &[Verb], disks: BTreeSet<DiskId>) -> Vec<Verb> {
+    let after = map.apply(batch).ok().flatten();
+    let after = after.as_ref().unwrap_or(map);
+    let works = |disk: &DiskId| map.disk(*disk).is_some_and(|disk| disk.failed.is_none() && !disk.spare);
+    let emptied = disks.into_iter().filter(|disk| works(disk) && !after.is_in_use(*disk));
+    emptied.map(|disk| Verb::SetSpare { disk, spare: true }).collect()
 }
 
 /// The spans of a move, each with the part of it that moves.
@@ -127,7 +125,14 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
                 continue;
             }
             if goes_first {
-                change.batch.extend(promotion(map, now.registry, &as_run(span, run), run, step.to));
+                change.batch.extend(promotion(
+                    map,
+                    now.registry,
+                    now.now_ms,
+                    &as_run(span, run),
+                    run,
+                    step.to,
+                ));
                 lines.add(&as_run(span, run), format!("served by {name} from now on"));
             }
             if let Some(old) = old {
@@ -144,13 +149,14 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
     }
     if done {
         change.batch.push(Verb::EndPlan { plan: plan.id });
-        for disk in plan.sources() {
-            // What was replaced comes back as the spare, never as the owner.
-            if map.disk(disk).is_some_and(|disk| disk.failed.is_none()) {
-                change.batch.push(Verb::SetSpare { disk, spare: true });
-                change.why.push(format!("{} is a spare from now on", map.disk_name(disk)));
+        // What was replaced comes back as the spare, never as the owner.
+        let spares = spares_after(map, &change.batch, plan.sources());
+        for verb in &spares {
+            if let Verb::SetSpare { disk, .. } = verb {
+                change.why.push(format!("{} is a spare from now on", map.disk_name(*disk)));
             }
         }
+        change.batch.extend(spares);
         change.why.push(format!("{} is done: {}", plan.id, plan.cause));
     }
     change

@@ -345,6 +345,8 @@ impl Manager {
             let change = repair(map, &self.registry, now_ms);
             if !change.is_empty() {
                 self.propose(change, Then::Nothing);
+                // One that cannot be made would be computed again at once.
+                return;
             } else if let Some(ask) = self.asks.pop() {
                 self.decide_ask(now_ms, &ask);
             } else if let Some((ticket, node)) = self.failovers.pop_front() {
@@ -379,6 +381,7 @@ impl Manager {
                     return;
                 }
                 self.propose(change, Then::Nothing);
+                return;
             }
         }
     }

@@ -19,8 +19,8 @@ pub struct Failover {
 
 /// Computes the failover of a node: nothing, if it serves nothing; an error, for people, if nothing can move.
 ///
-/// The old copies become stale even if the node is well (see `promotion`); as soon as the new
-/// primary reaches the node it resyncs them. Nothing is failed back by itself.
+/// The copies of a node that is well stay in sync, those of one that is not become stale (see
+/// [`promotion`]) until the new primary reaches it and resyncs them. Nothing is failed back by itself.
 pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str) -> Result<Failover, String> {
     let Some(node) = map.node_named(name) else {
         let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
@@ -32,12 +32,6 @@ pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str)
     }
     if plan.batch.is_empty() && !plan.stayed.is_empty() {
         return Err(format!("nothing of node {name} can move: {}", plan.stayed.join("; ")));
-    }
-    if registry.is_up(name, now_ms) && plan.batch.iter().any(|verb| matches!(verb, Verb::Mark { .. })) {
-        plan.moved.push(format!(
-            "node {name} is up: its copies of what moved are stale until they have been resynced, which begins \
-             by itself"
-        ));
     }
     Ok(plan)
 }
@@ -58,8 +52,8 @@ fn move_device(
         let serving = if map.node_of(old.disk) == Some(node) {
             match successor(map, registry, now_ms, node, span) {
                 Ok(disk) => {
-                    plan.batch.extend(promotion(map, registry, span, run_of(device.id, span), disk));
-                    let others = left_behind_text(map, span, disk);
+                    plan.batch.extend(promotion(map, registry, now_ms, span, run_of(device.id, span), disk));
+                    let others = left_behind_text(map, registry, now_ms, span, disk);
                     moved.add(
                         span,
                         format!("primary {} -> {}{others}", map.disk_name(old.disk), map.disk_name(disk)),

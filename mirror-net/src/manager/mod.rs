@@ -36,12 +36,12 @@ mod tests;
 
 pub use self::core::Manager;
 
-use self::registry::Registry;
+use self::registry::{Registry, Standing};
 use crate::config::ClusterFile;
 use crate::control::{EventKind, ManagerMessage, NodeMessage, OperatorReply, PlanOrder, Registration};
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
 use crate::map::verbs::{Run, Verb};
-use crate::map::{DistributionMap, ReplicaState, Span};
+use crate::map::{DistributionMap, Replica, ReplicaState, Span};
 
 /// Names one connection of a node's agent; never used again.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -199,11 +199,19 @@ fn run_of(device: DeviceId, span: &Span) -> Run {
 /// The map then names the incarnation that it has now: as a secondary it was compared on its
 /// attachment alone, as a primary it is compared on its process too (rule 3).
 ///
-/// Every other copy becomes stale, an old primary that is alive included: each may have the old
-/// primary's last writes, which nobody acknowledged, and be promoted before the new primary has made it
-/// equal. Then a write would be there of an exporter that had lost its claim when it was made. The new
-/// primary has them back as soon as it reaches them ([`join`]), and waits for none of them before.
-fn promotion(map: &DistributionMap, registry: &Registry, span: &Span, run: Run, disk: DiskId) -> Vec<Verb> {
+/// Members that are there stay members, the old primary too if it is alive: what they may have of its
+/// last writes the new primary makes equal before anybody reads it (rule 11). Writes of an exporter that
+/// lost its claim are not among them once another begins, for that waits until every member has adopted
+/// the claim ([`export`], rule 15). The rest becomes stale, and the new primary has it back as soon as it
+/// reaches it ([`join`]).
+fn promotion(
+    map: &DistributionMap,
+    registry: &Registry,
+    now_ms: u64,
+    span: &Span,
+    run: Run,
+    disk: DiskId,
+) -> Vec<Verb> {
     let mut batch = vec![Verb::Promote { run, disk }];
     let listed = span.replica_on(disk).map(|replica| replica.incarnation);
     let node = map.node_of(disk).and_then(|id| map.node(id)).and_then(|node| registry.get(&node.name));
@@ -212,23 +220,40 @@ fn promotion(map: &DistributionMap, registry: &Registry, span: &Span, run: Run, 
         batch.push(Verb::Mark { run, disk, state: ReplicaState::InSync, incarnation });
     }
     let state = ReplicaState::Stale;
-    let others = span.replicas.iter().filter(|other| other.disk != disk && other.state != state);
-    batch.extend(others.map(|other| Verb::Mark { run, disk: other.disk, state, incarnation: None }));
+    let left = left_behind(map, registry, now_ms, span, disk);
+    batch.extend(left.map(|other| Verb::Mark { run, disk: other.disk, state, incarnation: None }));
     batch
 }
 
-/// The copies besides the old primary's that a promotion makes stale, for people; nothing if there
-/// are none.
-fn left_behind_text(map: &DistributionMap, span: &Span, disk: DiskId) -> String {
-    let others: Vec<String> = span.replicas[1..]
-        .iter()
-        .filter(|other| other.disk != disk && other.state != ReplicaState::Stale)
-        .map(|other| map.disk_name(other.disk))
-        .collect();
-    if others.is_empty() {
+/// The copies that become stale when `disk` is promoted.
+fn left_behind<'a>(
+    map: &'a DistributionMap,
+    registry: &'a Registry,
+    now_ms: u64,
+    span: &'a Span,
+    disk: DiskId,
+) -> impl Iterator<Item = &'a Replica> {
+    span.replicas.iter().filter(move |other| {
+        let stays = other.state == ReplicaState::InSync
+            && registry.standing(map, span, other, now_ms) == Standing::Intact;
+        other.disk != disk && other.state != ReplicaState::Stale && !stays
+    })
+}
+
+/// The copies that a promotion makes stale, for people; nothing if there are none.
+fn left_behind_text(
+    map: &DistributionMap,
+    registry: &Registry,
+    now_ms: u64,
+    span: &Span,
+    disk: DiskId,
+) -> String {
+    let left = left_behind(map, registry, now_ms, span, disk);
+    let names: Vec<String> = left.map(|other| map.disk_name(other.disk)).collect();
+    if names.is_empty() {
         return String::new();
     }
-    format!("; also stale until resynced: {}", others.join(", "))
+    format!("; stale until resynced: {}", names.join(", "))
 }
 
 /// Runs of slices of one device for people: `slices 0-7, 12`; nothing for the whole of it.

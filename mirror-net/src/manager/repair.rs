@@ -105,18 +105,15 @@ pub fn repair(map: &DistributionMap, registry: &Registry, now_ms: u64) -> Change
                 SpanPlan::Wait => {}
                 SpanPlan::Served => give_up_failed(map, registry, span, run, &mut change, &mut lines),
                 SpanPlan::Promote { disk } => {
-                    change.batch.extend(promotion(map, registry, span, run, disk));
+                    change.batch.extend(promotion(map, registry, now_ms, span, run, disk));
                     let why = match registry.standing(map, span, span.primary(), now_ms) {
                         Standing::Gone => "is gone",
                         _ => "is another incarnation",
                     };
                     lines.add(
                         span,
-                        format!(
-                            "{} is primary now and {} stale, since it {why}",
-                            map.disk_name(disk),
-                            map.disk_name(old)
-                        ) + &super::left_behind_text(map, span, disk),
+                        format!("{} is primary now, since {} {why}", map.disk_name(disk), map.disk_name(old))
+                            + &super::left_behind_text(map, registry, now_ms, span, disk),
                     );
                 }
                 SpanPlan::Readmit { disk, incarnation, lost } => {

@@ -100,7 +100,8 @@ pub struct Disk {
     pub slots: SegmentSlots,
     /// The smallest write it takes, in bytes: 512 or 4096.
     pub block_bytes: u32,
-    /// Holds nothing until it is activated, in place of a disk that is gone.
+    /// Its primary and secondary segments hold nothing until it is activated, in place of a disk that is
+    /// gone. It may have been in use before, and still hold data that nobody mirrors.
     #[serde(default, skip_serializing_if = "is_false")]
     pub spare: bool,
     /// Set when the disk stopped working; nothing is placed on it any more.
@@ -264,6 +265,13 @@ impl DistributionMap {
     /// The node that has that disk.
     pub fn node_of(&self, disk: DiskId) -> Option<NodeId> {
         self.disk(disk).map(|disk| disk.node)
+    }
+
+    /// Whether anything lies in a disk's primary or secondary segment.
+    pub fn is_in_use(&self, disk: DiskId) -> bool {
+        let mut replicas =
+            self.devices.iter().flat_map(|device| &device.spans).flat_map(|span| &span.replicas);
+        replicas.any(|replica| replica.disk == disk && replica.segment != Segment::Unmirrored)
     }
 
     /// A node's name, or its id where the map does not know it; for messages.

@@ -70,6 +70,8 @@ pub enum InvalidMap {
     Overcommitted { disk: DiskId, segment: Segment, wanted: u64, slots: u32 },
     #[error("device {device:?} slice {slice}: its copy on {disk} was added in a map that is still to come")]
     AddedAhead { device: String, slice: u32, disk: DiskId },
+    #[error("{0} is a spare, and its primary or secondary segment is in use")]
+    SpareInUse(DiskId),
     #[error("{plan} moves something of a device, or to a disk, that is not in the map")]
     PlanOfNothing { plan: PlanId },
 }
@@ -114,11 +116,17 @@ impl DistributionMap {
             block_bytes("device", device.id, device.block_bytes)?;
             self.validate_spans(device, &mut committed)?;
         }
-        for ((disk, segment), wanted) in committed {
+        for (&(disk, segment), &wanted) in &committed {
             let slots = self.disk(disk).map_or(0, |disk| disk.slots.of(segment));
             if wanted > u64::from(slots) {
                 return Err(InvalidMap::Overcommitted { disk, segment, wanted, slots });
             }
+        }
+        if let Some(spare) = self.disks.iter().find(|disk| {
+            let used = |segment| committed.contains_key(&(disk.id, segment));
+            disk.spare && (used(Segment::Primary) || used(Segment::Secondary))
+        }) {
+            return Err(InvalidMap::SpareInUse(spare.id));
         }
         ordered("plan", self.plans.iter().map(|plan| plan.id))?;
         for plan in &self.plans {
@@ -264,6 +272,11 @@ mod tests {
         assert!(refused(|map| map.devices[0].claim.generation.0 = u64::MAX).contains("claim generation"));
         assert!(refused(|map| map.devices[0].claim.since.0 = map.version.0 + 1).contains("its claim"));
         assert!(refused(|map| map.devices[0].spans[0].loss.0 = u32::MAX).contains("loss generation"));
+    }
+
+    #[test]
+    fn a_spare_holds_no_copies() {
+        assert!(refused(|map| map.disks[0].spare = true).contains("is a spare"));
     }
 
     #[test]

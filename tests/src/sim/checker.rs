@@ -145,10 +145,12 @@ impl Checker {
         });
     }
 
-    /// A flush failed: the exporter knows.
-    pub fn flush_failed(&mut self, device: usize) {
+    /// A flush that was asked for at `began` failed: the exporter knows that whatever was acknowledged before
+    /// it may be gone, now or later. No flush speaks of that any more.
+    pub fn flush_failed(&mut self, device: usize, began: Nanos) {
         for id in &self.unflushed[device] {
-            self.writes[*id].reported |= self.writes[*id].lost;
+            let write = &mut self.writes[*id];
+            write.reported |= write.lost || write.acknowledged.is_some_and(|at| at < began);
         }
     }
 

@@ -177,6 +177,14 @@ impl Bench {
         self.replies.pop().unwrap().1
     }
 
+    /// A failover of a node that is away for a moment, and comes back as it was: its copies are stale.
+    pub(super) fn failover_while_away(&mut self, index: u64) -> OperatorReply {
+        self.disconnect(index);
+        let reply = self.failover(&format!("n{index}"));
+        self.register(index, incarnation(index));
+        reply
+    }
+
     pub(super) fn refusal(&mut self, node: &str) -> String {
         match self.failover(node) {
             OperatorReply::Refused { reason } => reason,

@@ -81,7 +81,8 @@ fn everything_is_checked_then_formatted_then_stored() {
     assert_eq!(bench.map().version, MapVersion(1), "the nodes are what the map says");
     assert_eq!(bench.exports(1), Vec::<String>::new());
     bench.adopt(1);
-    assert_eq!(bench.exports(1), ["n1-d1", "n1-d1-unmirrored"]);
+    bench.adopt(2);
+    assert_eq!(bench.exports(1), ["n1-d1-unmirrored", "n1-d1"]);
     create(&mut bench, true);
     assert!(refused(&mut bench).starts_with("there is a cluster already, lab"));
 }

@@ -111,7 +111,7 @@ fn nobody_but_the_present_primary_is_heard() {
 #[test]
 fn a_deposed_primary_is_not_heard() {
     let mut bench = Bench::up(&map_of(2));
-    bench.failover("n1");
+    bench.failover_while_away(1);
     bench.ask_syncing(2, 1, None);
     assert_eq!(bench.copies("n1-d1"), "n2+ n1~");
     // It believes itself primary still, or again, of what it asked for long ago.
@@ -245,7 +245,7 @@ fn a_syncing_copy_can_be_given_up_at_any_time() {
 #[test]
 fn after_a_failover_the_old_primary_rejoins_and_takes_over_again_when_told() {
     let mut bench = Bench::up(&map_of(2));
-    assert!(matches!(bench.failover("n1"), OperatorReply::FailedOver { .. }));
+    assert!(matches!(bench.failover_while_away(1), OperatorReply::FailedOver { .. }));
     assert_eq!((bench.copies("n1-d1"), bench.copies("n2-d1")), ("n2+ n1-".into(), "n2+ n1+".into()));
     bench.ask_syncing(2, 1, None);
     bench.ask_in_sync(2, 1, "n1-d1", None);
@@ -253,7 +253,7 @@ fn after_a_failover_the_old_primary_rejoins_and_takes_over_again_when_told() {
     bench.pass(60);
     assert_eq!(bench.copies("n1-d1"), "n2+ n1+", "nothing is failed back by itself");
 
-    assert!(matches!(bench.failover("n2"), OperatorReply::FailedOver { .. }));
+    assert!(matches!(bench.failover_while_away(2), OperatorReply::FailedOver { .. }));
     assert_eq!((bench.copies("n1-d1"), bench.copies("n2-d1")), ("n1+ n2-".into(), "n1+ n2-".into()));
     assert_eq!(bench.map().device_named("n1-d1").unwrap().claim.node, bench.map().nodes[0].id);
     bench.ask_syncing(1, 2, None);

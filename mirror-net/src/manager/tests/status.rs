@@ -115,7 +115,7 @@ fn report_resync(bench: &mut Bench, index: u64, device: &str, peer: u16, joining
 #[test]
 fn a_copy_that_comes_back_is_told_from_stale_to_in_sync() {
     let mut bench = Bench::up(&map_of(2));
-    bench.failover("n1");
+    bench.failover_while_away(1);
     for index in 1..=2 {
         bench.adopt(index);
         report(&mut bench, index, true);
@@ -158,7 +158,7 @@ fn a_copy_that_comes_back_is_told_from_stale_to_in_sync() {
 #[test]
 fn progress_is_believed_of_the_present_primary_only() {
     let mut bench = Bench::up(&map_of(2));
-    bench.failover("n1");
+    bench.failover_while_away(1);
     bench.ask_syncing(2, 1, None);
     report_resync(&mut bench, 1, "n1-d1", 1, true);
     assert_eq!(about(&bench, "n1-d1")[0].what, "n1-d1: 1 of 2 copies in sync: n1/d1 is syncing");
@@ -180,7 +180,7 @@ fn members_that_are_compared_are_a_note() {
 #[test]
 fn a_stale_copy_without_its_disk_waits_for_the_disk() {
     let mut bench = Bench::up(&map_of(2));
-    bench.failover("n1");
+    bench.failover_while_away(1);
     let mut registration = bench.registration(1, incarnation(1));
     registration.disks.clear();
     bench.register_as(registration);

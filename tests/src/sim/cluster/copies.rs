@@ -329,9 +329,8 @@ impl Cluster {
     pub fn all_rejoined(&self) -> Result<(), String> {
         for device in &self.manager.map.devices {
             for span in &device.spans {
-                // What the only good copy cannot read nobody can give to another.
-                let (node, index) = self.locate(span.primary().disk);
-                if span.members().count() == 1 && self.node(node).disks[index].media.has_unreadable() {
+                // What no good copy can read nobody can give to another.
+                if span.members().all(|member| self.mounted(member.disk).media.has_unreadable()) {
                     continue;
                 }
                 let away = span.replicas.iter().find(|replica| {

@@ -84,6 +84,10 @@ impl Cluster {
             }
         }
         if let Some(connection) = self.agents[usize::from(node) - 1].connection {
+            if power && let Some(link) = self.manager.links.get_mut(&connection) {
+                // Nobody sends again what had not arrived yet.
+                link.up.clear();
+            }
             let later = if power { 3_000 * MS } else { 20 * MS };
             let at = self.now + self.random.range(100_000, later);
             self.queue.push(at, Event::NodeGone { life: self.manager.life, connection });

@@ -46,6 +46,8 @@ impl Cluster {
                 .asked
                 .iter()
                 .filter(|(_, asked)| asked.device == device && asked.exporter == old)
+                // Its claim went away and came back: it is older than nobody who starts late in between.
+                .filter(|(_, asked)| asked.adopted_claim < allowed.0)
                 .map(|(token, _)| *token)
                 .collect();
             for token in left {
@@ -191,6 +193,9 @@ impl Cluster {
             buffer: buffer.map(|buffer| BufferRange { buffer, offset: 0, length }),
         };
         running.engine.handle_request(clock, &request);
+        let adopted = running.engine.adopted_version().0;
+        let adopted_claim =
+            self.manager.history.get(&adopted).map_or(0, |map| map.devices[device].claim.generation.0);
         let here = self.serves(node, device, wish.offset, length);
         let marks = match wish.kind {
             RequestKind::Flush => self.disks().map(|disk| disk.media.flush_mark()).collect(),
@@ -208,6 +213,7 @@ impl Cluster {
                 writes,
                 exporter: (node, process),
                 claim: if exports { self.exported[device] } else { 0 },
+                adopted_claim,
                 marks,
                 here,
                 replaced: false,
@@ -303,7 +309,7 @@ impl Cluster {
                     .violations
                     .push(format!("n{node}: request {token} of a former exporter is done"));
             }
-            (Err(_), RequestKind::Flush) => self.checker.flush_failed(device),
+            (Err(_), RequestKind::Flush) => self.checker.flush_failed(device, asked.began),
             (Ok(()), RequestKind::Discard) => {
                 for id in &asked.writes {
                     self.checker.end(now, *id);
