@@ -2,68 +2,11 @@
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import tempfile
 import time
 
-DEVICE = "n1-d1"
-
-
-class Playground:
-    """Two nodes on this machine, for as long as the block lasts."""
-
-    def __init__(self, parent, size):
-        self.parent, self.size = parent, size
-
-    def __enter__(self):
-        self.dir = tempfile.TemporaryDirectory(dir=self.parent, prefix="ublk-mirror-bench-")
-        self.play = os.path.join(self.dir.name, "play")
-        self.process = subprocess.Popen(
-            ["mirrorctl", "playground", "--json", "--frontend", "nbd", "--nodes", "2",
-             "--disk-size", self.size, "--dir", self.play],
-            stdout=subprocess.PIPE)
-        self.wait(lambda status: status is not None and status["verdict"] == "healthy")
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait()
-        self.dir.cleanup()
-
-    def run(self, *arguments):
-        return subprocess.run(["mirrorctl", *arguments, "--dir", self.play], capture_output=True, text=True)
-
-    def status(self):
-        answer = self.run("status", "--json")
-        return json.loads(answer.stdout) if answer.returncode <= 2 and answer.stdout else None
-
-    def wait(self, well, patience=60.0):
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            status = self.status()
-            if well(status):
-                return status
-            time.sleep(0.05)
-        raise SystemExit(f"scripts/bench: not reached within {patience:.0f} s: {self.status()}")
-
-    def uri(self):
-        device = next(device for device in self.status()["devices"] if device["name"] == DEVICE)
-        return device["uri"]
-
-    def fio(self, *options, wait=True):
-        command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={self.uri()}", "--output-format=json",
-                   *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        return finish(process) if wait else process
-
-
-def finish(process):
-    output, _ = process.communicate()
-    if process.returncode != 0:
-        raise SystemExit("scripts/bench: fio failed")
-    return json.loads(output[output.index("{"):])["jobs"][0]
+from compare import JOBS, SYSTEMS, compare, table as compare_table
+from playground import DEVICE, Playground, finish
 
 
 def intents(play_in, rounds):
@@ -128,19 +71,37 @@ def resync(play_in, rounds):
     yield "64 MiB of 1 GiB differed: start to in sync", statistics.median(seconds), "s"
 
 
+def listed(known):
+    """A type of argument: names of `known`, separated by commas."""
+    def parse(text):
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"no such thing as {unknown[0]}: take from {', '.join(known)}")
+        return names
+    return parse
+
+
 def main():
-    parser = argparse.ArgumentParser()
+    measurements = {"intents": intents, "pause": pause, "resync": resync}
+    parser = argparse.ArgumentParser(prog="scripts/bench")
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--dir", required=True)
-    parser.add_argument("what", nargs="+", choices=["intents", "pause", "resync"])
+    parser.add_argument("--seconds", type=int, required=True)
+    parser.add_argument("--media", type=listed(SYSTEMS), required=True)
+    parser.add_argument("--jobs", type=listed(JOBS), required=True)
+    parser.add_argument("what", nargs="+", choices=["compare", *measurements])
     arguments = parser.parse_args()
-    measurements = {"intents": intents, "pause": pause, "resync": resync}
-    table = []
+    table, compared = [], []
     for name in arguments.what:
+        if name == "compare":
+            compared = compare(arguments)
+            continue
         for result, value, unit in measurements[name](arguments.dir, arguments.rounds):
             print(json.dumps({"bench": name, "result": result, "value": value, "unit": unit}), flush=True)
             table.append((result, value, unit))
-    width = max(len(result) for result, _, _ in table)
+    if compared:
+        print("\n".join(compare_table(compared)))
+    width = max((len(result) for result, _, _ in table), default=0)
     for result, value, unit in table:
         number = f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
         print(f"{result:<{width}}  {number:>12} {unit}")

@@ -114,11 +114,16 @@ fn cluster_text(wanted: &Wanted, ports: &[u16]) -> String {
         ports[0],
         wanted.frontend.as_str()
     );
-    for index in 1..=wanted.nodes + wanted.spares {
+    let count = wanted.nodes + wanted.spares;
+    for index in 1..=count {
         let spare = if index > wanted.nodes { "spare = true\n" } else { "" };
+        let nbd = match wanted.nbd_tcp {
+            true => format!("nbd = \"127.0.0.1:{}\"\n", ports[usize::from(count + index)]),
+            false => String::new(),
+        };
         let _ = write!(
             text,
-            "\n[[node]]\nname = \"n{index}\"\naddress = \"127.0.0.1:{}\"\n{spare}[[node.disk]]\n\
+            "\n[[node]]\nname = \"n{index}\"\naddress = \"127.0.0.1:{}\"\n{nbd}{spare}[[node.disk]]\n\
              path = \"{dir}/n{index}/d1.img\"\nsize = \"{}\"\n",
             ports[usize::from(index)],
             wanted.disk_bytes
@@ -153,7 +158,8 @@ impl Directory {
         }
         let (made, old) = claim(dir)?;
         let old = old.unwrap_or_default();
-        let ports = free_ports(1 + usize::from(wanted.nodes + wanted.spares))?;
+        let ports_per_node = if wanted.nbd_tcp { 2 } else { 1 };
+        let ports = free_ports(1 + ports_per_node * usize::from(wanted.nodes + wanted.spares))?;
         let text = cluster_text(wanted, &ports);
         let file = ClusterFile::parse(&text, &config_path(dir).display().to_string())
             .map_err(|error| Failure::new(error.to_string()))?;
@@ -232,7 +238,15 @@ mod tests {
     use mirror_net::config::Frontend;
 
     fn wanted(dir: PathBuf, keep: bool) -> Wanted {
-        Wanted { dir, nodes: 2, spares: 1, disk_bytes: 1 << 20, frontend: Frontend::Nbd, keep }
+        Wanted {
+            dir,
+            nodes: 2,
+            spares: 1,
+            disk_bytes: 1 << 20,
+            frontend: Frontend::Nbd,
+            nbd_tcp: false,
+            keep,
+        }
     }
 
     #[test]
@@ -246,6 +260,18 @@ mod tests {
         assert_eq!(std::fs::read_to_string(dir.join("cluster.toml")).unwrap(), directory.text);
         directory.remove();
         assert!(!dir.exists());
+    }
+
+    #[test]
+    fn exports_over_tcp_have_ports_of_their_own() {
+        let wanted = Wanted { nbd_tcp: true, ..wanted(PathBuf::from("/p"), false) };
+        let text = cluster_text(&wanted, &[1, 2, 3, 4, 5, 6, 7]);
+        let file = ClusterFile::parse(&text, "cluster.toml").unwrap();
+        let nbd: Vec<_> = file.nodes.iter().map(|node| format!("{:?}", node.nbd)).collect();
+        assert!(
+            nbd.iter().zip(["127.0.0.1:5", "127.0.0.1:6", "127.0.0.1:7"]).all(|(a, b)| a.contains(b)),
+            "{nbd:?}"
+        );
     }
 
     #[test]

@@ -36,6 +36,9 @@ pub struct PlaygroundArguments {
     /// How devices are exported
     #[arg(long, default_value = "auto", value_parser = frontend, value_name = "auto|ublk|nbd")]
     frontend: Frontend,
+    /// NBD exports listen on a port of 127.0.0.1 instead of a unix socket
+    #[arg(long)]
+    nbd_tcp: bool,
     /// Keep the files when it ends
     #[arg(long)]
     keep: bool,
@@ -76,6 +79,7 @@ pub(crate) struct Wanted {
     spares: u16,
     disk_bytes: u64,
     frontend: Frontend,
+    nbd_tcp: bool,
     keep: bool,
 }
 
@@ -91,8 +95,9 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
             control::ask(&dir, control::Request::Start { name: node }).await
         }
         None => {
-            let PlaygroundArguments { nodes, spares, disk_size, frontend, keep, json, .. } = arguments;
-            let wanted = Wanted { dir, nodes, spares, disk_bytes: disk_size, frontend, keep };
+            let PlaygroundArguments { nodes, spares, disk_size, frontend, nbd_tcp, keep, json, .. } =
+                arguments;
+            let wanted = Wanted { dir, nodes, spares, disk_bytes: disk_size, frontend, nbd_tcp, keep };
             play(wanted, json).await
         }
     }

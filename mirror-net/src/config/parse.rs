@@ -9,7 +9,7 @@ use core::net::{IpAddr, SocketAddr};
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::Spanned;
 
@@ -401,7 +401,7 @@ impl Reader<'_> {
                 ));
             }
             let bytes = disk.size.as_ref().map(|size| self.bytes(size, "node.disk.size")).transpose()?;
-            if let Some(size) = disk.size.as_ref().filter(|_| path.starts_with("/dev")) {
+            if let Some(size) = disk.size.as_ref().filter(|_| is_device(&path)) {
                 return Err(self.error(
                     size,
                     "node.disk.size",
@@ -419,4 +419,9 @@ impl Reader<'_> {
         }
         Ok(disks)
     }
+}
+
+/// Whether something with that path is a device: all of /dev but the memory that is mounted there for files.
+fn is_device(path: &Path) -> bool {
+    path.starts_with("/dev") && !path.starts_with("/dev/shm")
 }

@@ -184,3 +184,9 @@ fn addresses_are_checked() {
     let text = GOOD.replacen("10.0.0.1:7301", "[fd00::1]:7301", 1);
     assert_eq!(ClusterFile::parse(&text, "c.toml").unwrap().nodes[0].address, "[fd00::1]:7301");
 }
+
+#[test]
+fn files_in_memory_are_no_devices() {
+    let text = GOOD.replacen("/var/lib/d2.img", "/dev/shm/d2.img", 1);
+    assert_eq!(ClusterFile::parse(&text, "c.toml").unwrap().nodes[0].disks[1].bytes, Some(1 << 30));
+}

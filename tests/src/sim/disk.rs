@@ -10,6 +10,7 @@
 
 use crate::sim::scheduler::Random;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Bytes of a page: the unit that a power cut keeps or loses.
@@ -45,6 +46,8 @@ impl Piece {
 pub struct SimDisk {
     /// What fills pages that were never written.
     blank: u8,
+    /// Such a page.
+    blank_page: Arc<Page>,
     durable: Vec<Option<Arc<Page>>>,
     current: Vec<Option<Arc<Page>>>,
     /// Completed writes that no flush has covered, in their order.
@@ -54,6 +57,10 @@ pub struct SimDisk {
     /// How many of them lie in each page.
     unflushed: Vec<u32>,
     next_number: u64,
+    /// What lies outside is metadata.
+    data: Range<u64>,
+    /// Counts the changes of the metadata that a reader sees.
+    metadata_changes: u64,
     /// Sectors that cannot be read until they are written.
     unreadable: BTreeSet<u64>,
     /// Kinds of I/O that fail from now on.
@@ -90,15 +97,28 @@ impl SimDisk {
         let pages = bytes as usize / PAGE;
         Self {
             blank,
+            blank_page: Arc::new([blank; PAGE]),
             durable: vec![None; pages],
             current: vec![None; pages],
             pending: Vec::new(),
             written: Vec::new(),
             unflushed: vec![0; pages],
             next_number: 0,
+            data: 0..0,
+            metadata_changes: 0,
             unreadable: BTreeSet::new(),
             faults: Faults::default(),
         }
+    }
+
+    /// Says where the data lies: all the rest is metadata.
+    pub fn set_data(&mut self, data: Range<u64>) {
+        self.data = data;
+    }
+
+    /// Another number whenever a reader may find other metadata than before.
+    pub fn metadata_changes(&self) -> u64 {
+        self.metadata_changes
     }
 
     /// Whether a sector cannot be read.
@@ -135,6 +155,8 @@ impl SimDisk {
 
     /// A write completed: it is in the cache, or on stable storage.
     pub fn write(&mut self, offset: u64, data: &[u8], durable: bool) {
+        let is_data = self.data.start <= offset && offset + data.len() as u64 <= self.data.end;
+        self.metadata_changes += u64::from(!is_data);
         if !self.unreadable.is_empty() {
             let sectors = offset / SECTOR as u64..(offset + data.len() as u64).div_ceil(SECTOR as u64);
             self.unreadable.retain(|sector| !sectors.contains(sector));
@@ -183,9 +205,19 @@ impl SimDisk {
         self.pending.first().is_some_and(|piece| piece.number <= mark)
     }
 
-    /// Reads what a loss of power would surely leave.
-    pub fn read_durable(&self, offset: u64, into: &mut [u8]) {
-        read(&self.durable, self.blank, offset, into);
+    /// The page at that offset, as a reader sees it now.
+    pub fn page(&self, offset: u64) -> &[u8; PAGE] {
+        self.page_of(&self.current, offset)
+    }
+
+    /// The page at that offset, as a loss of power would surely leave it.
+    pub fn durable_page(&self, offset: u64) -> &[u8; PAGE] {
+        self.page_of(&self.durable, offset)
+    }
+
+    fn page_of<'a>(&'a self, pages: &'a [Option<Arc<Page>>], offset: u64) -> &'a Page {
+        assert!(offset.is_multiple_of(PAGE as u64));
+        pages[offset as usize / PAGE].as_deref().unwrap_or(&self.blank_page)
     }
 
     /// A flush completed.
@@ -220,6 +252,7 @@ impl SimDisk {
             }
         }
         self.written.clear();
+        self.metadata_changes += 1;
         self.current.clone_from(&self.durable);
     }
 }

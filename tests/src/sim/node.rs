@@ -15,6 +15,8 @@ use mirror_net::format::create::{FormatOptions, format};
 use mirror_net::format::{Geometry, Opened, Plan, PlanStep, SlotOrder, ZoneProfile, open};
 use mirror_net::ids::{AttachId, ClusterId, DiskId, Incarnation, NodeId, ProcessId, SlotIndex};
 use mirror_net::map::SegmentSlots;
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::OnceLock;
 
 /// Bytes of a slice in the simulator.
@@ -40,6 +42,8 @@ pub struct Mounted {
     pub media: SimDisk,
     /// Its attachment.
     pub attach: u64,
+    /// What was found when it was last opened to look at, and after how many changes of its metadata.
+    seen: RefCell<Option<(u64, Rc<Opened>)>>,
 }
 
 /// A node.
@@ -96,7 +100,9 @@ fn formatted(id: DiskId) -> SimDisk {
             known_zero,
         };
         let (_, plan) = format(options).expect("it can be formatted");
+        let data = position(0, 0)..position(geometry.slots - 1, SLICE);
         let mut disk = SimDisk::filled(DISK_BYTES, if known_zero { 0 } else { 0xe5 });
+        disk.set_data(data);
         carry_out(&mut disk, plan);
         disk.flushed(disk.flush_mark());
         disk
@@ -122,13 +128,30 @@ impl Mounted {
         };
         open(&mut read, DISK_BYTES).map_err(|error| error.to_string())
     }
+
+    /// The same for somebody who only looks: nothing is read again that has not changed.
+    pub fn look(&self) -> Option<Rc<Opened>> {
+        let changes = self.media.metadata_changes();
+        if let Some((seen, opened)) = &*self.seen.borrow()
+            && *seen == changes
+        {
+            return Some(Rc::clone(opened));
+        }
+        let opened = Rc::new(self.open().ok()?);
+        *self.seen.borrow_mut() = Some((changes, Rc::clone(&opened)));
+        Some(opened)
+    }
 }
 
 impl Node {
     /// A node with formatted disks, not running. Disks are numbered over all nodes.
     pub fn new(id: u16, disks: std::ops::Range<u32>) -> Self {
-        let mounted =
-            |disk: u32| Mounted { id: DiskId(disk), media: formatted(DiskId(disk)), attach: disk.into() };
+        let mounted = |disk: u32| Mounted {
+            id: DiskId(disk),
+            media: formatted(DiskId(disk)),
+            attach: disk.into(),
+            seen: RefCell::default(),
+        };
         Self {
             id: NodeId(id),
             disks: disks.map(mounted).collect(),

@@ -8,11 +8,18 @@ use mirror_net::format::Opened;
 use mirror_net::ids::{DeviceId, DiskId, MapVersion, SliceIndex, SlotIndex};
 use mirror_net::map::{Replica, ReplicaState, Span};
 use mirror_net::region::masks::{REGIONS_PER_SLICE, RegionMasks, touched};
-use std::collections::BTreeMap;
+use std::rc::Rc;
 
 const REGION: u32 = SLICE / REGIONS_PER_SLICE;
 const REGION_SECTORS: usize = REGION as usize / SECTOR;
 const _: () = assert!(REGION as usize == PAGE, "a region is a page of a simulated disk");
+
+static ZEROS: [u8; PAGE] = [0; PAGE];
+
+/// Whether two pages hold different things; those that are the same one do not.
+fn differ(a: &[u8; PAGE], b: &[u8; PAGE]) -> bool {
+    !std::ptr::eq(a, b) && a != b
+}
 
 /// A copy of a slice as a reader of the disk finds it.
 #[derive(Clone, Copy)]
@@ -33,7 +40,7 @@ fn slot_of(opened: &Opened, device: DeviceId, slice: u32) -> Option<SlotIndex> {
     held.max_by_key(|(epoch, _)| *epoch).map(|(_, slot)| slot)
 }
 
-impl CopyOnDisk<'_> {
+impl<'a> CopyOnDisk<'a> {
     fn dirty(&self) -> u64 {
         self.held.map_or(0, |(_, masks)| masks.dirty)
     }
@@ -42,19 +49,13 @@ impl CopyOnDisk<'_> {
         self.held.map_or(0, |(_, masks)| masks.readable())
     }
 
-    fn region(&self, region: u32, into: &mut [u8; PAGE]) {
-        match self.place(region) {
-            Some(at) => self.media.read(at, into),
-            None => into.fill(0),
-        }
+    fn region(&self, region: u32) -> &'a [u8; PAGE] {
+        self.place(region).map_or(&ZEROS, |at| self.media.page(at))
     }
 
     /// What a loss of power would leave of it.
-    fn durable_region(&self, region: u32, into: &mut [u8; PAGE]) {
-        match self.place(region) {
-            Some(at) => self.media.read_durable(at, into),
-            None => into.fill(0),
-        }
+    fn durable_region(&self, region: u32) -> &'a [u8; PAGE] {
+        self.place(region).map_or(&ZEROS, |at| self.media.durable_page(at))
     }
 
     /// Regions that are called clean and of which something is in the disk's cache only.
@@ -64,14 +65,11 @@ impl CopyOnDisk<'_> {
 
     /// Those of these regions of which something is in the disk's cache only.
     fn unflushed(&self, mut left: u64) -> u64 {
-        let (mut current, mut durable) = ([0; PAGE], [0; PAGE]);
         let mut unflushed = 0;
         while left != 0 {
             let region = left.trailing_zeros();
             left &= left - 1;
-            self.region(region, &mut current);
-            self.durable_region(region, &mut durable);
-            unflushed |= u64::from(current != durable) << region;
+            unflushed |= u64::from(differ(self.region(region), self.durable_region(region))) << region;
         }
         unflushed
     }
@@ -84,29 +82,20 @@ impl CopyOnDisk<'_> {
 
     /// The regions whose logical content differs.
     fn differing(&self, other: &Self) -> u64 {
-        let (mut a, mut b) = ([0; PAGE], [0; PAGE]);
         let mut differing = 0;
         let mut left = self.readable() | other.readable();
         while left != 0 {
             let region = left.trailing_zeros();
             left &= left - 1;
-            self.region(region, &mut a);
-            other.region(region, &mut b);
-            differing |= u64::from(a != b) << region;
+            differing |= u64::from(differ(self.region(region), other.region(region))) << region;
         }
         differing
     }
 }
 
-/// Disks as they would be opened now; each once.
-#[derive(Default)]
-struct Shelf(BTreeMap<DiskId, Option<Opened>>);
-
-impl Shelf {
-    fn open(&mut self, disk: DiskId, mounted: &Mounted) -> Option<&Opened> {
-        let open = || mounted.open().ok().filter(|_| !mounted.media.is_dead());
-        self.0.entry(disk).or_insert_with(open).as_ref()
-    }
+/// What would be found on a disk if it were opened now, by somebody whom it obeys.
+fn look(mounted: &Mounted) -> Option<Rc<Opened>> {
+    mounted.look().filter(|_| !mounted.media.is_dead())
 }
 
 impl Cluster {
@@ -119,7 +108,6 @@ impl Cluster {
     /// a dirty bit on one of them, at any moment: each copy's bit is on its disk before its data, and bits
     /// are cleared of what is equal everywhere, and on stable storage everywhere (rules 8 and 9). With `equal` members must not differ at all.
     pub fn compare_copies(&mut self, equal: bool) {
-        let mut shelf = Shelf::default();
         let mut wrong = Vec::new();
         for device in &self.manager.map.devices {
             for span in &device.spans {
@@ -129,8 +117,8 @@ impl Cluster {
                 for slice in span.first.0..span.end() {
                     let mut copies = Vec::new();
                     for disk in disks.iter().filter(|_| disks.len() > 1) {
-                        if let Some(opened) = shelf.open(*disk, self.mounted(*disk)) {
-                            copies.push((*disk, self.copy(*disk, opened, device.id, slice)));
+                        if let Some(opened) = look(self.mounted(*disk)) {
+                            copies.push((*disk, self.copy(*disk, &opened, device.id, slice)));
                         }
                     }
                     for (disk, copy) in &copies {
@@ -176,16 +164,15 @@ impl Cluster {
         }
         let device = &self.manager.map.devices[index];
         let written: Vec<usize> = self.checker.written(index).collect();
-        let mut shelf = Shelf::default();
         let mut wrong = Vec::new();
-        let (mut current, mut durable) = ([0; PAGE], [0; PAGE]);
+        let (mut current, mut durable) = (&ZEROS, &ZEROS);
         for member in device.spans.iter().flat_map(|span| span.members().map(move |member| (span, member))) {
             let (span, member) = member;
             let mounted = self.mounted(member.disk);
             if mounted.attach != member.incarnation.attach.0 {
                 continue;
             }
-            let Some(opened) = shelf.open(member.disk, mounted) else { continue };
+            let Some(opened) = look(mounted) else { continue };
             let mut read = None;
             let mut copy = None;
             for sector in &written {
@@ -196,15 +183,15 @@ impl Cluster {
                 }
                 if read != Some(region) {
                     if read.is_none_or(|read| read as u32 / REGIONS_PER_SLICE != slice) {
-                        copy = Some(self.copy(member.disk, opened, device.id, slice));
+                        copy = Some(self.copy(member.disk, &opened, device.id, slice));
                     }
                     read = Some(region);
                     if let Some(copy) = &copy {
-                        copy.region(region as u32 % REGIONS_PER_SLICE, &mut current);
-                        copy.durable_region(region as u32 % REGIONS_PER_SLICE, &mut durable);
+                        current = copy.region(region as u32 % REGIONS_PER_SLICE);
+                        durable = copy.durable_region(region as u32 % REGIONS_PER_SLICE);
                     }
                 }
-                let [now, later] = [&current, &durable].map(|page| stamp(&page[within..within + SECTOR]));
+                let [now, later] = [current, durable].map(|page| stamp(&page[within..within + SECTOR]));
                 let well = matches!((now, later), (Some(now), Some(later))
                     if self.checker.may_hold(self.now, index, *sector, now, later));
                 if !well {
@@ -240,7 +227,7 @@ impl Cluster {
         let mut wrong = Vec::new();
         for member in span.iter().flat_map(|span| span.members()) {
             let mounted = self.mounted(member.disk);
-            let Some(opened) = mounted.open().ok().filter(|_| mounted.attach == member.incarnation.attach.0)
+            let Some(opened) = mounted.look().filter(|_| mounted.attach == member.incarnation.attach.0)
             else {
                 continue;
             };
@@ -274,7 +261,6 @@ impl Cluster {
         let Some(map) = self.manager.history.get(&version.0).filter(|_| !self.shape.mirrored_only) else {
             return;
         };
-        let mut shelf = Shelf::default();
         let mut wrong = Vec::new();
         for device in &map.devices {
             for (span, replica) in
@@ -284,9 +270,9 @@ impl Cluster {
                 if self.locate(replica.disk).0 != node || replica.state == ReplicaState::Stale {
                     continue;
                 }
-                let Some(opened) = shelf.open(replica.disk, self.mounted(replica.disk)) else { continue };
+                let Some(opened) = look(self.mounted(replica.disk)) else { continue };
                 for slice in span.first.0..span.end() {
-                    let held = slot_of(opened, device.id, slice);
+                    let held = slot_of(&opened, device.id, slice);
                     let epoch = held
                         .and_then(|slot| opened.journal.slot(slot).assignment)
                         .map(|assignment| assignment.epoch);
@@ -314,7 +300,7 @@ impl Cluster {
             return;
         };
         let mounted = &self.node(node).disks[index];
-        let Ok(opened) = mounted.open() else { return };
+        let Some(opened) = mounted.look() else { return };
         let missing = touched(offset, length, REGION) & !opened.journal.masks(SlotIndex(slot)).dirty;
         if missing != 0 {
             let wrong = format!(
