@@ -284,7 +284,7 @@ fn garbage_on_a_lane_ends_its_session_and_nothing_else() -> anyhow::Result<()> {
             ("two opens", "twice", Box::new(|session| [scene.open(session), scene.open(session)].concat())),
             (
                 "an answer to nothing",
-                "an ack for nothing",
+                "an answer to nothing",
                 Box::new(|session| [scene.open(session), scene.bare(Kind::Ack, session)].concat()),
             ),
             (

@@ -14,6 +14,7 @@ use super::op::{Local, Op, Part};
 use super::view::{PeerIndex, SpanView};
 use crate::planted::{self, Bug};
 use crate::region::masks::touched;
+use crate::wire::header::Status;
 
 /// What may differ between this node's copy of a slice and another's.
 #[derive(Debug)]
@@ -195,6 +196,23 @@ impl Engine {
                 }
             }
             self.pump(device, peer);
+        }
+    }
+
+    /// Those of a slice that touch regions which no copy can give to the others.
+    pub(super) fn fail_unreconciled_reads(&mut self, device: usize, slice: u32, regions: u64) {
+        let region_bytes = self.region_bytes();
+        let (ops, waiting) = (&self.ops, &mut self.unreconciled_reads);
+        let hopeless: Vec<OpKey> = waiting
+            .extract_if(.., |key| {
+                ops.get(*key).is_some_and(|op| {
+                    let touches = touched(op.offset, op.length, region_bytes) & regions != 0;
+                    (op.device, op.slice) == (device, slice) && touches
+                })
+            })
+            .collect();
+        for key in hopeless {
+            self.doom(key, Status::DiskFailed);
         }
     }
 

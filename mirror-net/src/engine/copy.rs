@@ -169,7 +169,8 @@ impl Engine {
         self.copy_progress(key);
     }
 
-    /// The piece cannot be read here. A member may have it; the region is tried again later.
+    /// The piece cannot be read here. A member may have it, whole or block by block: what this disk cannot
+    /// read need not be what that one cannot. The region is tried again later.
     pub(super) fn copy_piece_unreadable(&mut self, key: OpKey) {
         let length = self.piece(key).length;
         let (op, copy) = (&self.ops[key], &mut self.copies[key]);
@@ -180,7 +181,9 @@ impl Engine {
         if let Some(behind) = self.behind_mut(device, slice, peer) {
             behind.unreadable |= 1 << region;
         }
-        self.repair(device, slice, at..at + length, None);
+        for block in (at..at + length).step_by(FINE_BYTES as usize) {
+            self.repair(device, slice, block..(block + FINE_BYTES).min(at + length), None);
+        }
     }
 
     /// Its digests were computed.

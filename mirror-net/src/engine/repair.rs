@@ -121,11 +121,29 @@ impl Engine {
             }
             None => {
                 self.release(body);
+                if status == Status::DiskFailed && doomed.is_none() && reader.is_none() {
+                    self.repair_from_next(key);
+                    return;
+                }
                 self.finish(key, doomed.unwrap_or(if tried { Status::DiskFailed } else { Status::Fenced }));
             }
         }
         if let Some(reader) = reader.and_then(|reader| self.ops.get_mut(reader)) {
             reader.repairs += u8::from(tried);
         }
+    }
+
+    /// That member cannot read it either. If none can, reads that wait for the region to be equal on all
+    /// copies fail: it will not be, before it is written anew.
+    fn repair_from_next(&mut self, key: OpKey) {
+        let op = &mut self.ops[key];
+        op.repairs += 1;
+        let (device, slice, offset, length, asked) = (op.device, op.slice, op.offset, op.length, op.repairs);
+        if usize::from(asked) < self.devices[device].view.span(slice).members.len() {
+            self.start_repair(key);
+            return;
+        }
+        self.finish(key, Status::DiskFailed);
+        self.fail_unreconciled_reads(device, slice, touched(offset, length, self.region_bytes()));
     }
 }

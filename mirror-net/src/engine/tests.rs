@@ -602,3 +602,28 @@ fn nothing_is_called_empty_under_a_lease_that_ran_out_unnoticed() {
     // It slept: no tick came in between.
     assert!(data(now + super::session::LEASE + 1));
 }
+
+#[test]
+fn a_read_of_what_no_copy_can_read_fails_though_the_copies_were_not_compared() {
+    let first = map(2, 2, 2);
+    let mut rig = Rig::new(2, &first);
+    let write = Header {
+        slice_epoch: first.devices[0].spans[0].epoch,
+        device: DEVICE.0,
+        length: 4096,
+        ..Header::new(Kind::Write)
+    };
+    rig.frame(1, write, None);
+    // It takes over from a primary that stays a member, and may have written more than what came here.
+    rig.hold = true;
+    rig.adopt(&next(&first, |span| span.replicas.swap(0, 1)));
+    rig.adopted(1, 2);
+    rig.wait(300, &[1]);
+    let read = rig.request(RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "it may differ");
+    rig.complete_io(Err("medium error".into()));
+    let fetch = rig.take(Kind::Fetch);
+    assert_eq!(fetch.len(), 1, "the other member is asked");
+    rig.answer(&fetch[0], Kind::Ack, Status::DiskFailed);
+    assert_eq!(rig.result(read), Some(Err(RequestError::Io)));
+}

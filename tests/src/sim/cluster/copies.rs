@@ -8,6 +8,7 @@ use mirror_net::format::Opened;
 use mirror_net::ids::{DeviceId, DiskId, MapVersion, SliceIndex, SlotIndex};
 use mirror_net::map::{Replica, ReplicaState, Span};
 use mirror_net::region::masks::{REGIONS_PER_SLICE, RegionMasks, touched};
+use mirror_net::wire::header::Header;
 use std::rc::Rc;
 
 const REGION: u32 = SLICE / REGIONS_PER_SLICE;
@@ -221,9 +222,13 @@ impl Cluster {
         }
     }
 
-    /// Dirty bits are about to be cleared: all members have flushed those regions (rule 9).
-    pub(super) fn check_clear(&mut self, device: DeviceId, slice: u32, offset: u32, length: u32) {
+    /// Dirty bits are about to be cleared: all members have flushed those regions (rule 9). What a deposed
+    /// primary asks for is refused, and says nothing of the members of now.
+    pub(super) fn check_clear(&mut self, header: &Header) {
+        let Header { slice, offset, length, .. } = *header;
+        let device = DeviceId(header.device);
         let span = self.manager.map.device(device).and_then(|device| device.span(SliceIndex(slice)));
+        let span = span.filter(|span| span.epoch == header.slice_epoch);
         let mut wrong = Vec::new();
         for member in span.iter().flat_map(|span| span.members()) {
             let mounted = self.mounted(member.disk);

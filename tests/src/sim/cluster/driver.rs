@@ -8,7 +8,7 @@ use crate::sim::scheduler::{MS, Nanos};
 use mirror_net::control::NodeMessage;
 use mirror_net::engine::action::{Action, Body, Io, Report};
 use mirror_net::format::MetadataIo;
-use mirror_net::ids::{DeviceId, NodeId};
+use mirror_net::ids::NodeId;
 use mirror_net::region::digest::DigestKey;
 use mirror_net::wire::header::{HEADER_BYTES, Header, Kind, Status, TRAILER_BYTES, Trailer};
 
@@ -208,7 +208,7 @@ impl Cluster {
                 self.checker.acts_as_primary(header.device, header.slice, header.slice_epoch.0, node);
             }
             Kind::Clear if self.random.one_in(CLEAR_LOOK) => {
-                self.check_clear(DeviceId(header.device), header.slice, header.offset, header.length);
+                self.check_clear(&header);
             }
             _ => {}
         }
