@@ -15,6 +15,7 @@ const WRITE: RequestKind = RequestKind::Write { fua: false };
 fn shape(nodes: u16, copies: u16) -> Shape {
     Shape {
         nodes,
+        spares: 0,
         disks: 1,
         pairs: false,
         copies,

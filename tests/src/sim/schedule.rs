@@ -32,13 +32,15 @@ pub enum Class {
     Deposed,
     Moved,
     LateFrame,
+    Lost,
+    Regenerated,
 }
 
 use Class::*;
 
 impl Class {
     /// All, in the order of their counts.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -61,10 +63,12 @@ impl Class {
         Deposed,
         Moved,
         LateFrame,
+        Lost,
+        Regenerated,
     ];
 
     /// What can be planned while nothing is broken for ever.
-    const PASSING: [Self; 21] = [
+    const PASSING: [Self; 22] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -87,6 +91,7 @@ impl Class {
         Deposed,
         Moved,
         Moved,
+        Lost,
     ];
 
     /// What takes no copy out of service, and so may come together with a broken disk.
@@ -117,6 +122,8 @@ impl Class {
             Deposed => "failover of a node that does not hear of it",
             Moved => "copy dropped or added",
             LateFrame => "frame of an old session",
+            Lost => "away for longer than a spare waits",
+            Regenerated => "copies made again on a spare",
         }
     }
 }
@@ -140,8 +147,6 @@ pub struct Outcome {
 const LIVENESS: Nanos = 20_000 * MS;
 /// Within so long after that every copy that can be is in sync again.
 const REJOIN_WITHIN: Nanos = 30_000 * MS;
-/// Whether the product takes copies that were left behind back in.
-const REJOINS: bool = true;
 
 /// Draws faults for a cluster of some shape.
 struct Planner<'a> {
@@ -246,8 +251,14 @@ impl Planner<'_> {
             }
             Deposed => self.depose(node, other, at),
             Moved => self.move_copy(node, other, at),
-            // What is left of a lane that is lost.
-            LateFrame => {}
+            Lost => {
+                let fault =
+                    if self.random.one_in(2) { Fault::PowerCut { node } } else { Fault::Kill { node } };
+                let until = at + self.one_of(&[4_500, 6_000, 9_000]) * MS;
+                self.stop(at, until, fault, node);
+            }
+            // What is left of a lane that is lost, and what follows by itself.
+            LateFrame | Regenerated => {}
         }
     }
 
@@ -354,8 +365,11 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     // A broken disk is one failure: no other may take the remaining copy's unflushed data.
     let broken = random.one_in(4);
     let nodes = [2, 2, 3, 3, 4, 5][random.below(6) as usize];
+    // Drawn apart: the seeds without a spare are what they were.
+    let spares = u16::from(nodes < 5 && Random::new(seed ^ 0x59a7e).one_in(4));
     let shape = Shape {
-        nodes,
+        nodes: nodes + spares,
+        spares,
         disks: [1, 1, 2, 3][random.below(4) as usize],
         pairs: random.one_in(2),
         copies: if nodes >= 3 && random.one_in(2) { 3 } else { 2 },
@@ -386,7 +400,8 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         };
         planner.plan(class, at);
         faults[class as usize] += 1;
-        last = at;
+        // While it is away, the rest comes about when its copies are made again.
+        last = if class == Lost { at + 4_000 * MS } else { at };
     }
     cluster.run_until(last + 500 * MS + random.below(1_000 * MS));
     if count > 0 {
@@ -394,6 +409,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     }
     finish(&mut cluster);
     faults[LateFrame as usize] = cluster.late_frames;
+    faults[Regenerated as usize] = cluster.plans_done;
     Outcome {
         violations: std::mem::take(&mut cluster.checker.violations),
         hash: cluster.hash,
@@ -413,9 +429,7 @@ pub fn finish(cluster: &mut Cluster) {
         read_all(cluster, device);
     }
     cluster.run_until(cluster.now + 100 * MS);
-    if REJOINS {
-        rejoined(cluster);
-    }
+    rejoined(cluster);
     if cluster.checker.violations.is_empty() {
         cluster.check_members();
         cluster.compare_copies(false);

@@ -73,6 +73,7 @@ mod tests {
     fn map() -> DistributionMap {
         let shape = Shape {
             nodes: 2,
+            spares: 0,
             disks: 1,
             pairs: false,
             copies: 2,

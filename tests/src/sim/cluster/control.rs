@@ -82,6 +82,9 @@ impl Cluster {
         let version = proposal.next.version;
         let stored = self.manager.store(proposal.base, *proposal.next);
         if stored {
+            for line in &proposal.why {
+                self.say(|| format!("store: {version}: {line}"));
+            }
             self.note_change(&before);
         }
         if life != self.manager.life || self.manager.core.is_none() {
@@ -283,6 +286,9 @@ impl Cluster {
     fn note_change(&mut self, before: &DistributionMap) {
         let map = Arc::clone(&self.manager.map);
         self.checker.violations.extend(wrong_with(before, &map));
+        let done = before.plans.iter().filter(|plan| map.plan(plan.id).is_none());
+        self.plans_done +=
+            done.filter(|plan| plan.progress(&map).in_sync == plan.progress(&map).slices).count() as u64;
         for (device, (old, new)) in before.devices.iter().zip(&map.devices).enumerate() {
             for span in &new.spans {
                 let was = old.span(span.first);

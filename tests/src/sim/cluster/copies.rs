@@ -6,6 +6,7 @@ use crate::sim::node::{Mounted, SLICE, position};
 use crate::sim::workload::stamp;
 use mirror_net::format::Opened;
 use mirror_net::ids::{DeviceId, DiskId, MapVersion, SliceIndex, SlotIndex};
+use mirror_net::map::plan::Plan;
 use mirror_net::map::{Replica, ReplicaState, Span};
 use mirror_net::region::masks::{REGIONS_PER_SLICE, RegionMasks, touched};
 use mirror_net::wire::header::Header;
@@ -160,7 +161,7 @@ impl Cluster {
     /// The same for one device.
     pub(super) fn check_device(&mut self, index: usize) {
         // A disk that failed a flush has lost something, and is a member until the manager knows.
-        if self.shape.mirrored_only || self.tainted {
+        if self.shape.mirrored_only {
             return;
         }
         let device = &self.manager.map.devices[index];
@@ -316,12 +317,21 @@ impl Cluster {
         }
     }
 
-    /// Every copy that could come back is in sync again.
+    /// Every copy that could come back is in sync again, and what was to be made again on a spare is.
     pub fn all_rejoined(&self) -> Result<(), String> {
+        let readable =
+            |span: &Span| !span.members().all(|member| self.mounted(member.disk).media.has_unreadable());
+        let waits = |plan: &&Plan| {
+            let mut spans = plan.moves.iter().flat_map(|step| self.manager.map.spans_of(step.run));
+            spans.all(|(span, _)| readable(span))
+        };
+        if let Some(plan) = self.manager.map.plans.iter().find(waits) {
+            return Err(format!("{} is never done: {}", plan.id, plan.cause));
+        }
         for device in &self.manager.map.devices {
             for span in &device.spans {
                 // What no good copy can read nobody can give to another.
-                if span.members().all(|member| self.mounted(member.disk).media.has_unreadable()) {
+                if !readable(span) {
                     continue;
                 }
                 let away = span.replicas.iter().find(|replica| {

@@ -18,12 +18,14 @@ const SLOTS: SegmentSlots = SegmentSlots { primary: SLICES, secondary: 2 * SLICE
 
 /// The map, with everything in sync, and the devices that have users.
 pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> (DistributionMap, Vec<usize>) {
+    let used = nodes.len() - usize::from(shape.spares);
     if !shape.pairs {
-        let map = spread(shape, nodes);
+        let map = spread(shape, nodes, used);
         let users = (0..map.devices.len()).collect();
         return (map, users);
     }
-    let nodes: Vec<NodeSpec> = nodes.iter().map(spec).collect();
+    let nodes: Vec<NodeSpec> =
+        nodes.iter().enumerate().map(|(index, node)| spec(node, index >= used)).collect();
     let map = pairs(ClusterId::default(), "sim", SLICE, &nodes).expect("there is room");
     // As far from each other as can be; mirrored ones first.
     let mut users: Vec<usize> = (0..map.devices.len()).collect();
@@ -35,7 +37,7 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> (DistributionMap, Vec<u
     (map, users)
 }
 
-fn spec(node: &Node) -> NodeSpec {
+fn spec(node: &Node, spare: bool) -> NodeSpec {
     let disk = |index: usize| DiskSpec {
         name: format!("d{}", index + 1),
         slots: SLOTS,
@@ -48,13 +50,12 @@ fn spec(node: &Node) -> NodeSpec {
         power: None,
         switch: None,
         disks: (0..node.disks.len()).map(disk).collect(),
-        spare: false,
+        spare,
     }
 }
 
-/// Devices with any number of copies, spread over the nodes.
-fn spread(shape: Shape, nodes: &[Node]) -> DistributionMap {
-    let count = nodes.len();
+/// Devices with any number of copies, spread over the first `count` nodes; the others are spares.
+fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
     let replica = |device: usize, copy: usize| {
         let node = &nodes[(device * (count - 1) + copy) % count];
         let disk = (device + copy) % node.disks.len();
@@ -98,7 +99,7 @@ fn spread(shape: Shape, nodes: &[Node]) -> DistributionMap {
                 name: format!("d{index}"),
                 slots: SegmentSlots { primary: 4, secondary: 4, unmirrored: 2 },
                 block_bytes: 512,
-                spare: false,
+                spare: usize::from(node.id.0) > count,
                 failed: None,
             })
             .collect(),

@@ -53,8 +53,10 @@ enum Event {
 /// How large and how busy.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
-    /// Nodes, 2 to 5.
+    /// Nodes, 2 to 5, spares included.
     pub nodes: u16,
+    /// The last so many of them are spares.
+    pub spares: u16,
     /// Disks of each node, 1 to 3.
     pub disks: u16,
     /// The layout is the product's own for a new cluster, which makes two copies.
@@ -100,6 +102,8 @@ pub struct Cluster {
     pub network: Network,
     /// Frames that arrived after the end of their lane.
     pub late_frames: u64,
+    /// Plans that came to their end.
+    pub plans_done: u64,
     /// Requests that completed.
     pub completed: u64,
     /// A hash over everything that happened.
@@ -128,8 +132,6 @@ pub struct Cluster {
     seed: CrcSeed,
     /// Results by token, for scenarios.
     pub results: BTreeMap<u64, Result<Vec<u64>, String>>,
-    /// A disk lost acknowledged data by itself: a read may return anything.
-    pub tainted: bool,
 }
 
 impl Cluster {
@@ -154,6 +156,7 @@ impl Cluster {
             agents: nodes.iter().map(|_| Agent::default()).collect(),
             network: Network::default(),
             late_frames: 0,
+            plans_done: 0,
             completed: 0,
             hash: 0xcbf2_9ce4_8422_2325,
             trace,
@@ -173,7 +176,6 @@ impl Cluster {
             next_stamp: 0,
             seed: CrcSeed::new(&ClusterId::default()),
             results: BTreeMap::new(),
-            tainted: false,
         };
         for node in 1..=shape.nodes {
             cluster.launch(node);

@@ -286,9 +286,7 @@ impl Cluster {
                 match stamp(sector) {
                     Some(stamp) => {
                         stamps.push(stamp);
-                        if !self.tainted {
-                            early |= self.checker.read(asked.began, now, device, first + index, stamp, lasts);
-                        }
+                        early |= self.checker.read(asked.began, now, device, first + index, stamp, lasts);
                     }
                     None => self
                         .checker
