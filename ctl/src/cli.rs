@@ -139,9 +139,13 @@ pub enum ClusterVerb {
 pub enum ManagerVerb {
     /// Run the system manager
     Run {
-        /// Where the map is kept
+        /// Where the map is kept, unless the cluster file says in an etcd, and what happened
         #[arg(long, value_name = "DIR", default_value = "/var/lib/ublk-mirror/manager")]
         state_dir: PathBuf,
+        /// Which of the cluster file's manager addresses this one is [default: the first that this
+        /// machine has]
+        #[arg(long, value_name = "HOST:PORT")]
+        address: Option<String>,
     },
 }
 

@@ -58,7 +58,9 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Cluster { verb: ClusterVerb::Create { file, force, json } } => {
             cluster::create(&file.unwrap_or(config), force, json).await
         }
-        Command::Manager { verb: ManagerVerb::Run { state_dir } } => manager::run(&config, &state_dir).await,
+        Command::Manager { verb: ManagerVerb::Run { state_dir, address } } => {
+            manager::run(&config, &state_dir, address.as_deref()).await
+        }
         Command::Map { verb: MapVerb::Show { json } } => map::show(&config, json).await,
         Command::Status { json } => status::status(&config, json).await,
         Command::Node { verb: NodeVerb::Failover { node, json } } => {

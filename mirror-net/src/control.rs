@@ -158,6 +158,13 @@ pub enum ManagerMessage {
         /// Why, and what to do.
         reason: String,
     },
+    /// This manager decides nothing at this moment; the connection closes.
+    NotLeader {
+        /// `host:port` of the one that does, if it is known.
+        leader: Option<String>,
+        /// Why not, for people.
+        why: String,
+    },
 }
 
 /// The disks of one node to be formatted.
@@ -384,6 +391,13 @@ pub enum OperatorReply {
     Refused {
         /// Why, and what to do.
         reason: String,
+    },
+    /// This manager decides nothing at this moment, and has not begun with what was asked for.
+    NotLeader {
+        /// `host:port` of the one that does, if it is known.
+        leader: Option<String>,
+        /// Why not, for people.
+        why: String,
     },
 }
 
