@@ -81,6 +81,12 @@ pub enum Command {
         #[command(subcommand)]
         verb: DeviceVerb,
     },
+    /// Ask all nodes at once, each for what it serves now
+    Broadcast {
+        /// What they are asked for
+        #[command(subcommand)]
+        verb: BroadcastVerb,
+    },
     /// What is being moved
     Plan {
         /// What to do
@@ -178,6 +184,29 @@ pub enum NodeVerb {
 pub enum DeviceVerb {
     /// List the devices and where they are to be found
     List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Verbs of `broadcast`.
+#[derive(Subcommand, Debug)]
+pub enum BroadcastVerb {
+    /// A checksum of every device's content, computed where it lies
+    Checksum {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// How much of every device holds data
+    Usage {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Flush every device to stable storage, on all copies
+    Flush {
         /// Print JSON
         #[arg(long)]
         json: bool,

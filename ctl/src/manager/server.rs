@@ -176,6 +176,12 @@ impl Server<'_> {
                 self.replies.insert(ticket, reply);
                 return Some(Input::Plan { ticket, plan, order });
             }
+            OperatorRequest::Broadcast { kind, id } => {
+                self.replies.insert(ticket, reply);
+                let new = || uuid::Uuid::new_v4().as_u64_pair().0;
+                let (begins, id) = (id.is_none(), id.unwrap_or_else(new));
+                return Some(Input::Broadcast { ticket, kind, id, begins });
+            }
             OperatorRequest::Failover { node } => {
                 self.replies.insert(ticket, reply);
                 return Some(Input::Failover { ticket, node });

@@ -7,7 +7,7 @@ use ctl::key;
 use mirror_net::config::ClusterFile;
 use mirror_net::control::{
     DiskContent, DiskInventory, ExportReport, ManagerMessage, NodeMessage, NodeReport, REPORT_MS,
-    Registration, SessionReport,
+    Registration, SessionReport, SurveyAnswer, SurveyResult,
 };
 use mirror_net::ids::{AttachId, ClusterId, DiskId, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
@@ -209,6 +209,10 @@ impl FakeNode {
             ManagerMessage::Refused { reason } => {
                 println!("{}: refused: {reason}", self.name);
                 Vec::new()
+            }
+            ManagerMessage::Survey { order, runs, .. } => {
+                let answers = runs.into_iter().map(|run| SurveyAnswer { run, result: SurveyResult::Refused });
+                vec![NodeMessage::Surveyed { order, answers: answers.collect() }]
             }
             ManagerMessage::NotLeader { leader, why } => {
                 let line = format!("not the leader, which is {leader:?}: {why}");

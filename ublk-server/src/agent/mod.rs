@@ -26,6 +26,7 @@ use manager::Membership;
 use mirror_net::config::{ClusterFile, Frontend, NodeFile};
 use mirror_net::control::{
     ExportReport, FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
+    SurveyAnswer, SurveyResult,
 };
 use mirror_net::engine::Me;
 use mirror_net::engine::action::Report;
@@ -259,6 +260,7 @@ impl Agent {
                 tracing::info!(%exporter_session, "registered with the manager");
                 self.exporter_session = exporter_session;
                 self.registered = true;
+                self.io.iter().for_each(IoHandle::forget_surveys);
                 if let Some(io) = &self.io {
                     io.exporter_session(exporter_session);
                 }
@@ -289,6 +291,14 @@ impl Agent {
                 // Another process, or another cluster's disks: going on would only repeat it.
                 anyhow::bail!("the manager refused this node: {reason}");
             }
+            ManagerMessage::Survey { order, kind, runs } => match &self.io {
+                Some(io) => io.survey(order, kind, runs),
+                None => {
+                    let refused = |run| SurveyAnswer { run, result: SurveyResult::Refused };
+                    let answers = runs.into_iter().map(refused).collect();
+                    self.tell_manager(NodeMessage::Surveyed { order, answers });
+                }
+            },
             // The connection's own task follows it.
             ManagerMessage::NotLeader { .. } => {}
         }
@@ -434,6 +444,7 @@ impl Agent {
                     "its copies are equal"
                 );
             }
+            Event::Surveyed(order, answers) => self.tell_manager(NodeMessage::Surveyed { order, answers }),
             Event::MapRefused(reason) => {
                 tracing::error!(reason, "the newest map cannot be adopted");
                 self.trouble = Some(reason);
