@@ -81,6 +81,12 @@ pub enum Command {
         #[command(subcommand)]
         verb: DeviceVerb,
     },
+    /// Ask all nodes at once, each for what it serves now
+    Broadcast {
+        /// What they are asked for
+        #[command(subcommand)]
+        verb: BroadcastVerb,
+    },
     /// What is being moved
     Plan {
         /// What to do
@@ -139,9 +145,13 @@ pub enum ClusterVerb {
 pub enum ManagerVerb {
     /// Run the system manager
     Run {
-        /// Where the map is kept
+        /// Where the map is kept, unless the cluster file says in an etcd, and what happened
         #[arg(long, value_name = "DIR", default_value = "/var/lib/ublk-mirror/manager")]
         state_dir: PathBuf,
+        /// Which of the cluster file's manager addresses this one is [default: the first that this
+        /// machine has]
+        #[arg(long, value_name = "HOST:PORT")]
+        address: Option<String>,
     },
 }
 
@@ -174,6 +184,29 @@ pub enum NodeVerb {
 pub enum DeviceVerb {
     /// List the devices and where they are to be found
     List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Verbs of `broadcast`.
+#[derive(Subcommand, Debug)]
+pub enum BroadcastVerb {
+    /// A checksum of every device's content, computed where it lies
+    Checksum {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// How much of every device holds data
+    Usage {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Flush every device to stable storage, on all copies
+    Flush {
         /// Print JSON
         #[arg(long)]
         json: bool,

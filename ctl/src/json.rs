@@ -3,6 +3,7 @@
 //! Fields are added here, never renamed or removed.
 
 use mirror_net::control::{ClusterStatus, DiskContent, Finding, NodeStatus, Severity};
+use mirror_net::format::alloc::Segment;
 use mirror_net::map::{Device, DistributionMap, ReplicaState, SegmentSlots};
 use serde::Serialize;
 
@@ -35,6 +36,16 @@ pub struct MapJson {
     pub nodes: Vec<MapNodeJson>,
     pub disks: Vec<MapDiskJson>,
     pub devices: Vec<MapDeviceJson>,
+    pub plans: Vec<MapPlanJson>,
+}
+
+/// What is being moved.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct MapPlanJson {
+    pub plan: u64,
+    pub cause: String,
+    pub paused: bool,
 }
 
 /// A node in the map.
@@ -55,6 +66,7 @@ pub struct MapDiskJson {
     pub name: String,
     pub slots: SegmentSlots,
     pub block_bytes: u32,
+    pub spare: bool,
     pub failed: Option<String>,
 }
 
@@ -89,6 +101,7 @@ pub struct ReplicaJson {
     pub node: String,
     pub disk: String,
     pub state: &'static str,
+    pub segment: Segment,
 }
 
 impl MapJson {
@@ -105,13 +118,20 @@ impl MapJson {
             name: disk.name.clone(),
             slots: disk.slots,
             block_bytes: disk.block_bytes,
+            spare: disk.spare,
             failed: disk.failed.as_ref().map(|failed| failed.reason.clone()),
         });
         let replica = |replica: &mirror_net::map::Replica| ReplicaJson {
             node: map.node_of(replica.disk).map_or_else(String::new, |node| map.node_name(node)),
             disk: map.disk(replica.disk).map_or_else(String::new, |disk| disk.name.clone()),
             state: state_name(replica.state),
+            segment: replica.segment,
         };
+        let plans = map.plans.iter().map(|plan| MapPlanJson {
+            plan: plan.id.0,
+            cause: plan.cause.clone(),
+            paused: plan.paused,
+        });
         let devices = map.devices.iter().map(|device| MapDeviceJson {
             name: device.name.clone(),
             slices: device.slices,
@@ -139,6 +159,7 @@ impl MapJson {
             nodes: nodes.collect(),
             disks: disks.collect(),
             devices: devices.collect(),
+            plans: plans.collect(),
         }
     }
 }

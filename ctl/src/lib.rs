@@ -3,6 +3,7 @@
 //! wrong, where, and what to do, and one of the exit codes in [`failure`].
 #![forbid(unsafe_code)]
 
+mod broadcast;
 mod cli;
 pub mod client;
 mod cluster;
@@ -25,10 +26,11 @@ mod status;
 
 use clap::Parser;
 use cli::{
-    Cli, ClusterVerb, Command, DeviceVerb, DiskVerb, KeyVerb, ManagerVerb, MapVerb, NodeVerb, PlanVerb,
+    BroadcastVerb, Cli, ClusterVerb, Command, DeviceVerb, DiskVerb, KeyVerb, ManagerVerb, MapVerb, NodeVerb,
+    PlanVerb,
 };
 use failure::Failure;
-use mirror_net::control::PlanOrder;
+use mirror_net::control::{BroadcastKind, PlanOrder};
 use std::process::ExitCode;
 
 /// Reads the command line, does what it says, and reports.
@@ -58,13 +60,23 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Cluster { verb: ClusterVerb::Create { file, force, json } } => {
             cluster::create(&file.unwrap_or(config), force, json).await
         }
-        Command::Manager { verb: ManagerVerb::Run { state_dir } } => manager::run(&config, &state_dir).await,
+        Command::Manager { verb: ManagerVerb::Run { state_dir, address } } => {
+            manager::run(&config, &state_dir, address.as_deref()).await
+        }
         Command::Map { verb: MapVerb::Show { json } } => map::show(&config, json).await,
         Command::Status { json } => status::status(&config, json).await,
         Command::Node { verb: NodeVerb::Failover { node, json } } => {
             node::failover(&config, &node, json).await
         }
         Command::Device { verb: DeviceVerb::List { json } } => device::list(&config, json).await,
+        Command::Broadcast { verb } => {
+            let (kind, json) = match verb {
+                BroadcastVerb::Checksum { json } => (BroadcastKind::Checksum, json),
+                BroadcastVerb::Usage { json } => (BroadcastKind::Usage, json),
+                BroadcastVerb::Flush { json } => (BroadcastKind::Flush, json),
+            };
+            broadcast::broadcast(&config, kind, json).await
+        }
         Command::Plan { verb: PlanVerb::List { json } } => plan::list(&config, json).await,
         Command::Plan { verb: PlanVerb::Show { plan, json } } => plan::show(&config, plan, json).await,
         Command::Plan { verb: PlanVerb::Watch { plan } } => plan::watch(&config, plan).await,

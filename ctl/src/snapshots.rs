@@ -2,12 +2,14 @@
 //!
 //! `UPDATE_SNAPSHOTS=1 cargo test -p ctl` writes the files anew.
 
+use crate::broadcast::{self, BroadcastJson};
 use crate::json::{DeviceJson, MapJson, StatusJson};
 use crate::{device, map, output, status};
 use mirror_net::control::{
-    ClusterStatus, DiskContent, DiskInventory, ExportReport, Finding, NodeReport, NodeStatus, ResyncReport,
-    SessionReport, Severity,
+    BroadcastKind, BroadcastRow, BroadcastStatus, ClusterStatus, ContentSum, DiskContent, DiskInventory,
+    ExportReport, Finding, NodeReport, NodeStatus, ResyncReport, SessionReport, Severity, Unserved,
 };
+use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{AttachId, ClusterId, Incarnation, MapVersion, NodeId, ProcessId};
 use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
 use mirror_net::map::verbs::{Run, Verb};
@@ -147,6 +149,37 @@ fn rejoining() -> ClusterStatus {
     ClusterStatus { map: Some(map), ..status }
 }
 
+/// n1 has died in the middle of a checksum: n2 went on with its device.
+fn surveyed() -> BroadcastStatus {
+    let row = |device: &str, node: &str, segment, slices, sum| BroadcastRow {
+        device: device.into(),
+        node: node.into(),
+        segment,
+        slices,
+        bytes: slices << 26,
+        sum: ContentSum(sum),
+    };
+    let unserved = Unserved {
+        device: "n1-d1-unmirrored".into(),
+        first: 0,
+        count: 1,
+        node: "n1".into(),
+        why: "it is not connected".into(),
+    };
+    BroadcastStatus {
+        id: 1,
+        slices: 16,
+        answered: 16,
+        done: true,
+        rows: vec![
+            row("n1-d1", "n1", Segment::Primary, 2, 0x1234 << 96),
+            row("n1-d1", "n2", Segment::Secondary, 5, 0x4321),
+            row("n2-d1", "n2", Segment::Primary, 7, 7),
+        ],
+        unserved: vec![unserved],
+    }
+}
+
 #[test]
 fn json() {
     let status = failed_over();
@@ -155,6 +188,8 @@ fn json() {
     check("status.json", &output::to_json(&StatusJson::of(&status)).unwrap());
     check("status-rejoining.json", &output::to_json(&StatusJson::of(&rejoining())).unwrap());
     check("devices.json", &output::to_json(&DeviceJson::of_status(&status)).unwrap());
+    let checksum = BroadcastJson::new(BroadcastKind::Checksum, &surveyed());
+    check("broadcast.json", &output::to_json(&checksum).unwrap());
     let none = ClusterStatus { map: None, nodes: Vec::new(), findings: Vec::new() };
     check("status-none.json", &output::to_json(&StatusJson::of(&none)).unwrap());
 }
@@ -165,5 +200,7 @@ fn tables() {
     check("map.txt", &map::text(status.map.as_ref().unwrap()));
     check("status.txt", &status::text(&status));
     check("status-rejoining.txt", &status::text(&rejoining()));
+    check("checksum.txt", &broadcast::text(BroadcastKind::Checksum, &surveyed()));
+    check("usage.txt", &broadcast::text(BroadcastKind::Usage, &surveyed()));
     check("devices.txt", &device::text(&DeviceJson::of_status(&status)));
 }

@@ -35,7 +35,7 @@ fn fields(value: &Value, found: &mut Vec<String>) {
 fn every_json_field_is_documented() {
     let text = read("docs/mirrorctl-json.md");
     let words: Vec<&str> = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
-    for snapshot in ["map.json", "status.json", "status-rejoining.json", "devices.json"] {
+    for snapshot in ["map.json", "status.json", "status-rejoining.json", "devices.json", "broadcast.json"] {
         let mut found = Vec::new();
         fields(&serde_json::from_str(&read(&format!("ctl/snapshots/{snapshot}"))).unwrap(), &mut found);
         for name in found {

@@ -4,11 +4,13 @@
 //! [`Purpose::Control`](crate::wire::handshake::Purpose::Control). A node's agent and `mirrorctl`
 //! connect to the manager; the first message names which of the two it is by its type.
 
+use crate::format::alloc::Segment;
 use crate::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, PlanId,
-    ProcessId,
+    ProcessId, SliceEpoch,
 };
 use crate::map::{DistributionMap, SegmentSlots};
+use crate::region::digest::{Digest, placed};
 use serde::{Deserialize, Serialize};
 
 /// What a node's agent says to the manager.
@@ -65,6 +67,13 @@ pub enum NodeMessage {
         error: Option<String>,
         /// The disks' attachments, in the order of the request.
         attach: Vec<AttachId>,
+    },
+    /// Answers to [`ManagerMessage::Survey`], as they are found.
+    Surveyed {
+        /// The number of the order.
+        order: u64,
+        /// Each for slices that were asked for and not yet answered.
+        answers: Vec<SurveyAnswer>,
     },
 }
 
@@ -153,10 +162,26 @@ pub enum ManagerMessage {
         /// The generation of the claim that this holds for.
         generation: ClaimGeneration,
     },
+    /// Answer for what this node serves now of these slices; answered with [`NodeMessage::Surveyed`].
+    Survey {
+        /// Names the order; drawn at random.
+        order: u64,
+        /// What is wanted.
+        kind: BroadcastKind,
+        /// Of which slices; none to withdraw the order.
+        runs: Vec<SurveyRun>,
+    },
     /// The registration is refused; the connection closes.
     Refused {
         /// Why, and what to do.
         reason: String,
+    },
+    /// This manager decides nothing at this moment; the connection closes.
+    NotLeader {
+        /// `host:port` of the one that does, if it is known.
+        leader: Option<String>,
+        /// Why not, for people.
+        why: String,
     },
 }
 
@@ -287,6 +312,13 @@ pub enum OperatorRequest {
         /// What is to become of it.
         order: PlanOrder,
     },
+    /// Ask all primaries for something.
+    Broadcast {
+        /// What is wanted.
+        kind: BroadcastKind,
+        /// `None` to begin; then the number that came with the answer, until it is done.
+        id: Option<u64>,
+    },
     /// What happened, the oldest first.
     Events {
         /// Only what has a larger number; 0 for all that is remembered.
@@ -375,6 +407,8 @@ pub enum OperatorReply {
         /// For people.
         lines: Vec<String>,
     },
+    /// How far a broadcast is.
+    Broadcast(Box<BroadcastStatus>),
     /// What happened.
     Events {
         /// The oldest first.
@@ -384,6 +418,13 @@ pub enum OperatorReply {
     Refused {
         /// Why, and what to do.
         reason: String,
+    },
+    /// This manager decides nothing at this moment, and has not begun with what was asked for.
+    NotLeader {
+        /// `host:port` of the one that does, if it is known.
+        leader: Option<String>,
+        /// Why not, for people.
+        why: String,
     },
 }
 
@@ -442,4 +483,152 @@ pub struct NodeStatus {
     pub disks: Vec<DiskInventory>,
     /// Its last report.
     pub report: Option<NodeReport>,
+}
+
+/// What all primaries are asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BroadcastKind {
+    /// A checksum of the content.
+    Checksum,
+    /// How many bytes were ever written and not discarded, in whole regions.
+    Usage,
+    /// To have everything on stable storage of every copy that counts.
+    Flush,
+}
+
+/// Slices of a device that have one primary, and the epoch that made it so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SurveyRun {
+    /// The device.
+    pub device: DeviceId,
+    /// The first slice.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+    /// Their epoch.
+    pub epoch: SliceEpoch,
+}
+
+impl SurveyRun {
+    /// One past the last slice.
+    pub fn end(&self) -> u32 {
+        self.first.saturating_add(self.count)
+    }
+}
+
+/// What a node says of slices that it was asked about.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SurveyAnswer {
+    /// Which slices, under which epoch.
+    pub run: SurveyRun,
+    /// What it found.
+    pub result: SurveyResult,
+}
+
+/// What a node found.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum SurveyResult {
+    /// It is done.
+    Answered {
+        /// The segment whose slots they take up there.
+        segment: Segment,
+        /// Bytes that hold something.
+        bytes: u64,
+        /// The checksum of their content, for a checksum.
+        sum: ContentSum,
+    },
+    /// It does not serve them now under that epoch: whoever does is to be asked.
+    Refused,
+    /// It serves them, and could not do it.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// A checksum of blocks and their places: that of two sets of blocks is the sum of theirs, so it does
+/// not matter who computed which part. What reads as zeros adds nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct ContentSum(pub u128);
+
+impl ContentSum {
+    /// Both together.
+    pub fn plus(self, other: Self) -> Self {
+        Self(self.0.wrapping_add(other.0))
+    }
+
+    /// With one more block, at that byte offset of the device.
+    pub fn with_block(self, digest: &Digest, offset: u64) -> Self {
+        self.plus(Self(placed(digest, offset)))
+    }
+}
+
+impl std::fmt::Display for ContentSum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl Serialize for ContentSum {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ContentSum {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        u128::from_str_radix(&text, 16).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+/// How far a broadcast is, and what it has found.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BroadcastStatus {
+    /// Its number.
+    pub id: u64,
+    /// Slices that are asked about.
+    pub slices: u64,
+    /// Those that were answered, or given up.
+    pub answered: u64,
+    /// Whether nothing is outstanding.
+    pub done: bool,
+    /// One for each device, node and segment.
+    pub rows: Vec<BroadcastRow>,
+    /// What nobody answered for.
+    pub unserved: Vec<Unserved>,
+}
+
+/// What one node found in one segment of its disks of one device.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BroadcastRow {
+    /// The device's name.
+    pub device: String,
+    /// The node's name.
+    pub node: String,
+    /// The segment.
+    pub segment: Segment,
+    /// How many slices it answered for.
+    pub slices: u64,
+    /// Bytes that hold something.
+    pub bytes: u64,
+    /// Of their content.
+    pub sum: ContentSum,
+}
+
+/// Slices that nobody answered for.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Unserved {
+    /// The device's name.
+    pub device: String,
+    /// The first slice.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+    /// Their primary, by the map.
+    pub node: String,
+    /// Why.
+    pub why: String,
 }

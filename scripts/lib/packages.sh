@@ -26,12 +26,14 @@ need_packages() {
 
 # What building and the native tests need.
 need_build_packages() {
-    need_packages cc:gcc pkg-config:pkg-config /usr/include/libudev.h:libudev-dev
+    # protoc and its own files: the etcd client is generated when it is built.
+    need_packages cc:gcc pkg-config:pkg-config /usr/include/libudev.h:libudev-dev protoc:protobuf-compiler \
+        /usr/include/google/protobuf/descriptor.proto:libprotobuf-dev
 }
 
 need_test_packages() {
     need_packages fio:fio nbdinfo:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils sqlite3:sqlite3 \
-        shellcheck:shellcheck ip:iproute2
+        shellcheck:shellcheck ip:iproute2 etcd:etcd-server
 }
 
 # need_cargo_program NAME - a program that cargo installs, by the name of its package.

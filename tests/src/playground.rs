@@ -37,12 +37,18 @@ impl Playground {
     /// Starts one and waits until every device is exported. Its disks are kept when it ends, until
     /// this value is dropped.
     pub fn start_with(nodes: u32, frontend: &str, disk_size: &str) -> anyhow::Result<Self> {
+        Self::start_like(nodes, frontend, disk_size, &[])
+    }
+
+    /// The same, with further arguments of `mirrorctl playground`.
+    pub fn start_like(nodes: u32, frontend: &str, disk_size: &str, further: &[&str]) -> anyhow::Result<Self> {
         let base = tempfile::tempdir()?;
         let dir = base.path().join("play");
         let mut child = Command::new(program("mirrorctl"))
             .args(["playground", "--json", "--keep", "--nodes", &nodes.to_string()])
             .args(["--frontend", frontend, "--disk-size", disk_size, "--dir"])
             .arg(&dir)
+            .args(further)
             .stdout(Stdio::piped())
             .spawn()
             .context("mirrorctl")?;

@@ -1,8 +1,8 @@
 //! One connection to the manager, from handshake to end.
 
-use super::server::{Event, Shared};
+use super::front::{Event, Post, Shared};
 use crate::key::random_bytes;
-use mirror_net::control::{ManagerMessage, NodeMessage, OperatorRequest};
+use mirror_net::control::{ManagerMessage, NodeMessage, OperatorReply, OperatorRequest};
 use mirror_net::manager::ConnectionId;
 use mirror_net::wire::handshake::{Identity, Purpose, Role};
 use mirror_net::wire::transport::{self, TransportError};
@@ -117,6 +117,10 @@ async fn receive<S: AsyncRead + Unpin, T: DeserializeOwned>(
 async fn operator(mut stream: TcpStream, shared: &Shared) -> Result<(), End> {
     loop {
         let request: OperatorRequest = receive(&mut stream, GREETING_MAX).await?;
+        let post = shared.post.borrow().clone();
+        if let Post::Follows { leader, why } = post {
+            return Ok(transport::send(&mut stream, &OperatorReply::NotLeader { leader, why }).await?);
+        }
         let (reply, answer) = oneshot::channel();
         if shared.events.send(Event::Operator { request, reply }).await.is_err() {
             return Ok(());
@@ -131,6 +135,10 @@ async fn node(mut stream: TcpStream, shared: &Shared, peer: Identity) -> Result<
         tracing::warn!("node {} spoke before it registered", peer.name);
         return Ok(());
     };
+    let post = shared.post.borrow().clone();
+    if let Post::Follows { leader, why } = post {
+        return Ok(transport::send(&mut stream, &ManagerMessage::NotLeader { leader, why }).await?);
+    }
     let connection = shared.next_connection();
     let (sender, receiver) = mpsc::channel(QUEUE_MAX);
     let cluster = peer.cluster;

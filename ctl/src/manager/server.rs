@@ -1,116 +1,106 @@
-//! The loop around the manager's core.
+//! The loop around the manager's core, from the moment that this manager leads until it does not.
 
-use super::connection;
 use super::events::EventLog;
-use super::store::{Store, Swapped};
+use super::front::Event;
+use super::store::{Store, StoreError, Swapped, Tenure};
 use crate::failure::Failure;
-use crate::key::random_bytes;
 use mirror_net::config::{ClusterFile, Policy};
-use mirror_net::control::{
-    EventKind, ManagerMessage, NodeMessage, OperatorReply, OperatorRequest, Registration,
-};
-use mirror_net::ids::{ClusterId, ProcessId};
-use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
+use mirror_net::control::{EventKind, ManagerMessage, OperatorReply, OperatorRequest};
+use mirror_net::ids::{ClusterId, ExporterSession};
+use mirror_net::manager::{ConnectionId, Input, Manager, Output, Proposal, Ticket};
 use mirror_net::map::DistributionMap;
-use mirror_net::wire::handshake::ClusterKey;
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::pin::Pin;
 use std::time::Duration;
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// How often the core learns that time has passed.
 const TICK: Duration = Duration::from_millis(250);
-/// Connections at a time; more wait.
-const CONNECTIONS_MAX: usize = 1024;
-/// Events that have arrived and wait for the core.
-const EVENTS_MAX: usize = 1024;
 
-/// What a connection tells the loop.
-pub(super) enum Event {
-    Register {
-        connection: ConnectionId,
-        cluster: Option<ClusterId>,
-        registration: Registration,
-        sender: mpsc::Sender<ManagerMessage>,
-    },
-    Message {
-        connection: ConnectionId,
-        message: NodeMessage,
-    },
-    Disconnected {
-        connection: ConnectionId,
-    },
-    Operator {
-        request: OperatorRequest,
-        reply: oneshot::Sender<OperatorReply>,
-    },
+/// What the store is to do.
+enum Order {
+    Swap(Box<Proposal>),
+    Session(ConnectionId),
 }
 
-/// What connections share.
-#[derive(Clone)]
-pub(super) struct Shared {
-    pub(super) key: ClusterKey,
-    pub(super) process: ProcessId,
-    pub(super) cluster: watch::Receiver<Option<ClusterId>>,
-    pub(super) events: mpsc::Sender<Event>,
-    connections: Arc<AtomicU64>,
-    told: Arc<Mutex<String>>,
+/// What it did.
+enum Done {
+    Swapped(Box<Proposal>, Swapped),
+    Session(ConnectionId, ExporterSession),
 }
 
-impl Shared {
-    pub(super) fn next_connection(&self) -> ConnectionId {
-        ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed))
-    }
-
-    /// Whoever is turned away comes again, several times a second: the same is said once.
-    pub(super) fn is_news(&self, line: &str) -> bool {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *told, line.to_owned()) != line
-    }
+/// How a reign ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The manager was told to stop.
+    Stopped,
+    /// It may not act any more, and why.
+    Deposed(String),
 }
 
 /// The core, and what it needs to act.
-pub struct Server<S> {
+struct Server<'a> {
     manager: Manager,
-    store: S,
-    events: EventLog,
+    orders: mpsc::UnboundedSender<Order>,
+    events: &'a mut EventLog,
     started: Instant,
     senders: HashMap<ConnectionId, mpsc::Sender<ManagerMessage>>,
     replies: HashMap<Ticket, oneshot::Sender<OperatorReply>>,
     tickets: u64,
-    cluster: watch::Sender<Option<ClusterId>>,
+    cluster: &'a watch::Sender<Option<ClusterId>>,
 }
 
-/// Serves until `stop` is done, or the store fails.
-pub async fn serve<S: Store>(
-    listener: TcpListener,
-    key: ClusterKey,
+/// What one reign begins with, besides its store.
+pub(super) struct Reign<'a> {
+    pub(super) map: Option<DistributionMap>,
+    pub(super) tenure: Tenure,
+    pub(super) policy: Policy,
+    pub(super) events: &'a mut EventLog,
+    pub(super) cluster: &'a watch::Sender<Option<ClusterId>>,
+}
+
+/// Carries out the orders, one after the other, so that the core need not wait for the store.
+async fn keep<S: Store>(
+    mut store: S,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    done: mpsc::UnboundedSender<Result<Done, StoreError>>,
+) {
+    while let Some(order) = orders.recv().await {
+        let result = match order {
+            Order::Swap(proposal) => {
+                let swapped = store.swap(proposal.base, &proposal.next, &proposal.why).await;
+                swapped.map(|swapped| Done::Swapped(proposal, swapped))
+            }
+            Order::Session(connection) => {
+                store.exporter_session().await.map(|session| Done::Session(connection, session))
+            }
+        };
+        // After a failed write nobody knows what is stored.
+        let failed = result.is_err();
+        if done.send(result).is_err() || failed {
+            return;
+        }
+        store.tidy().await;
+    }
+}
+
+/// Leads until `stop` is done, the tenure is over, or the store fails.
+pub(super) async fn lead<S: Store>(
     store: S,
-    map: Option<DistributionMap>,
-    events: EventLog,
-    policy: Policy,
-    stop: impl Future<Output = ()>,
-) -> Result<(), Failure> {
-    let (cluster, watch) = watch::channel(map.as_ref().map(|map| map.cluster));
-    let (sender, mut arriving) = mpsc::channel(EVENTS_MAX);
-    let bytes = random_bytes()?;
-    let process = ProcessId(u64::from_le_bytes(bytes[..8].try_into().unwrap_or_default()));
-    let shared = Shared {
-        key,
-        process,
-        cluster: watch,
-        events: sender,
-        connections: Arc::new(AtomicU64::new(1)),
-        told: Arc::default(),
-    };
-    let accepting = tokio::spawn(accept(listener, shared));
+    reign: Reign<'_>,
+    arriving: &mut mpsc::Receiver<Event>,
+    stop: &mut Pin<&mut (impl Future<Output = ()> + ?Sized)>,
+) -> Result<End, Failure> {
+    let Reign { map, tenure, policy, events, cluster } = reign;
+    let (orders, received) = mpsc::unbounded_channel();
+    let (done, mut results) = mpsc::unbounded_channel();
+    let keeping = tokio::spawn(keep(store, received, done));
+    cluster.send_replace(map.as_ref().map(|map| map.cluster));
     let mut server = Server {
         manager: Manager::new(map, policy),
-        store,
+        orders,
         events,
         started: Instant::now(),
         senders: HashMap::new(),
@@ -120,70 +110,61 @@ pub async fn serve<S: Store>(
     };
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut stop = std::pin::pin!(stop);
+    let mut clock = tenure.clone();
     let result = loop {
-        let outcome = tokio::select! {
-            () = &mut stop => break Ok(()),
-            _ = tick.tick() => server.feed(Input::Tick),
+        let input = tokio::select! {
+            () = stop.as_mut() => break Ok(End::Stopped),
+            () = clock.over() => break Ok(End::Deposed(tenure.why())),
+            result = results.recv() => match result {
+                Some(Ok(done)) => server.done(done),
+                Some(Err(StoreError::Deposed(why))) => break Ok(End::Deposed(why)),
+                Some(Err(error)) => break Err(stopped(&error)),
+                None => break Err(Failure::new("the manager's store ended without a reason")),
+            },
+            _ = tick.tick() => Some(Input::Tick),
             event = arriving.recv() => match event {
                 Some(event) => server.event(event),
-                None => break Ok(()),
+                None => break Ok(End::Stopped),
             },
         };
-        if let Err(failure) = outcome {
-            break Err(failure);
+        // It may have been long since the look at the clock: this process may have been stopped.
+        if !tenure.holds() {
+            break Ok(End::Deposed(tenure.why()));
+        }
+        if let Some(input) = input {
+            server.feed(input);
         }
     };
-    accepting.abort();
+    if let Ok(End::Deposed(_)) = &result {
+        server.give_up();
+    }
+    // Whatever is being written is as good as lost: what the store then holds is what counts.
+    keeping.abort();
+    let _ = keeping.await;
     result
 }
 
-async fn accept(listener: TcpListener, shared: Shared) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, from)) => {
-                let shared = shared.clone();
-                tokio::spawn(async move {
-                    connection::serve(stream, from, shared).await;
-                    drop(place);
-                });
-            }
-            // Out of descriptors, most likely: others will be closed.
-            Err(error) => {
-                tracing::warn!("cannot accept a connection: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
-}
-
-impl<S: Store> Server<S> {
+impl Server<'_> {
     fn now_ms(&self) -> u64 {
         self.started.elapsed().as_millis() as u64
     }
 
-    fn event(&mut self, event: Event) -> Result<(), Failure> {
+    fn event(&mut self, event: Event) -> Option<Input> {
         match event {
             Event::Register { connection, cluster, registration, sender } => {
                 self.senders.insert(connection, sender);
-                self.feed(Input::Register { connection, cluster, registration })
+                Some(Input::Register { connection, cluster, registration })
             }
-            Event::Message { connection, message } => self.feed(Input::Message { connection, message }),
+            Event::Message { connection, message } => Some(Input::Message { connection, message }),
             Event::Disconnected { connection } => {
                 self.senders.remove(&connection);
-                self.feed(Input::Disconnected { connection })
+                Some(Input::Disconnected { connection })
             }
             Event::Operator { request, reply } => self.operator(request, reply),
         }
     }
 
-    fn operator(
-        &mut self,
-        request: OperatorRequest,
-        reply: oneshot::Sender<OperatorReply>,
-    ) -> Result<(), Failure> {
+    fn operator(&mut self, request: OperatorRequest, reply: oneshot::Sender<OperatorReply>) -> Option<Input> {
         self.tickets += 1;
         let ticket = Ticket(self.tickets);
         // An operator who has gone away needs no answer; what was asked for is done all the same.
@@ -193,50 +174,60 @@ impl<S: Store> Server<S> {
             OperatorRequest::Events { after } => OperatorReply::Events { events: self.events.after(after) },
             OperatorRequest::Plan { plan, order } => {
                 self.replies.insert(ticket, reply);
-                return self.feed(Input::Plan { ticket, plan, order });
+                return Some(Input::Plan { ticket, plan, order });
+            }
+            OperatorRequest::Broadcast { kind, id } => {
+                self.replies.insert(ticket, reply);
+                let new = || uuid::Uuid::new_v4().as_u64_pair().0;
+                let (begins, id) = (id.is_none(), id.unwrap_or_else(new));
+                return Some(Input::Broadcast { ticket, kind, id, begins });
             }
             OperatorRequest::Failover { node } => {
                 self.replies.insert(ticket, reply);
-                return self.feed(Input::Failover { ticket, node });
+                return Some(Input::Failover { ticket, node });
             }
             OperatorRequest::CreateCluster { file, force } => match ClusterFile::parse(&file, "cluster file")
             {
                 Ok(file) => {
                     let cluster = ClusterId(uuid::Uuid::new_v4());
                     self.replies.insert(ticket, reply);
-                    return self.feed(Input::Create { ticket, file: Box::new(file), cluster, force });
+                    return Some(Input::Create { ticket, file: Box::new(file), cluster, force });
                 }
                 Err(error) => OperatorReply::Refused { reason: error.to_string() },
             },
         };
         let _ = reply.send(answer);
-        Ok(())
+        None
+    }
+
+    /// What the store did, as the core is to hear it.
+    fn done(&mut self, done: Done) -> Option<Input> {
+        Some(match done {
+            Done::Swapped(proposal, Swapped::Stored) => {
+                let version = proposal.next.version;
+                for line in &proposal.why {
+                    tracing::info!("map {version}: {line}");
+                    self.events.note(EventKind::Map, Some(version), line.clone());
+                }
+                Input::Stored { version }
+            }
+            Done::Swapped(_, Swapped::Conflict(newest)) => Input::Conflict { newest },
+            Done::Session(connection, session) => Input::Session { connection, session },
+        })
     }
 
     /// Feeds the core and does what it wants, until it wants nothing more.
-    fn feed(&mut self, input: Input) -> Result<(), Failure> {
+    fn feed(&mut self, input: Input) {
+        let changes = matches!(input, Input::Stored { .. } | Input::Conflict { .. });
         self.manager.handle(self.now_ms(), input);
+        if changes {
+            self.cluster.send_replace(self.manager.map().map(|map| map.cluster));
+        }
         while let Some(output) = self.manager.poll() {
             match output {
-                Output::Store(proposal) => {
-                    let swapped = self.store.swap(proposal.base, &proposal.next, &proposal.why);
-                    let input = match swapped.map_err(|error| stopped(&error))? {
-                        Swapped::Stored => {
-                            for line in &proposal.why {
-                                tracing::info!("map {}: {line}", proposal.next.version);
-                                self.events.note(EventKind::Map, Some(proposal.next.version), line.clone());
-                            }
-                            Input::Stored { version: proposal.next.version }
-                        }
-                        Swapped::Conflict(newest) => Input::Conflict { newest },
-                    };
-                    self.manager.handle(self.now_ms(), input);
-                    self.cluster.send_replace(self.manager.map().map(|map| map.cluster));
-                }
-                Output::GiveSession { connection } => {
-                    let session = self.store.exporter_session().map_err(|error| stopped(&error))?;
-                    self.manager.handle(self.now_ms(), Input::Session { connection, session });
-                }
+                // The store's end is noticed by the loop.
+                Output::Store(proposal) => drop(self.orders.send(Order::Swap(Box::new(proposal)))),
+                Output::GiveSession { connection } => drop(self.orders.send(Order::Session(connection))),
                 Output::Send { connection, message } => self.send(connection, message),
                 // The connection ends when everything queued is sent.
                 Output::Close { connection } => drop(self.senders.remove(&connection)),
@@ -252,7 +243,6 @@ impl<S: Store> Server<S> {
                 }
             }
         }
-        Ok(())
     }
 
     fn send(&mut self, connection: ConnectionId, message: ManagerMessage) {
@@ -262,9 +252,18 @@ impl<S: Store> Server<S> {
             self.senders.remove(&connection);
         }
     }
+
+    /// Another manager may lead: operators learn that nobody knows yet what became of their wishes.
+    fn give_up(&mut self) {
+        let reason = "the manager ceased to lead in the middle of this: what is stored of it is in `mirrorctl map \
+                      show`; repeating it is safe";
+        for (_, reply) in self.replies.drain() {
+            let _ = reply.send(OperatorReply::Refused { reason: reason.to_owned() });
+        }
+    }
 }
 
 /// After a failed write nobody knows what is stored: the next start reads it.
-fn stopped(error: &super::store::StoreError) -> Failure {
+fn stopped(error: &StoreError) -> Failure {
     Failure::new(format!("the manager stops, since its state cannot be kept: {error}"))
 }

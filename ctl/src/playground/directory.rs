@@ -114,6 +114,9 @@ fn cluster_text(wanted: &Wanted, ports: &[u16]) -> String {
         ports[0],
         wanted.frontend.as_str()
     );
+    if let Some(after) = wanted.spare_after {
+        let _ = writeln!(text, "spare_after = \"{}\"", humantime::format_duration(after));
+    }
     let count = wanted.nodes + wanted.spares;
     for index in 1..=count {
         let spare = if index > wanted.nodes { "spare = true\n" } else { "" };
@@ -242,6 +245,7 @@ mod tests {
             dir,
             nodes: 2,
             spares: 1,
+            spare_after: None,
             disk_bytes: 1 << 20,
             frontend: Frontend::Nbd,
             nbd_tcp: false,

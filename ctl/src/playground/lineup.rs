@@ -150,7 +150,7 @@ impl Playground {
         RunningJson {
             dir: dir.to_owned(),
             config: config_path(dir),
-            manager: process(&self.manager, &self.directory.file.manager),
+            manager: process(&self.manager, &self.directory.file.managers[0]),
             nodes: nodes.map(|(node, file)| process(node, &file.address)).collect(),
             devices: DeviceJson::of_status(status),
         }

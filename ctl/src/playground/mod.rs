@@ -15,6 +15,7 @@ use clap::{Args, Subcommand};
 use lineup::Playground;
 use mirror_net::config::{Frontend, parse_bytes};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// The arguments of `mirrorctl playground`.
@@ -30,6 +31,9 @@ pub struct PlaygroundArguments {
     /// Nodes that hold none
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     spares: u16,
+    /// For how long a node has to be away until its copies are made again on a spare; such as 5s
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    spare_after: Option<Duration>,
     /// The size of each node's disk, a file; such as 512M or 1G
     #[arg(long, default_value = "1G", value_parser = size, value_name = "SIZE")]
     disk_size: u64,
@@ -77,6 +81,7 @@ pub(crate) struct Wanted {
     dir: PathBuf,
     nodes: u16,
     spares: u16,
+    spare_after: Option<Duration>,
     disk_bytes: u64,
     frontend: Frontend,
     nbd_tcp: bool,
@@ -95,9 +100,11 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
             control::ask(&dir, control::Request::Start { name: node }).await
         }
         None => {
-            let PlaygroundArguments { nodes, spares, disk_size, frontend, nbd_tcp, keep, json, .. } =
-                arguments;
-            let wanted = Wanted { dir, nodes, spares, disk_bytes: disk_size, frontend, nbd_tcp, keep };
+            let arguments @ PlaygroundArguments {
+                nodes, spares, spare_after, frontend, nbd_tcp, keep, ..
+            } = arguments;
+            let (disk_bytes, json) = (arguments.disk_size, arguments.json);
+            let wanted = Wanted { dir, nodes, spares, spare_after, disk_bytes, frontend, nbd_tcp, keep };
             play(wanted, json).await
         }
     }

@@ -1,11 +1,13 @@
 //! A node daemon for tests: speaks to the manager as a real one does, and stores nothing.
 #![allow(dead_code)] // Not every test uses all of it.
 
+pub mod etcd;
+
 use ctl::key;
 use mirror_net::config::ClusterFile;
 use mirror_net::control::{
     DiskContent, DiskInventory, ExportReport, ManagerMessage, NodeMessage, NodeReport, REPORT_MS,
-    Registration, SessionReport,
+    Registration, SessionReport, SurveyAnswer, SurveyResult,
 };
 use mirror_net::ids::{AttachId, ClusterId, DiskId, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
@@ -56,6 +58,8 @@ struct FakeNode {
     process: ProcessId,
     map: Option<DistributionMap>,
     exports: Vec<ExportReport>,
+    /// What it said last of a manager that does not lead.
+    told: String,
 }
 
 /// Runs a fake node until it is killed; connects again whenever the connection is lost.
@@ -73,9 +77,11 @@ pub async fn fake_node(config: &Path, name: &str, state_dir: &Path) {
         process: ProcessId(random()),
         map: None,
         exports: Vec::new(),
+        told: String::new(),
     };
-    loop {
-        match connect(&node.file.manager.clone(), &key, Role::Node, name, node.kept.cluster).await {
+    let managers = node.file.managers.clone();
+    for manager in managers.iter().cycle() {
+        match connect(manager, &key, Role::Node, name, node.kept.cluster).await {
             Ok(stream) => {
                 let (reader, writer) = stream.into_split();
                 if let Err(error) = node.serve(reader, writer).await {
@@ -202,6 +208,18 @@ impl FakeNode {
             }
             ManagerMessage::Refused { reason } => {
                 println!("{}: refused: {reason}", self.name);
+                Vec::new()
+            }
+            ManagerMessage::Survey { order, runs, .. } => {
+                let answers = runs.into_iter().map(|run| SurveyAnswer { run, result: SurveyResult::Refused });
+                vec![NodeMessage::Surveyed { order, answers: answers.collect() }]
+            }
+            ManagerMessage::NotLeader { leader, why } => {
+                let line = format!("not the leader, which is {leader:?}: {why}");
+                if self.told != line {
+                    println!("{}: {line}", self.name);
+                    self.told = line;
+                }
                 Vec::new()
             }
         }

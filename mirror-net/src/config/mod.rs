@@ -8,12 +8,14 @@ mod error;
 mod parse;
 mod policy;
 mod size;
+mod store;
 #[cfg(test)]
 mod tests;
 
 pub use error::ConfigError;
 pub use policy::Policy;
 pub use size::{format_bytes, parse_bytes};
+pub use store::{EtcdFile, StoreFile, TlsFile};
 
 use crate::map::SegmentSlots;
 use core::net::SocketAddr;
@@ -34,8 +36,10 @@ pub struct ClusterFile {
     pub slice_bytes: u32,
     /// The secret that all parts of the cluster share.
     pub key_file: PathBuf,
-    /// `host:port` where the manager listens.
-    pub manager: String,
+    /// `host:port` where the managers listen, one for each machine that runs one. Of several, one leads.
+    pub managers: Vec<String>,
+    /// Where the manager keeps the map.
+    pub store: StoreFile,
     /// What the manager does by itself.
     pub policy: Policy,
     /// The nodes, in the order of the file: it decides who mirrors whom.

@@ -1,5 +1,6 @@
 //! From text to a checked cluster file.
 
+use super::store::{RawStore, StoreFile};
 use super::{
     ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, Policy,
     SLICE_BYTES_DEFAULT, Segments, format_bytes, parse_bytes,
@@ -13,12 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::Spanned;
 
-type Text = Spanned<String>;
+pub(super) type Text = Spanned<String>;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawFile {
     cluster: Spanned<RawCluster>,
+    store: Option<Spanned<RawStore>>,
     #[serde(default)]
     node: Vec<Spanned<RawNode>>,
 }
@@ -29,7 +31,8 @@ struct RawCluster {
     name: Text,
     slice_size: Option<Text>,
     key_file: Text,
-    manager: Text,
+    /// An address, or a list of them.
+    manager: Spanned<toml::Value>,
     segments: Option<Spanned<RawSegments>>,
     frontend: Option<Text>,
     nbd: Option<Text>,
@@ -78,7 +81,7 @@ struct RawSegments {
 }
 
 /// The text being read, for messages.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     text: &'a str,
     path: &'a str,
     /// The name of the node being read, so that every error about it says it.
@@ -91,7 +94,7 @@ pub(super) fn parse(text: &str, path: &str) -> Result<ClusterFile, ConfigError> 
 }
 
 impl Reader<'_> {
-    fn error<T>(&self, at: &Spanned<T>, field: &str, what: impl Display) -> ConfigError {
+    pub(super) fn error<T>(&self, at: &Spanned<T>, field: &str, what: impl Display) -> ConfigError {
         let what = match self.node.as_str() {
             "" => what.to_string(),
             node => format!("node {node}: {what}"),
@@ -110,13 +113,23 @@ impl Reader<'_> {
             Some(segments) => self.segments(segments, "cluster.segments")?,
             None => Segments::default(),
         };
-        let manager = self.address(&cluster.manager, "cluster.manager")?;
+        let managers = self.managers(&cluster.manager)?;
         let key_file = self.path_of(&cluster.key_file, "cluster.key_file")?;
+        let name = self.name(&cluster.name, "cluster.name")?;
+        let store = self.store(raw.store.as_ref(), &name)?;
+        if store == StoreFile::File && managers.len() > 1 {
+            return Err(self.error(
+                &cluster.manager,
+                "cluster.manager",
+                "several managers need a store that they share: add [store] with kind = \"etcd\"",
+            ));
+        }
         let mut file = ClusterFile {
-            name: self.name(&cluster.name, "cluster.name")?,
+            name,
             slice_bytes: self.slice_bytes(cluster)?,
             key_file,
-            manager,
+            managers,
+            store,
             policy: self.policy(cluster)?,
             nodes: Vec::new(),
         };
@@ -127,8 +140,9 @@ impl Reader<'_> {
             return Err(self.error(&raw.cluster, "node", "there is no [[node]] in the file"));
         }
         let mut names: HashMap<String, usize> = HashMap::new();
-        let mut addresses = HashMap::from([(file.manager.clone(), ("the manager".to_owned(), 0))]);
-        addresses.insert(file.manager.clone(), ("the manager".to_owned(), self.line(&cluster.manager)));
+        let line = self.line(&cluster.manager);
+        let manager = |address: &String| (address.clone(), ("the manager".to_owned(), line));
+        let mut addresses: HashMap<_, _> = file.managers.iter().map(manager).collect();
         for raw in &raw.node {
             self.node.clear();
             let node = raw.get_ref();
@@ -163,6 +177,30 @@ impl Reader<'_> {
             });
         }
         Ok(file)
+    }
+
+    /// One address, or a list of different ones.
+    fn managers(&self, value: &Spanned<toml::Value>) -> Result<Vec<String>, ConfigError> {
+        let field = "cluster.manager";
+        let values = match value.get_ref() {
+            toml::Value::Array(values) if values.is_empty() => {
+                return Err(self.error(value, field, "is empty: name at least one address"));
+            }
+            toml::Value::Array(values) => &values[..],
+            one => std::slice::from_ref(one),
+        };
+        let mut managers: Vec<String> = Vec::new();
+        for one in values {
+            let Some(text) = one.as_str() else {
+                return Err(self.error(value, field, "is neither \"host:port\" nor a list of such"));
+            };
+            let address = self.address(&Spanned::new(value.span(), text.to_owned()), field)?;
+            if managers.contains(&address) {
+                return Err(self.error(value, field, format!("{address} is in it twice")));
+            }
+            managers.push(address);
+        }
+        Ok(managers)
     }
 
     fn refuse_what_is_not_built(&self, cluster: &RawCluster) -> Result<(), ConfigError> {
@@ -278,7 +316,7 @@ impl Reader<'_> {
         }
     }
 
-    fn path_of(&self, path: &Text, field: &str) -> Result<PathBuf, ConfigError> {
+    pub(super) fn path_of(&self, path: &Text, field: &str) -> Result<PathBuf, ConfigError> {
         if !path.get_ref().starts_with('/') {
             return Err(self.error(path, field, format!("{:?} is not an absolute path", path.get_ref())));
         }
@@ -286,7 +324,7 @@ impl Reader<'_> {
     }
 
     /// `host:port`, where the host is an address or a DNS name.
-    fn address(&self, address: &Text, field: &str) -> Result<String, ConfigError> {
+    pub(super) fn address(&self, address: &Text, field: &str) -> Result<String, ConfigError> {
         let text = address.get_ref();
         let wrong = |why: &str| {
             self.error(

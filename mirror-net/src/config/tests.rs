@@ -190,3 +190,58 @@ fn files_in_memory_are_no_devices() {
     let text = GOOD.replacen("/var/lib/d2.img", "/dev/shm/d2.img", 1);
     assert_eq!(ClusterFile::parse(&text, "c.toml").unwrap().nodes[0].disks[1].bytes, Some(1 << 30));
 }
+
+/// The good file with a `[store]` table.
+fn with_store(manager: &str, store: &str) -> Result<ClusterFile, String> {
+    let text = GOOD.replacen("\"10.0.0.9:7300\"", manager, 1).replacen(
+        "[[node]]",
+        &format!("[store]\n{store}\n[[node]]"),
+        1,
+    );
+    ClusterFile::parse(&text, "c.toml").map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_store_is_a_file_unless_it_is_an_etcd() {
+    let file = ClusterFile::parse(GOOD, "c.toml").unwrap();
+    assert_eq!((file.managers, file.store), (vec!["10.0.0.9:7300".to_owned()], StoreFile::File));
+    let managers = "[\"10.0.0.8:7300\", \"10.0.0.9:7300\"]";
+    let store = "kind = \"etcd\"\nendpoints = [\"10.0.0.7:2379\", \"http://etcd-2:2379/\"]";
+    let file = with_store(managers, store).unwrap();
+    assert_eq!(file.managers, ["10.0.0.8:7300", "10.0.0.9:7300"]);
+    let StoreFile::Etcd(etcd) = file.store else { panic!("{:?}", file.store) };
+    assert_eq!(etcd.endpoints, ["http://10.0.0.7:2379", "http://etcd-2:2379"]);
+    assert_eq!((etcd.prefix.as_str(), etcd.user, etcd.tls), ("/ublk-mirror/lab/", None, None));
+}
+
+#[test]
+fn a_store_that_cannot_be_is_refused() {
+    let one = "\"10.0.0.9:7300\"";
+    let etcd = "kind = \"etcd\"\nendpoints = [\"10.0.0.7:2379\"]";
+    for (manager, store, expected) in [
+        ("[]", etcd, "cluster.manager: is empty"),
+        ("7300", etcd, "cluster.manager: is neither"),
+        ("[\"a:1\", \"a:1\"]", etcd, "cluster.manager: a:1 is in it twice"),
+        (
+            "[\"a:1\", \"b:1\"]",
+            "kind = \"file\"",
+            "cluster.manager: several managers need a store that they share",
+        ),
+        (one, "kind = \"zookeeper\"", "store.kind: \"zookeeper\" is none of"),
+        (one, "kind = \"file\"\nprefix = \"/x/\"", "store.prefix: is for kind = \"etcd\""),
+        (one, "kind = \"etcd\"", "store.endpoints: is missing or empty"),
+        (one, "kind = \"etcd\"\nendpoints = [\"ftp://a:1\"]", "begins with neither"),
+        (one, "kind = \"etcd\"\nendpoints = [\"a\"]", "store.endpoints: \"a\" has no port"),
+        (one, "kind = \"etcd\"\nendpoints = [\"https://a:1\"]", "store.ca_file: is missing"),
+        (
+            one,
+            &format!("{etcd}\nca_file = \"/ca.pem\""),
+            "certificates are for endpoints that begin with https://",
+        ),
+        (one, &format!("{etcd}\nuser = \"me\""), "user and password_file belong together"),
+        (one, &format!("{etcd}\nprefix = \"x\""), "store.prefix: \"x\" does not begin and end"),
+    ] {
+        let error = with_store(manager, store).unwrap_err();
+        assert!(error.starts_with("c.toml: line ") && error.contains(expected), "{store}: {error}");
+    }
+}

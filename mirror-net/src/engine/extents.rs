@@ -44,7 +44,7 @@ impl Engine {
         })
     }
 
-    fn may_hold_data(&self, index: usize, at: u64) -> bool {
+    pub(super) fn may_hold_data(&self, index: usize, at: u64) -> bool {
         let slice = at / u64::from(self.slice_bytes);
         let offset = (at % u64::from(self.slice_bytes)) as u32;
         let device = &self.devices[index];

@@ -28,6 +28,8 @@ pub(super) enum FlushOrigin {
     Primary(Sender),
     /// Dirty bits of what is idle are to be cleared.
     Clearing,
+    /// A broadcast of the manager's.
+    Survey,
     /// A copy becomes a member: only it flushes.
     Joining(PeerIndex),
 }
@@ -147,7 +149,10 @@ impl Engine {
             FlushOrigin::Export(_) | FlushOrigin::Exporter(..) if planted::is(Bug::FlushLocal) => Vec::new(),
             FlushOrigin::Joining(peer) => vec![(peer, LegState::Unsent)],
             // Syncing copies are flushed before they become members.
-            FlushOrigin::Export(_) | FlushOrigin::Exporter(..) | FlushOrigin::Clearing => {
+            FlushOrigin::Export(_)
+            | FlushOrigin::Exporter(..)
+            | FlushOrigin::Clearing
+            | FlushOrigin::Survey => {
                 view.secondaries.iter().copied().filter(counts).map(|peer| (peer, LegState::Unsent)).collect()
             }
         };
@@ -216,7 +221,10 @@ impl Engine {
             FlushOrigin::Exporter(sender, _) | FlushOrigin::Primary(sender) => {
                 sender.peer == peer && sender.session == session
             }
-            FlushOrigin::Export(_) | FlushOrigin::Clearing | FlushOrigin::Joining(_) => false,
+            FlushOrigin::Export(_)
+            | FlushOrigin::Clearing
+            | FlushOrigin::Survey
+            | FlushOrigin::Joining(_) => false,
         };
         let before = self.flushes.len();
         self.flushes.retain(|_, flush| !theirs(flush));
@@ -258,7 +266,7 @@ impl Engine {
     }
 
     /// Whether another copy can take over what this node serves from a failed disk.
-    fn may_move(&self, device: usize) -> bool {
+    pub(super) fn may_move(&self, device: usize) -> bool {
         self.devices[device].view.spans.iter().any(|span| {
             let failed = span.mine.is_some_and(|mine| self.disks[mine.disk].failed);
             span.serves() && failed && !span.others.is_empty()
@@ -277,6 +285,7 @@ impl Engine {
                 self.served(sender.peer);
             }
             FlushOrigin::Clearing => self.clearing_flushed(flush.device, status == Status::Done),
+            FlushOrigin::Survey => self.survey_flushed(flush.device, status),
             FlushOrigin::Joining(peer) => {
                 self.joining_flushed(flush.device, peer, status == Status::Done);
             }
@@ -318,7 +327,9 @@ impl Engine {
             match flush.origin {
                 // The export's own flush is begun anew by its caller.
                 FlushOrigin::Export(_) | FlushOrigin::Primary(_) => {}
-                FlushOrigin::Clearing | FlushOrigin::Joining(_) => self.end_flush(&flush, Status::Fenced),
+                FlushOrigin::Clearing | FlushOrigin::Survey | FlushOrigin::Joining(_) => {
+                    self.end_flush(&flush, Status::Fenced);
+                }
                 FlushOrigin::Exporter(_, claim) if claim != view.claim.generation.0 => {
                     self.end_flush(&flush, Status::ClaimLost);
                 }

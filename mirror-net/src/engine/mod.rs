@@ -12,7 +12,7 @@
 //!
 //! Behind the requests: `behind` knows which regions of which copies may differ, `resync` chooses what to
 //! compare next, `copy` makes a region equal, `join` makes a copy that lacks nothing a member, `clear`
-//! forgets what is equal everywhere, `repair` replaces what this disk cannot read.
+//! forgets what is equal everywhere, `repair` replaces what this disk cannot read. `survey` answers broadcasts.
 
 pub mod action;
 mod adopt;
@@ -32,6 +32,7 @@ mod resync;
 mod secondary;
 pub mod session;
 mod slots;
+mod survey;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -190,6 +191,7 @@ pub struct Engine {
     ended_resyncs: Vec<crate::control::ResyncReport>,
     /// Some resync may go on.
     resync_due: bool,
+    surveys: survey::Surveys,
     /// When the last request of a host came.
     foreground_at: Nanos,
     clear_every: Nanos,
@@ -245,6 +247,7 @@ impl Engine {
             resyncs: Vec::new(),
             ended_resyncs: Vec::new(),
             resync_due: false,
+            surveys: survey::Surveys::default(),
             foreground_at: 0,
             clear_every: CLEAR_EVERY,
             next_clear: now + CLEAR_EVERY,
@@ -287,6 +290,7 @@ impl Engine {
         self.tick_recalled();
         self.tick_clearing();
         self.tick_resyncs();
+        self.surveys.due = true;
         self.route_held();
         self.resume_export_flushes();
         self.retry_parked();

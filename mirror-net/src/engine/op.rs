@@ -59,6 +59,8 @@ pub(super) enum Origin {
     Part(PartKey),
     /// A message of another node, on that session.
     Peer(Sender),
+    /// A broadcast of the manager's (`survey`).
+    Survey,
     /// Nobody: the engine's own upkeep.
     Upkeep,
 }

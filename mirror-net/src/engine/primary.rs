@@ -55,7 +55,7 @@ impl Engine {
         };
         self.begin_serving(&op);
         (op.disk, op.slot) = (disk, slot);
-        if op.part == Part::Primary && !op.kind.is_upkeep() {
+        if op.part == Part::Primary && !op.kind.is_upkeep() && op.origin != Origin::Survey {
             self.foreground_at = self.now;
         }
         let mut range = op.offset..op.offset + op.length;
@@ -116,12 +116,15 @@ impl Engine {
             if std::mem::take(&mut self.resync_due) {
                 self.pump_resyncs();
             }
+            if std::mem::take(&mut self.surveys.due) {
+                self.pump_surveys();
+            }
             let drained = self.drain_journals();
             if self.adopting.is_some() && self.disks.iter().any(|disk| disk.failed) {
                 // A failed disk's tickets never become durable, and it holds up no adoption.
                 self.adoption_durable();
             }
-            if !drained && self.ready.is_empty() && !self.resync_due {
+            if !drained && self.ready.is_empty() && !self.resync_due && !self.surveys.due {
                 break;
             }
         }
@@ -389,6 +392,7 @@ impl Engine {
                     self.served(sender.peer);
                 }
             }
+            Origin::Survey => self.survey_read(key, &op, status),
             Origin::Upkeep => {
                 if let Some(buffer) = op.buffer.filter(|_| op.owns_buffer) {
                     self.release(Some(buffer.buffer));

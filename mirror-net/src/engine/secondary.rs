@@ -131,6 +131,9 @@ impl Engine {
     /// The digests of the small blocks of what an operation asked for.
     pub fn handle_digests(&mut self, now: super::Nanos, key: OpKey, fine: Vec<Digest>) {
         self.now = now;
+        if self.survey_digested(key, &fine) {
+            return self.settle();
+        }
         match self.ops.get(key).map(|op| op.kind) {
             Some(OpKind::Copy) => self.copy_digested(key, fine),
             Some(OpKind::Compare { fine: wants_fine }) => {

@@ -7,6 +7,7 @@ use super::repair::{SpanPlan, plan_span};
 use crate::config::format_bytes;
 use crate::control::{Finding, ResyncReport, Severity};
 use crate::ids::{DiskId, NodeId};
+use crate::map::plan::Plan;
 use crate::map::{Device, Replica, ReplicaState, Span};
 
 /// A copy that is not in sync, for people.
@@ -47,7 +48,7 @@ impl View<'_> {
                 }
             }
             if span.replicas.len() < usize::from(device.copies) {
-                todo.push("keep what is in sync running: making a copy anew is not built yet".into());
+                todo.push("keep what is in sync running: nothing makes the missing copy again".into());
             }
             let key = (missing.first().and_then(|copy| copy.node.clone()), todo.join("; "));
             let why: Vec<&str> = missing.iter().map(|copy| copy.what.as_str()).collect();
@@ -76,6 +77,24 @@ impl View<'_> {
         self.reconciled(device, found);
     }
 
+    fn plan_that_replaces(&self, disk: DiskId) -> Option<&Plan> {
+        self.map.plans.iter().find(|plan| plan.moves.iter().any(|step| step.from == Some(disk)))
+    }
+
+    /// What becomes of what a disk held that is gone, and what to type about it.
+    pub(super) fn replacement(&self, disk: DiskId) -> String {
+        if let Some(plan) = self.plan_that_replaces(disk) {
+            return format!("its copies are made again elsewhere: mirrorctl plan watch {}", plan.id.0);
+        }
+        if !self.map.is_in_use(disk) {
+            return "nothing: what it held is elsewhere by now".to_owned();
+        }
+        if self.map.disks.iter().any(|disk| disk.spare && disk.failed.is_none()) {
+            return "mirrorctl events   (says why its copies are not made again on a spare yet)".to_owned();
+        }
+        "keep its partners running: there is no spare on which its copies could be made again".to_owned()
+    }
+
     /// A copy that is not in sync: how far it is, or what it waits for.
     fn missing(&self, device: &Device, span: &Span, replica: &Replica) -> Missing {
         let disk = self.map.disk_name(replica.disk);
@@ -86,7 +105,9 @@ impl View<'_> {
         let up = self.is_up(replica.disk);
         let usable = self.registry.usable(self.map, replica.disk, self.now_ms).is_some();
         let todo = if self.registry.has_failed(self.map, replica.disk) {
-            "replacing a disk is not built yet".to_owned()
+            self.replacement(replica.disk)
+        } else if !up && self.plan_that_replaces(replica.disk).is_some() {
+            self.replacement(replica.disk)
         } else if !up {
             format!("start ublk-server on {name}; its copies are resynced by themselves")
         } else if !usable {

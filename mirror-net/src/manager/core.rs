@@ -1,6 +1,7 @@
 //! The manager as a state machine.
 
 use super::ask::{Ask, Asks, Wish};
+use super::broadcast::Broadcasts;
 use super::create::{Creation, Progress};
 use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
@@ -38,6 +39,7 @@ pub struct Manager {
     ignored: BTreeMap<(String, NodeId), String>,
     failovers: VecDeque<(Ticket, String)>,
     orders: VecDeque<(Ticket, PlanId, PlanOrder)>,
+    broadcasts: Broadcasts,
     /// Nodes that count as failed, as was last said.
     down: BTreeSet<NodeId>,
     creation: Option<Creation>,
@@ -70,6 +72,7 @@ impl Manager {
             ignored: BTreeMap::new(),
             failovers: VecDeque::new(),
             orders: VecDeque::new(),
+            broadcasts: Broadcasts::default(),
             down: BTreeSet::new(),
             creation: None,
             storing: None,
@@ -158,6 +161,13 @@ impl Manager {
             }
             Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
             Input::Plan { ticket, plan, order } => self.orders.push_back((ticket, plan, order)),
+            Input::Broadcast { ticket, kind, id, begins } => {
+                let reply = match &self.map {
+                    Some(map) => self.broadcasts.request(now_ms, map, (kind, id, begins)),
+                    None => OperatorReply::Refused { reason: "no cluster has been created yet".to_owned() },
+                };
+                self.reply(ticket, reply);
+            }
             Input::Stored { version } => self.stored(version),
             Input::Conflict { newest } => self.conflict(newest.map(|map| *map)),
             Input::Tick => {}
@@ -165,6 +175,10 @@ impl Manager {
         self.advance_creation(now_ms);
         self.decide(now_ms);
         self.grant_exports(now_ms);
+        if let Some(map) = &self.map {
+            let outputs = &mut self.outputs;
+            self.broadcasts.advance(now_ms, map, &self.registry, &mut |output| outputs.push_back(output));
+        }
     }
 
     fn log(&mut self, line: String) {
@@ -280,6 +294,12 @@ impl Manager {
                     self.registry.disk_failed(disk, reason);
                 } else {
                     self.log(format!("node {name} says that {disk} failed, which is not its own: ignored"));
+                }
+            }
+            NodeMessage::Surveyed { order, answers } => {
+                let node = self.map.as_ref().and_then(|map| map.node_named(&name)).map(|node| node.id);
+                if let Some(node) = node {
+                    self.broadcasts.answered(now_ms, (connection, node), order, answers);
                 }
             }
             NodeMessage::Formatted { error, attach } => {

@@ -147,7 +147,7 @@ impl View<'_> {
                 push(
                     Severity::Degraded,
                     format!("disk {name}/{} failed: {}", disk.name, failed.reason),
-                    "replacing a disk is not built yet".into(),
+                    self.replacement(disk.id),
                 );
             }
         }

@@ -19,6 +19,7 @@
 
 pub mod advance;
 mod ask;
+mod broadcast;
 mod copies;
 mod core;
 mod create;
@@ -38,7 +39,9 @@ pub use self::core::Manager;
 
 use self::registry::{Registry, Standing};
 use crate::config::ClusterFile;
-use crate::control::{EventKind, ManagerMessage, NodeMessage, OperatorReply, PlanOrder, Registration};
+use crate::control::{
+    BroadcastKind, EventKind, ManagerMessage, NodeMessage, OperatorReply, PlanOrder, Registration,
+};
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
 use crate::map::verbs::{Run, Verb};
 use crate::map::{DistributionMap, Replica, ReplicaState, Span};
@@ -108,6 +111,17 @@ pub enum Input {
         plan: PlanId,
         /// What is to become of it.
         order: PlanOrder,
+    },
+    /// An operator wants all primaries asked, or asks how far that is.
+    Broadcast {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// What they are asked for.
+        kind: BroadcastKind,
+        /// Its number; drawn at random for one that begins.
+        id: u64,
+        /// Whether it begins.
+        begins: bool,
     },
     /// The proposal is stored.
     Stored {

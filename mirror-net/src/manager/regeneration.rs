@@ -109,8 +109,7 @@ pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>
                     moves.extend(of_disk);
                 }
                 Err(reason) => {
-                    hindered
-                        .push(format!("{} cannot be made again ({cause}): {reason}", map.disk_name(disk)));
+                    hindered.push(format!("{} cannot be made again: {reason}", map.disk_name(disk)));
                 }
             }
         }

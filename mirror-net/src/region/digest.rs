@@ -37,6 +37,11 @@ impl DigestKey {
         data.chunks(FINE_BYTES as usize).map(|block| self.digest(block)).collect()
     }
 
+    /// The digest of a small block of zeros.
+    pub fn zero(&self) -> Digest {
+        self.digest(&[0; FINE_BYTES as usize])
+    }
+
     fn digest(&self, data: &[u8]) -> Digest {
         cut(blake3::keyed_hash(&self.0, data))
     }
@@ -51,6 +56,14 @@ fn cut(hash: blake3::Hash) -> Digest {
 /// The digests of the large blocks, from those of the small.
 pub fn coarse(fine: &[Digest]) -> Vec<Digest> {
     fine.chunks(FINE_PER_COARSE).map(|group| cut(blake3::hash(group.as_flattened()))).collect()
+}
+
+/// A block's digest bound to its place: what it adds to the sum over a device.
+pub fn placed(digest: &Digest, offset: u64) -> u128 {
+    let mut bytes = [0; DIGEST_BYTES + 8];
+    bytes[..DIGEST_BYTES].copy_from_slice(digest);
+    bytes[DIGEST_BYTES..].copy_from_slice(&offset.to_le_bytes());
+    u128::from_le_bytes(cut(blake3::hash(&bytes)))
 }
 
 /// The digests in a message.

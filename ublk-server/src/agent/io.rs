@@ -8,6 +8,7 @@ use crate::frontend::ublk::export::Export;
 use crate::ring::disk::DiskFile;
 use crate::storage::{Candidate, prepare};
 use anyhow::Context;
+use mirror_net::control::{BroadcastKind, SurveyRun};
 use mirror_net::engine::{Engine, LocalDisk, Me};
 use mirror_net::ids::{DeviceId, ExporterSession, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
@@ -111,6 +112,16 @@ impl IoHandle {
     pub fn ublk_starter(&self) -> impl Fn(Box<Export>) + Send + use<> {
         let handle = self.handle.clone();
         move |export| handle.send(Command::StartUblk(export))
+    }
+
+    /// Answer for what is served now of these slices.
+    pub fn survey(&self, order: u64, kind: BroadcastKind, runs: Vec<SurveyRun>) {
+        self.handle.send(Command::Survey { order, kind, runs });
+    }
+
+    /// Whoever asked for surveys is gone.
+    pub fn forget_surveys(&self) {
+        self.handle.send(Command::ForgetSurveys);
     }
 
     /// How the thread is doing; `None` if it does not answer.

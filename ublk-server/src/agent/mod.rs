@@ -26,6 +26,7 @@ use manager::Membership;
 use mirror_net::config::{ClusterFile, Frontend, NodeFile};
 use mirror_net::control::{
     ExportReport, FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
+    SurveyAnswer, SurveyResult,
 };
 use mirror_net::engine::Me;
 use mirror_net::engine::action::Report;
@@ -104,6 +105,8 @@ struct Agent {
     disks: Vec<Candidate>,
     inputs: mpsc::UnboundedSender<Input>,
     manager: Option<mpsc::UnboundedSender<NodeMessage>>,
+    /// The manager has taken us in.
+    registered: bool,
     io: Option<IoHandle>,
     lanes: Lanes,
     exports: Exports,
@@ -151,7 +154,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let exports = Exports::new(&node, &options.run_dir, sender.clone()).await?;
     let membership = Membership::default();
     membership.set(cluster);
-    manager::start(file.manager.clone(), common.clone(), membership.clone(), sender.clone());
+    manager::start(file.managers.clone(), common.clone(), membership.clone(), sender.clone());
     tracing::info!(node = node.name, %process, frontend = exports.frontend().as_str(), "started, waiting for the manager");
 
     let mut agent = Agent {
@@ -162,6 +165,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         disks,
         inputs: sender,
         manager: None,
+        registered: false,
         io: None,
         lanes,
         exports,
@@ -204,10 +208,13 @@ impl Agent {
             Input::Manager(message) => self.manager_said(message)?,
             Input::ManagerDown(reason) => {
                 self.manager = None;
-                tracing::warn!(
-                    reason,
-                    "no connection to the manager; I/O goes on as long as all copies are well"
-                );
+                // Of a manager that does not lead its connection's task has told.
+                if std::mem::take(&mut self.registered) {
+                    tracing::warn!(
+                        reason,
+                        "no connection to the manager; I/O goes on as long as all copies are well"
+                    );
+                }
             }
             Input::Lane(lane) => {
                 // Without a map it is dropped: whoever dialled it tries again until the map is here.
@@ -252,6 +259,8 @@ impl Agent {
             ManagerMessage::Registered { exporter_session } => {
                 tracing::info!(%exporter_session, "registered with the manager");
                 self.exporter_session = exporter_session;
+                self.registered = true;
+                self.io.iter().for_each(IoHandle::forget_surveys);
                 if let Some(io) = &self.io {
                     io.exporter_session(exporter_session);
                 }
@@ -282,6 +291,16 @@ impl Agent {
                 // Another process, or another cluster's disks: going on would only repeat it.
                 anyhow::bail!("the manager refused this node: {reason}");
             }
+            ManagerMessage::Survey { order, kind, runs } => match &self.io {
+                Some(io) => io.survey(order, kind, runs),
+                None => {
+                    let refused = |run| SurveyAnswer { run, result: SurveyResult::Refused };
+                    let answers = runs.into_iter().map(refused).collect();
+                    self.tell_manager(NodeMessage::Surveyed { order, answers });
+                }
+            },
+            // The connection's own task follows it.
+            ManagerMessage::NotLeader { .. } => {}
         }
         Ok(())
     }
@@ -425,6 +444,7 @@ impl Agent {
                     "its copies are equal"
                 );
             }
+            Event::Surveyed(order, answers) => self.tell_manager(NodeMessage::Surveyed { order, answers }),
             Event::MapRefused(reason) => {
                 tracing::error!(reason, "the newest map cannot be adopted");
                 self.trouble = Some(reason);

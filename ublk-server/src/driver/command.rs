@@ -2,7 +2,7 @@
 
 use crate::frontend::nbd;
 use crate::frontend::ublk::export::Export;
-use mirror_net::control::{ResyncReport, SessionReport};
+use mirror_net::control::{BroadcastKind, ResyncReport, SessionReport, SurveyAnswer, SurveyRun};
 use mirror_net::engine::action::Report;
 use mirror_net::ids::{DeviceId, ExporterSession, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
@@ -43,6 +43,17 @@ pub enum Command {
     StopNbd(DeviceId),
     /// Serve a ublk device's queues.
     StartUblk(Box<Export>),
+    /// Answer for what is served now of these slices; without any, forget that order.
+    Survey {
+        /// Its number.
+        order: u64,
+        /// What is wanted.
+        kind: BroadcastKind,
+        /// Of which slices.
+        runs: Vec<SurveyRun>,
+    },
+    /// Forget all orders: whoever gave them is gone.
+    ForgetSurveys,
     /// Tell how things are.
     Report(tokio::sync::oneshot::Sender<ThreadReport>),
     /// End, once nothing is under way.
@@ -67,6 +78,8 @@ pub enum Event {
     MapRefused(String),
     /// A device's copies at a peer are equal to this node's.
     Resynced(ResyncReport),
+    /// Answers to that order.
+    Surveyed(u64, Vec<SurveyAnswer>),
     /// A ublk device's entries are refused by the kernel.
     UblkRefused(DeviceId, nix::errno::Errno),
     /// The kernel gave up all tags of a ublk device.

@@ -89,6 +89,7 @@ impl IoThread {
         let mut buffers = Buffers::new(buffer_bytes);
         let bytes = engine.copy_buffer_bytes() as usize;
         engine.add_copy_buffers((0..COPIES).map(|_| buffers.allocate_for_peer(bytes)));
+        engine.allow_surveys(buffers.allocate_for_peer(bytes), keys.digests.zero());
         Ok(Self {
             ring: Ring::new(RING_ENTRIES)?,
             engine,
@@ -153,6 +154,9 @@ impl IoThread {
             }
             if let Some(error) = self.engine.take_refused_map() {
                 self.tell(Event::MapRefused(error.to_string()));
+            }
+            for (order, answer) in self.engine.take_surveyed() {
+                self.tell(Event::Surveyed(order, vec![answer]));
             }
             for resync in self.engine.take_ended_resyncs() {
                 self.tell(Event::Resynced(resync));
@@ -249,6 +253,8 @@ impl IoThread {
                 let token = |queue, tag| Token::Tag { export: number, queue, tag }.encode();
                 export.start(&mut self.ring, &mut self.buffers, token)?;
             }
+            Command::Survey { order, kind, runs } => self.engine.handle_survey(now(), order, kind, runs),
+            Command::ForgetSurveys => self.engine.forget_surveys(),
             Command::Report(reply) => {
                 // Whoever asked may be gone.
                 let _ = reply.send(self.report());

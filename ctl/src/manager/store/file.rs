@@ -34,31 +34,51 @@ struct Stored {
     map: DistributionMap,
 }
 
+/// A manager's state directory, held by this process alone.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl StateDir {
+    /// Makes it if it is not there, and keeps every other manager out.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        make(path)?;
+        let lock = path.join("lock");
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
+        let file = file.map_err(failed("cannot open", &lock))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| StoreError::InUse { path: path.to_owned() })?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn make(path: &Path) -> Result<(), StoreError> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(failed("cannot create", path))
+}
+
 /// See the module's description.
 #[derive(Debug)]
 pub struct FileStore {
     dir: PathBuf,
     version: Option<MapVersion>,
     last_session: u64,
-    _lock: Flock<File>,
+    _held: StateDir,
 }
 
 impl FileStore {
     /// Opens a state directory, makes it if it is not there, and keeps every other manager out.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        for dir in [dir.to_owned(), dir.join("history")] {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&dir)
-                .map_err(failed("cannot create", &dir))?;
-        }
-        let path = dir.join("lock");
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let file = file.map_err(failed("cannot open", &path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| StoreError::InUse { path: dir.to_owned() })?;
-        let mut store = Self { dir: dir.to_owned(), version: None, last_session: 0, _lock: lock };
+        let held = StateDir::open(dir)?;
+        make(&dir.join("history"))?;
+        let mut store = Self { dir: dir.to_owned(), version: None, last_session: 0, _held: held };
         store.version = store.map()?.map(|map| map.version);
         store.last_session = store.read_session()?;
         Ok(store)
@@ -141,8 +161,9 @@ fn encode(map: &DistributionMap, why: &[String]) -> Result<String, serde_json::E
     Ok(serde_json::to_string(&header)? + "\n" + &body)
 }
 
-impl Store for FileStore {
-    fn map(&self) -> Result<Option<DistributionMap>, StoreError> {
+impl FileStore {
+    /// The newest map.
+    pub fn map(&self) -> Result<Option<DistributionMap>, StoreError> {
         let path = self.map_path();
         match std::fs::read_to_string(&path) {
             Ok(text) => decode(&text).map(Some).map_err(|why| self.corrupt(&path, why)),
@@ -161,7 +182,7 @@ impl Store for FileStore {
         why: &[String],
     ) -> Result<Swapped, StoreError> {
         if self.version != base {
-            return Ok(Swapped::Conflict(self.map()?.map(Box::new)));
+            return Ok(Swapped::Conflict(FileStore::map(self)?.map(Box::new)));
         }
         let path = self.map_path();
         let text = encode(next, why).map_err(|error| self.corrupt(&path, error))?;
@@ -178,6 +199,25 @@ impl Store for FileStore {
         self.replace(&self.session_path(), format!("{session}\n").as_bytes())?;
         self.last_session = session;
         Ok(ExporterSession(session))
+    }
+}
+
+impl Store for FileStore {
+    async fn map(&mut self) -> Result<Option<DistributionMap>, StoreError> {
+        FileStore::map(self)
+    }
+
+    async fn swap(
+        &mut self,
+        base: Option<MapVersion>,
+        next: &DistributionMap,
+        why: &[String],
+    ) -> Result<Swapped, StoreError> {
+        FileStore::swap(self, base, next, why)
+    }
+
+    async fn exporter_session(&mut self) -> Result<ExporterSession, StoreError> {
+        FileStore::exporter_session(self)
     }
 }
 

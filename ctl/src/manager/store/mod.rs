@@ -1,12 +1,19 @@
 //! Where the manager keeps what must survive it.
 
+mod etcd;
 mod file;
+mod pieces;
 
-pub use file::FileStore;
+pub use etcd::{Candidate, EtcdStore, Seat};
+pub use file::{FileStore, StateDir};
 
 use mirror_net::ids::{ExporterSession, MapVersion};
 use mirror_net::map::DistributionMap;
+use std::future::Future;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
 
 /// Why the store could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +29,17 @@ pub enum StoreError {
         path.display(), history.display()
     )]
     Corrupt { path: PathBuf, history: PathBuf, why: String },
+    #[error("{etcd}: key {key}: {why}; bring back a snapshot of it that no node is ahead of")]
+    CorruptKey { etcd: String, key: String, why: String },
+    #[error("{etcd}: {why}")]
+    Unreachable { etcd: String, why: String },
+    #[error("{etcd}: {why}")]
+    OtherCluster { etcd: String, why: String },
+    #[error("{0}")]
+    Setup(String),
+    /// Another manager may lead by now; this one must not change anything any more.
+    #[error("{0}")]
+    Deposed(String),
 }
 
 /// What a compare-and-swap came to.
@@ -37,9 +55,9 @@ pub enum Swapped {
 ///
 /// What a method has returned is durable. After an error nothing is known: the manager must stop
 /// and start anew from what the store then holds.
-pub trait Store {
+pub trait Store: Send + 'static {
     /// The newest map.
-    fn map(&self) -> Result<Option<DistributionMap>, StoreError>;
+    fn map(&mut self) -> impl Future<Output = Result<Option<DistributionMap>, StoreError>> + Send;
 
     /// Replaces version `base` (`None`: nothing) by `next`; `why` is kept with it.
     fn swap(
@@ -47,8 +65,84 @@ pub trait Store {
         base: Option<MapVersion>,
         next: &DistributionMap,
         why: &[String],
-    ) -> Result<Swapped, StoreError>;
+    ) -> impl Future<Output = Result<Swapped, StoreError>> + Send;
 
     /// A number larger than any given before.
-    fn exporter_session(&mut self) -> Result<ExporterSession, StoreError>;
+    fn exporter_session(&mut self) -> impl Future<Output = Result<ExporterSession, StoreError>> + Send;
+
+    /// Removes what no map of the history needs any more. Nobody waits for it, and it may fail.
+    fn tidy(&mut self) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+}
+
+/// For how long this manager may act: for ever on a store of its own, else as long as its lease
+/// cannot have run out, by its own clock.
+#[derive(Clone, Debug)]
+pub struct Tenure {
+    until: Option<watch::Receiver<Instant>>,
+    why: Arc<Mutex<String>>,
+}
+
+/// The end of a [`Tenure`] that moves.
+#[derive(Debug)]
+struct Lease {
+    until: watch::Sender<Instant>,
+    why: Arc<Mutex<String>>,
+}
+
+impl Tenure {
+    /// It never ends.
+    pub fn for_ever() -> Self {
+        Self { until: None, why: Arc::default() }
+    }
+
+    fn until(until: Instant) -> (Self, Lease) {
+        let (sender, receiver) = watch::channel(until);
+        let why: Arc<Mutex<String>> = Arc::default();
+        (Self { until: Some(receiver), why: Arc::clone(&why) }, Lease { until: sender, why })
+    }
+
+    /// Whether it still holds.
+    pub fn holds(&self) -> bool {
+        self.until.as_ref().is_none_or(|until| Instant::now() < *until.borrow())
+    }
+
+    /// Why it ended, for people.
+    pub fn why(&self) -> String {
+        self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits for its end.
+    pub async fn over(&mut self) {
+        let Some(until) = &mut self.until else { return std::future::pending().await };
+        loop {
+            let end = *until.borrow_and_update();
+            if Instant::now() >= end {
+                return;
+            }
+            tokio::select! {
+                () = sleep_until(end) => {}
+                changed = until.changed() => if changed.is_err() {
+                    // Nobody renews it any more.
+                    return sleep_until(end).await;
+                },
+            }
+        }
+    }
+}
+
+impl Lease {
+    fn renew(&self, until: Instant) {
+        self.until.send_replace(until);
+    }
+
+    /// What went wrong last; it is the reason if the tenure ends.
+    fn trouble(&self, why: String) {
+        *self.why.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    fn is_wanted(&self) -> bool {
+        !self.until.is_closed()
+    }
 }

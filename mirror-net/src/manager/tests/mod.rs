@@ -1,6 +1,7 @@
 //! The manager under test: a bench that stores at once, rules one by one, and a random world.
 
 mod bench;
+mod broadcast;
 mod creation;
 mod rejoin;
 mod rules;

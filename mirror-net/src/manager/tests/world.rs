@@ -203,6 +203,8 @@ impl World {
                 assert!(reason.contains("a second ublk-server"), "{reason}")
             }
             ManagerMessage::Format(_) => panic!("nobody asked for a cluster"),
+            ManagerMessage::Survey { .. } => panic!("nobody asked for a broadcast"),
+            ManagerMessage::NotLeader { .. } => panic!("the core does not know of other managers"),
         }
     }
 

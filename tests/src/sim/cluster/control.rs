@@ -277,6 +277,12 @@ impl Cluster {
                 self.checker.violations.push(format!("n{node} is refused: {reason}"));
             }
             ManagerMessage::Format(_) => self.checker.violations.push("nobody asked for a cluster".into()),
+            ManagerMessage::Survey { .. } => {
+                self.checker.violations.push("nobody asked for a broadcast".into())
+            }
+            ManagerMessage::NotLeader { .. } => {
+                self.checker.violations.push("the core does not know of other managers".into());
+            }
         }
     }
 

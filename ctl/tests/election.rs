@@ -1,0 +1,283 @@
+//! Managers on several hosts with an etcd of three members, as processes.
+
+mod common;
+
+use common::etcd::{Etcd, free_addresses, wait_for};
+use common::{mirrorctl, runtime};
+use ctl::key;
+use mirror_net::control::{OperatorReply, OperatorRequest};
+use mirror_net::wire::handshake::Role;
+use mirror_net::wire::transport;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const MIRRORCTL: &str = env!("CARGO_BIN_EXE_mirrorctl");
+
+struct Lab {
+    dir: tempfile::TempDir,
+    etcd: Etcd,
+    managers: Vec<String>,
+    children: Vec<Option<Child>>,
+    /// Fake nodes on a thread of their own.
+    stop: Arc<AtomicBool>,
+    nodes: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        (0..self.children.len()).for_each(|manager| self.kill(manager));
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(nodes) = self.nodes.take() {
+            let _ = nodes.join();
+        }
+    }
+}
+
+impl Lab {
+    /// A cluster file, a key and an etcd; no manager runs.
+    fn new(managers: usize) -> Self {
+        let (etcd, dir) = (Etcd::start(3), tempfile::tempdir().unwrap());
+        let mut addresses = free_addresses(managers + 2);
+        let nodes = addresses.split_off(managers);
+        let path = dir.path().display();
+        let mut text = format!(
+            "[cluster]\nname = \"lab\"\nkey_file = \"{path}/key\"\nmanager = {addresses:?}\n{}",
+            etcd.table()
+        );
+        for (index, node) in (1..).zip(&nodes) {
+            text += &format!(
+                "[[node]]\nname = \"n{index}\"\naddress = \"{node}\"\n[[node.disk]]\npath = \"{path}/n{index}.img\"\n\
+                 size = \"1G\"\n"
+            );
+            std::fs::create_dir(dir.path().join(format!("n{index}"))).unwrap();
+        }
+        std::fs::write(dir.path().join("cluster.toml"), text).unwrap();
+        key::write_new(&dir.path().join("key")).unwrap();
+        let children = addresses.iter().map(|_| None).collect();
+        Self { dir, etcd, managers: addresses, children, stop: Arc::default(), nodes: None }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, arguments: &[&str]) -> (i32, String, String) {
+        let dir = self.dir.path().to_str().unwrap();
+        mirrorctl(Path::new(MIRRORCTL), &[arguments, &["--dir", dir]].concat())
+    }
+
+    fn start(&mut self, manager: usize) {
+        let log = std::fs::File::create(self.path(&format!("m{manager}.log"))).unwrap();
+        let child = Command::new(MIRRORCTL)
+            .args(["manager", "run", "--address", &self.managers[manager], "--dir"])
+            .arg(self.dir.path())
+            .arg("--state-dir")
+            .arg(self.path(&format!("m{manager}")))
+            .stderr(Stdio::from(log))
+            .spawn();
+        self.children[manager] = Some(child.unwrap());
+    }
+
+    fn kill(&mut self, manager: usize) {
+        if let Some(mut child) = self.children[manager].take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// Two nodes that register with whoever leads.
+    fn start_nodes(&mut self) {
+        let (config, stop) = (self.path("cluster.toml"), Arc::clone(&self.stop));
+        let states = [self.path("n1"), self.path("n2")];
+        self.nodes = Some(std::thread::spawn(move || {
+            runtime().block_on(async {
+                let [one, two] = &states;
+                let stopped = async {
+                    while !stop.load(Ordering::Relaxed) {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                };
+                tokio::select! {
+                    () = common::fake_node(&config, "n1", one) => {}
+                    () = common::fake_node(&config, "n2", two) => {}
+                    () = stopped => {}
+                }
+            });
+        }));
+    }
+
+    /// What a manager says to somebody who asks it alone.
+    fn ask(&self, manager: usize) -> Option<OperatorReply> {
+        let key = key::load(&self.path("key")).unwrap();
+        runtime().block_on(async {
+            let address = &self.managers[manager];
+            let mut stream = common::connect(address, &key, Role::Operator, "test", None).await.ok()?;
+            transport::send(&mut stream, &OperatorRequest::Map).await.ok()?;
+            transport::receive(&mut stream).await.ok()
+        })
+    }
+
+    fn leads(&self, manager: usize) -> bool {
+        matches!(self.ask(manager), Some(OperatorReply::Map { .. }))
+    }
+
+    /// The one that leads; there is never more than one.
+    fn leader(&self) -> usize {
+        wait_for("a leader", || {
+            let leaders: Vec<usize> =
+                (0..self.managers.len()).filter(|manager| self.leads(*manager)).collect();
+            assert!(leaders.len() <= 1, "managers {leaders:?} lead at the same time");
+            leaders.first().copied()
+        })
+    }
+
+    fn map(&self) -> serde_json::Value {
+        let (code, out, err) = self.run(&["map", "show", "--json"]);
+        assert_eq!(code, 0, "{err}");
+        serde_json::from_str(&out).unwrap()
+    }
+
+    fn healthy(&self) {
+        let mut last = String::new();
+        wait_for("a healthy cluster", || {
+            let (code, out, err) = self.run(&["status"]);
+            let new = out + &err;
+            if new != last {
+                println!("{new}");
+                last = new;
+            }
+            (code == 0).then_some(())
+        });
+    }
+
+    fn create(&mut self) {
+        self.start_nodes();
+        wait_for("a cluster", || {
+            let (code, _, err) = self.run(&["cluster", "create"]);
+            println!("{err}");
+            (code == 0).then_some(())
+        });
+        self.healthy();
+    }
+}
+
+#[test]
+fn a_killed_leader_is_replaced_and_the_map_goes_on() {
+    let mut lab = Lab::new(2);
+    lab.start(0);
+    lab.start(1);
+    let first = lab.leader();
+    let second = 1 - first;
+    let known = wait_for("a follower", || match lab.ask(second) {
+        Some(OperatorReply::NotLeader { leader, .. }) => leader,
+        _ => None,
+    });
+    assert_eq!(known, lab.managers[first]);
+    lab.create();
+    let before = lab.map();
+
+    lab.kill(first);
+    let killed = Instant::now();
+    wait_for("another leader", || lab.leads(second).then_some(()));
+    println!("replaced after {:?}", killed.elapsed());
+    assert_eq!(lab.map(), before, "nothing is lost, nothing is done twice");
+    // The nodes have followed, and it decides.
+    lab.healthy();
+    println!("the nodes have followed after {:?}", killed.elapsed());
+    let (code, out, err) = lab.run(&["node", "failover", "n1"]);
+    assert_eq!(code, 0, "{out}{err}");
+    let after = lab.map();
+    assert!(after["version"].as_u64() > before["version"].as_u64());
+
+    // The old one comes back, and follows; then it leads again, and knows all that was done meanwhile.
+    lab.start(first);
+    wait_for("a follower", || {
+        matches!(lab.ask(first), Some(OperatorReply::NotLeader { leader: Some(_), .. })).then_some(())
+    });
+    assert_eq!(lab.leader(), second);
+    lab.kill(second);
+    assert_eq!(lab.leader(), first);
+    assert_eq!(lab.map()["version"], after["version"]);
+}
+
+#[test]
+fn members_of_the_etcd_die_and_come_back() {
+    let mut lab = Lab::new(2);
+    lab.start(0);
+    lab.start(1);
+    lab.create();
+    let before = lab.map();
+    lab.etcd.kill(0);
+    // Led by whomever: the lease may have been renewed at the dead one.
+    wait_for("a failover with two members", || {
+        let (code, out, err) = lab.run(&["node", "failover", "n1"]);
+        println!("{code}: {out}{err}");
+        (code == 0).then_some(())
+    });
+    let with_two = lab.map();
+    assert!(with_two["version"].as_u64() > before["version"].as_u64());
+
+    lab.etcd.kill(1);
+    let (code, _, err) = wait_for("no leader", || {
+        let result = lab.run(&["node", "failover", "n2"]);
+        (result.0 == 3).then_some(result)
+    });
+    assert_eq!(code, 3);
+    assert!(
+        err.contains("no manager leads at this moment") && err.contains("etcd http://127.0.0.1:"),
+        "{err}"
+    );
+    lab.etcd.start_member(1);
+    lab.leader();
+    assert_eq!(lab.map(), with_two, "what was refused was not done");
+    lab.etcd.start_member(0);
+    wait_for("the nodes", || {
+        let (_, out, _) = lab.run(&["status", "--json"]);
+        let status: serde_json::Value = serde_json::from_str(&out).ok()?;
+        status["nodes"].as_array()?.iter().all(|node| node["up"] == true).then_some(())
+    });
+}
+
+#[test]
+fn an_etcd_that_is_down_or_somebody_elses_is_named() {
+    let mut lab = Lab::new(2);
+    (0..3).for_each(|member| lab.etcd.kill(member));
+    lab.start(0);
+    let (code, _, err) = wait_for("an answer", || {
+        let result = lab.run(&["status"]);
+        result.2.contains("no manager leads").then_some(result)
+    });
+    assert_eq!(code, 3);
+    assert!(err.contains("etcd http://127.0.0.1:"), "{err}");
+    (0..3).for_each(|member| lab.etcd.start_member(member));
+    assert_eq!(lab.leader(), 0);
+
+    // Another cluster of the same name.
+    let other = lab.dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    key::write_new(&other.join("key")).unwrap();
+    let text = std::fs::read_to_string(lab.path("cluster.toml")).unwrap();
+    let mine = format!("{}/key", lab.dir.path().display());
+    let theirs = format!("{}/key", other.display());
+    std::fs::write(other.join("cluster.toml"), text.replacen(&mine, &theirs, 1)).unwrap();
+    let arguments = [
+        "manager",
+        "run",
+        "--address",
+        &lab.managers[1],
+        "--dir",
+        other.to_str().unwrap(),
+        "--state-dir",
+        other.to_str().unwrap(),
+    ];
+    let output = Command::new(MIRRORCTL).args(arguments).output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("another cluster of the same name, with another key, keeps its map there"), "{err}");
+
+    let (code, _, err) = lab.run(&["manager", "run", "--address", "127.0.0.1:1", "--state-dir", "/tmp/none"]);
+    assert_eq!((code, err.contains("is none of `manager` in the cluster file")), (1, true), "{err}");
+}

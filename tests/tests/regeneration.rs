@@ -1,0 +1,177 @@
+//! What a dead node had is made again on a spare, under writes, whoever dies meanwhile.
+
+use anyhow::{Context, ensure};
+use mirror_net::ids::DeviceId;
+use mirror_tests::contents::slices;
+use mirror_tests::nbd::NbdClient;
+use mirror_tests::playground::Playground;
+use serde_json::Value;
+
+const MIB: u64 = 1 << 20;
+/// Devices are numbered in the order of the cluster file: n1-d1, n1-d1-unmirrored, n2-d1.
+const N1_D1: DeviceId = DeviceId(1);
+const N2_D1: DeviceId = DeviceId(3);
+/// Pieces that each device is filled with.
+const PIECES: u64 = 48;
+
+fn stamp(value: u8) -> Vec<u8> {
+    vec![value; MIB as usize]
+}
+
+fn play() -> anyhow::Result<Playground> {
+    let play = Playground::start_like(2, "nbd", "512M", &["--spares", "1", "--spare-after", "3s"])?;
+    for device in ["n1-d1", "n2-d1"] {
+        let mut client = NbdClient::connect(&play.uri(device)?)?;
+        for piece in 0..PIECES {
+            client.write(piece * MIB, &stamp(piece as u8 + 1))?;
+        }
+    }
+    Ok(play)
+}
+
+/// Where the copies of a device are, the primary first; `None` while any is not in sync.
+fn copies(play: &Playground, device: &str) -> anyhow::Result<Option<Vec<String>>> {
+    let map = play.json(&["map", "show"])?;
+    let mut devices = map["devices"].as_array().into_iter().flatten();
+    let device = devices.find(|found| found["name"] == device).context("no such device")?;
+    let spans = device["spans"].as_array().context("no spans")?;
+    let list = |span: &Value| -> Option<Vec<String>> {
+        let replicas = span["replicas"].as_array()?;
+        let in_sync = replicas.iter().all(|replica| replica["state"] == "in_sync");
+        in_sync.then(|| {
+            replicas.iter().map(|replica| replica["node"].as_str().unwrap_or("?").to_owned()).collect()
+        })
+    };
+    let first = list(&spans[0]);
+    ensure!(spans.iter().all(|span| list(span) == first || list(span).is_none()), "{device}");
+    Ok(first.filter(|_| spans.iter().all(|span| list(span).is_some())))
+}
+
+/// Both segments of n1 are on the spare, n3, and what it had of its own is served from there.
+fn regenerated(play: &Playground) -> anyhow::Result<()> {
+    play.until("n1's segments are on n3", || {
+        let both = (copies(play, "n1-d1")?, copies(play, "n2-d1")?);
+        let lists = |nodes: [&str; 2]| Some(nodes.map(str::to_owned).to_vec());
+        let plans = play.json(&["plan", "list"])?;
+        let over = plans.as_array().is_some_and(Vec::is_empty);
+        Ok((over && both == (lists(["n3", "n2"]), lists(["n2", "n3"]))).then_some(()))
+    })
+}
+
+fn all_is_there(play: &Playground, newest: u8) -> anyhow::Result<()> {
+    for device in ["n1-d1", "n2-d1"] {
+        let mut client = NbdClient::connect(&play.uri(device)?)?;
+        for piece in 0..PIECES {
+            let expected = if piece == 0 { newest } else { piece as u8 + 1 };
+            ensure!(client.read(piece * MIB, MIB as u32)? == stamp(expected), "{device} piece {piece}");
+        }
+    }
+    Ok(())
+}
+
+fn copies_are_equal(play: &mut Playground) -> anyhow::Result<()> {
+    play.stop()?;
+    for device in [N1_D1, N2_D1] {
+        let (one, other) = (slices(&play.disk("n2"), device)?, slices(&play.disk("n3"), device)?);
+        ensure!(!one.is_empty() && one == other, "{device:?}: the copies differ");
+    }
+    Ok(())
+}
+
+/// The bytes that resyncs to n3 moved, as the daemon of the other node logged them.
+fn moved_bytes(play: &Playground) -> anyhow::Result<u64> {
+    let log = std::fs::read_to_string(play.dir.join("n2/log"))?;
+    let told =
+        log.lines().filter(|line| line.contains("its copies are equal") && line.contains("node=\"n3\""));
+    let bytes = told.map(|line| -> anyhow::Result<u64> {
+        Ok(line.split("moved_bytes=").nth(1).context("no bytes")?.trim().parse()?)
+    });
+    bytes.sum()
+}
+
+#[test]
+fn a_dead_nodes_segments_are_made_again_on_the_spare_and_it_comes_back_as_one() -> anyhow::Result<()> {
+    let mut play = play()?;
+    play.kill("n1")?;
+    // Nobody asks for anything. The other node's own device is written all the time.
+    let mut client = NbdClient::connect(&play.uri("n2-d1")?)?;
+    let mut newest = 0;
+    play.until("a plan", || {
+        newest = newest % 200 + 1;
+        client.write(0, &stamp(newest))?;
+        let plans = play.json(&["plan", "list"])?;
+        Ok(plans.as_array().is_some_and(|plans| !plans.is_empty()).then_some(()))
+    })?;
+    regenerated(&play)?;
+    // What was lost, and not much more: two devices' pieces.
+    let lost = 2 * PIECES * MIB;
+    let moved = moved_bytes(&play)?;
+    println!("{lost} bytes were lost, {moved} were moved");
+    ensure!(moved <= lost + lost / 20 + MIB, "{moved} bytes were moved for {lost}");
+    let mut other = NbdClient::connect(&play.uri("n1-d1")?)?;
+    other.write(0, &stamp(newest))?;
+    all_is_there(&play, newest)?;
+
+    let events = play.must(&["events"])?;
+    for told in ["counts as failed", "failover of n1", "is made again on n3/d1", "is done: regeneration"] {
+        ensure!(events.contains(told), "no event says {told:?}:\n{events}");
+    }
+    play.restart("n1")?;
+    play.until("n1 is the spare", || {
+        let map = play.json(&["map", "show"])?;
+        let mut disks = map["disks"].as_array().into_iter().flatten();
+        Ok(disks.any(|disk| disk["node"] == "n1" && disk["spare"] == true).then_some(()))
+    })?;
+    play.healthy()?;
+    copies_are_equal(&mut play)
+}
+
+#[test]
+fn a_regeneration_goes_on_whoever_dies_meanwhile() -> anyhow::Result<()> {
+    let mut play = play()?;
+    play.kill("n1")?;
+    for victim in ["manager", "n3", "n2", "manager"] {
+        play.until("a plan, or its end", || {
+            let plans = play.json(&["plan", "list"])?;
+            let begun = plans.as_array().is_some_and(|plans| !plans.is_empty());
+            Ok((begun || copies(&play, "n1-d1")? == Some(vec!["n3".into(), "n2".into()])).then_some(()))
+        })?;
+        play.kill(victim)?;
+        play.restart(victim)?;
+    }
+    play.until("n1's segments are on n3 and n2", || {
+        let mut both = [copies(&play, "n1-d1")?, copies(&play, "n2-d1")?];
+        both.iter_mut().flatten().for_each(|nodes| nodes.sort());
+        let expected = Some(vec!["n2".to_owned(), "n3".to_owned()]);
+        let over = play.json(&["plan", "list"])?.as_array().is_some_and(Vec::is_empty);
+        Ok((over && both.iter().all(|nodes| *nodes == expected)).then_some(()))
+    })?;
+    all_is_there(&play, 1)?;
+    copies_are_equal(&mut play)
+}
+
+#[test]
+fn a_plan_is_paused_resumed_and_cancelled() -> anyhow::Result<()> {
+    let play = play()?;
+    ensure!(!play.mirrorctl(&["plan", "pause", "7"])?.status.success(), "there is no plan");
+    play.kill("n1")?;
+    let plan = play.until("a plan", || {
+        let plans = play.json(&["plan", "list"])?;
+        let Some(plan) = plans.as_array().and_then(|plans| plans.first()).cloned() else { return Ok(None) };
+        let number = plan["plan"].as_u64().context("no number")?.to_string();
+        // It may be over before it can be paused; then there is nothing to look at.
+        Ok(play.mirrorctl(&["plan", "pause", &number])?.status.success().then_some(number))
+    })?;
+    let shown = play.must(&["plan", "show", &plan])?;
+    ensure!(shown.contains("n3/d1") && shown.contains("paused"), "{shown}");
+    ensure!(!play.mirrorctl(&["plan", "pause", &plan])?.status.success(), "paused twice");
+    // Paused, it is where it was however often one looks.
+    let before = play.json(&["plan", "list"])?;
+    ensure!(before[0]["paused"] == true, "{before}");
+    play.must(&["plan", "cancel", &plan])?;
+    let map = play.json(&["map", "show"])?;
+    ensure!(map["plans"] == Value::Array(Vec::new()), "{}", map["plans"]);
+    ensure!(!play.mirrorctl(&["plan", "resume", &plan])?.status.success(), "resumed after its end");
+    // Nothing begins it again, and what there is serves.
+    all_is_there(&play, 1)
+}
