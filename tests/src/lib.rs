@@ -6,6 +6,8 @@ pub mod fio;
 pub mod lab;
 pub mod model;
 pub mod nbd;
+pub mod nbd_server;
 pub mod playground;
 pub mod sim;
 pub mod stamps;
+pub mod test_disk;

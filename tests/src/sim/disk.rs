@@ -183,6 +183,16 @@ impl SimDisk {
         self.pending.first().is_some_and(|piece| piece.number <= mark)
     }
 
+    /// Bytes of completed writes that are still in the cache only.
+    pub fn unflushed_bytes(&self) -> usize {
+        self.written.len()
+    }
+
+    /// Every sector can be read again.
+    pub fn unspoil(&mut self) {
+        self.unreadable.clear();
+    }
+
     /// Reads what a loss of power would surely leave.
     pub fn read_durable(&self, offset: u64, into: &mut [u8]) {
         read(&self.durable, self.blank, offset, into);
