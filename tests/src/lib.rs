@@ -4,6 +4,7 @@
 pub mod contents;
 pub mod fio;
 pub mod lab;
+pub mod machines;
 pub mod model;
 pub mod nbd;
 pub mod nbd_server;
