@@ -39,11 +39,12 @@ pub fn run(dir: &Path, options: &Options, cluster: bool) -> anyhow::Result<()> {
             Ok(said) => (format!("ok: {said}"), words == ["down"]),
             Err(wrong) => (format!("error: {wrong:#}"), false),
         };
+        if ends {
+            drop(lab);
+            return Ok(writeln!(&stream, "{answer}")?);
+        }
         // Whoever asked may have left.
         let _ = writeln!(&stream, "{}", answer.replace('\n', "; "));
-        if ends {
-            return Ok(());
-        }
     }
     Ok(())
 }
