@@ -1,6 +1,7 @@
 //! Emulated machines with real ublk, and what can happen to them: scripts/lab.
 
 use anyhow::{Context, bail, ensure};
+use mirror_tests::machines::campaign::Campaign;
 use mirror_tests::machines::exec::Running;
 use mirror_tests::machines::{Options, hub};
 use std::fs::File;
@@ -18,6 +19,7 @@ usage: scripts/lab up N [--kernel stable|latest] [--seed S] [--disk MIB] [--memo
        scripts/lab partition I J [--one-way] | heal
        scripts/lab disk I cut|fail [writes|next-write|next-flush]|hang|bad-sector LBA [COUNT]|slow MIB_S [MIB_S_AT_THE_END]|heal|status
        scripts/lab info | down
+       scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres]
 
 up      N machines with a disk each, and one for the manager, on a private link; a cluster on them unless --bare
 exec    runs a command in machine I (1, 2, ... or manager); its exit code becomes ours
@@ -25,6 +27,7 @@ ctl     mirrorctl, on the manager's machine
 cut     the power of these machines is gone, at the same moment; their disks lose a subset of what was not flushed
 start   switches them on again
 disk    does something to the data disk of machine I
+soak    a lab of its own: N rounds of power cuts and cut cables under load; nothing that was acknowledged may be lost
 
 Where the lab is: UBLK_MIRROR_LAB (default /tmp/ublk-mirror-lab-UID). docs/lab.md says more.";
 
@@ -62,6 +65,7 @@ fn run(words: &[&str]) -> anyhow::Result<u8> {
             println!("{}", hub::tell(&dir, words)?);
             Ok(0)
         }
+        ["soak", options @ ..] => soak(options).map(|()| 0),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
             Ok(0)
@@ -129,6 +133,27 @@ fn up(dir: &Path, nodes: &str, options: &[&str]) -> anyhow::Result<()> {
         ensure!(ended.is_none(), "the lab has ended; what its machines said is in {}", dir.display());
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+fn soak(words: &[&str]) -> anyhow::Result<()> {
+    let mut campaign = Campaign { lab: Options::default(), rounds: 10, postgres: false };
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        match *word {
+            "--postgres" => campaign.postgres = true,
+            "--rounds" => campaign.rounds = value()?.parse()?,
+            "--seed" => campaign.lab.seed = value()?.parse()?,
+            "--kernel" => campaign.lab.kernel = (*value()?).to_owned(),
+            _ => bail!("unknown option {word} (see --help)"),
+        }
+    }
+    let dir = tempfile::Builder::new().prefix("ublk-mirror-soak.").tempdir()?;
+    let result = campaign.run(dir.path());
+    if result.is_err() {
+        eprintln!("lab: what the machines said is in {}", dir.keep().display());
+    }
+    result.map(drop)
 }
 
 fn exec(dir: &Path, machine: &str, command: &[&str]) -> anyhow::Result<u8> {

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
@@ -196,6 +196,12 @@ impl Running {
                 (other, _) => bail!("the agent sent a frame of kind {other}"),
             }
         }
+    }
+
+    /// Leaves: the command is killed, and whoever follows it is told that it does not answer.
+    pub fn hang_up(&self) {
+        // Its machine may be gone already.
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 
     /// Waits for its end.

@@ -3,7 +3,6 @@
 
 use super::machine::Machine;
 use super::{Lab, Options};
-use crate::test_disk::command::Order;
 use anyhow::{Context, bail};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -71,12 +70,7 @@ fn obey(lab: &Lab, words: &[&str]) -> anyhow::Result<String> {
             lab.heal();
             Ok(format!("all cables are whole; {} frames were lost on cut ones", lab.frames_dropped()))
         }
-        ["disk", name, words @ ..] => {
-            let machine = lab.machine(name)?;
-            let disk = machine.disks.iter().find(|(serial, _)| *serial == "data");
-            let (_, disk) = disk.with_context(|| format!("{name} has no data disk"))?;
-            Order::parse(words).and_then(|order| disk.obey(order)).map_err(anyhow::Error::msg)
-        }
+        ["disk", name, words @ ..] => lab.machine(name)?.order(&words.join(" ")),
         ["agent", name] => Ok(lab.machine(name)?.agent()),
         ["info"] => {
             let of = |machine: &Machine| {

@@ -3,10 +3,12 @@
 use super::exec::{self, Ended, Running};
 use super::switch;
 use crate::test_disk::TestDisk;
+use crate::test_disk::command::Order;
 use anyhow::{Context, bail, ensure};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +45,7 @@ pub struct Machine {
     pub disks: Vec<(&'static str, Arc<TestDisk>)>,
     place: Place,
     life: Mutex<Option<Life>>,
+    boots: AtomicU64,
 }
 
 /// From power on to power off.
@@ -79,7 +82,14 @@ impl Machine {
             anyhow::Ok((*serial, disk))
         };
         let disks = disks.iter().enumerate().map(make).collect::<anyhow::Result<_>>()?;
-        Ok(Self { name: name.to_owned(), number, disks, place, life: Mutex::new(None) })
+        Ok(Self {
+            name: name.to_owned(),
+            number,
+            disks,
+            place,
+            life: Mutex::new(None),
+            boots: AtomicU64::new(0),
+        })
     }
 
     /// Its directory: the logs are here.
@@ -106,9 +116,15 @@ impl Machine {
         self.life().as_mut().is_some_and(|life| matches!(life.qemu.try_wait(), Ok(None)))
     }
 
+    /// How often it has been switched on.
+    pub fn boots(&self) -> u64 {
+        self.boots.load(Ordering::SeqCst)
+    }
+
     /// Switches it on and does not wait. It dies with the thread that called this.
     pub fn power_on(&self) -> anyhow::Result<()> {
         ensure!(!self.is_on(), "{} is on", self.name);
+        self.boots.fetch_add(1, Ordering::SeqCst);
         *self.life() = Some(Life { qemu: self.spawn()?, begun: Instant::now(), starts: 1 });
         Ok(())
     }
@@ -221,6 +237,23 @@ impl Machine {
             }
             **life = None;
         }
+    }
+
+    fn data(&self) -> anyhow::Result<&TestDisk> {
+        let disk = self.disks.iter().find(|(serial, _)| *serial == "data");
+        disk.map(|(_, disk)| &**disk).with_context(|| format!("{} has no data disk", self.name))
+    }
+
+    /// The size of its data disk.
+    pub fn disk_bytes(&self) -> anyhow::Result<u64> {
+        Ok(self.data()?.bytes())
+    }
+
+    /// Does something to its data disk.
+    pub fn order(&self, words: &str) -> anyhow::Result<String> {
+        let disk = self.data()?;
+        let words: Vec<&str> = words.split_ascii_whitespace().collect();
+        Order::parse(&words).and_then(|order| disk.obey(order)).map_err(anyhow::Error::msg)
     }
 
     /// Runs a command inside, to its end.

@@ -5,11 +5,13 @@
 //! same link: to it, too, a dead node is silent, where any forwarding by the host would tell of its death at once.
 
 pub mod calibration;
+pub mod campaign;
 pub mod cluster;
 pub mod exec;
 pub mod hub;
 pub mod machine;
 pub mod switch;
+pub mod tenant;
 
 use anyhow::{Context, ensure};
 use calibration::Calibration;
