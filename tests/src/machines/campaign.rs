@@ -4,6 +4,7 @@
 use super::machine::Machine;
 use super::tenant::Tenants;
 use super::{Lab, Options};
+use crate::nbd::NbdClient;
 use crate::sim::disk::SECTOR;
 use crate::sim::scheduler::Random;
 use crate::stamps::{Served, Workload};
@@ -127,6 +128,7 @@ impl Campaign {
         let workload = Workload::new(&lab, seed, &[STAMPED], CONNECTIONS);
         let programs: &[&str] =
             if self.postgres { &["sqlite", "fio", "postgres"] } else { &["sqlite", "fio"] };
+        flushes_reach_both_disks(&lab)?;
         let mut tenants = Tenants::new(&lab, TENANTED, programs)?;
         let mut rounds =
             Rounds { lab: &lab, workload: &workload, random: Random::new(seed), done: Done::default() };
@@ -168,6 +170,27 @@ impl Campaign {
         );
         Ok(rounds.done)
     }
+}
+
+/// An acknowledged flush has flushed the disks of both nodes: without that nothing else here would mean anything.
+fn flushes_reach_both_disks(lab: &Lab) -> anyhow::Result<()> {
+    const FLUSHES: u64 = 10;
+    let counted = || {
+        lab.nodes().iter().map(|node| Ok(node.disk_counts()?.flushes)).collect::<anyhow::Result<Vec<u64>>>()
+    };
+    let uri = lab.until("a device to be served", || lab.reach(STAMPED))?;
+    let mut client = NbdClient::connect(&uri)?;
+    let before = counted()?;
+    for at in 0..FLUSHES {
+        // Where no stamps are written.
+        client.write((64 << 20) + at * 4096, &[1; 4096])?;
+        client.flush()?;
+    }
+    for (node, (before, after)) in lab.nodes().iter().zip(before.into_iter().zip(counted()?)) {
+        let reached = after - before;
+        ensure!(reached >= FLUSHES, "of {FLUSHES} flushes {reached} have reached the disk of {}", node.name);
+    }
+    Ok(())
 }
 
 /// A campaign under way.

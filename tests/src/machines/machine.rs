@@ -2,8 +2,8 @@
 
 use super::exec::{self, Ended, Running};
 use super::switch;
-use crate::test_disk::TestDisk;
 use crate::test_disk::command::Order;
+use crate::test_disk::{Counts, TestDisk};
 use anyhow::{Context, bail, ensure};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -247,6 +247,11 @@ impl Machine {
     /// The size of its data disk.
     pub fn disk_bytes(&self) -> anyhow::Result<u64> {
         Ok(self.data()?.bytes())
+    }
+
+    /// What was asked of its data disk.
+    pub fn disk_counts(&self) -> anyhow::Result<Counts> {
+        Ok(self.data()?.counts())
     }
 
     /// Does something to its data disk.
