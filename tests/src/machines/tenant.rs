@@ -90,7 +90,7 @@ impl<'a> Tenants<'a> {
                 self.script(old, &["leave"], &[])?;
             }
         }
-        self.script(machine, &[how, &path], &[])?;
+        self.script(machine, &[how, &device, &path], &[])?;
         self.home = Some((machine, machine.boots(), path));
         Ok(())
     }
