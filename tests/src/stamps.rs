@@ -130,6 +130,8 @@ struct Ledger {
     writer: u64,
     device: String,
     runs: Vec<Vec<Block>>,
+    /// How often caches had been lost when it was last looked at.
+    losses: u64,
 }
 
 impl Ledger {
@@ -140,7 +142,15 @@ impl Ledger {
         };
         let shared = (0..6).map(|index| run(index * 19 * MIB + number * 128 * 1024, RUN_MAX as u64));
         let own = run((120 + number) * MIB, MIB / BLOCK as u64);
-        Self { writer, device: device.to_owned(), runs: shared.chain([own]).collect() }
+        Self { writer, device: device.to_owned(), runs: shared.chain([own]).collect(), losses: 0 }
+    }
+
+    /// Takes in that caches were lost meanwhile.
+    fn note_losses(&mut self, losses: u64) {
+        if self.losses != losses {
+            self.losses = losses;
+            self.runs.iter_mut().flatten().for_each(Block::lose_cache);
+        }
     }
 
     /// Reads everything and compares.
@@ -235,6 +245,8 @@ pub struct Workload<'a> {
     ended: AtomicBool,
     busy: AtomicUsize,
     broken: Mutex<Vec<String>>,
+    /// How often all copies have lost their caches.
+    losses: AtomicU64,
     /// What was done so far.
     pub counts: Counts,
 }
@@ -258,6 +270,7 @@ impl<'a> Workload<'a> {
             ended: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
             broken: Mutex::default(),
+            losses: AtomicU64::new(0),
             counts: Counts::default(),
         }
     }
@@ -291,12 +304,15 @@ impl<'a> Workload<'a> {
         Ok(())
     }
 
-    /// All copies have lost what was in their caches: only what was flushed is sure to be there. To be called before
-    /// anything can be read again.
+    /// All copies have lost what was in their caches: only what was flushed is sure to be there. To be called after the
+    /// power cut and before the machines are on again. What is answered to a request that was sent before says nothing:
+    /// it may tell of what is lost.
     pub fn lost_caches(&self) {
-        for ledger in &self.ledgers {
-            lock(ledger).runs.iter_mut().flatten().for_each(Block::lose_cache);
-        }
+        self.losses.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn losses(&self) -> u64 {
+        self.losses.load(Ordering::SeqCst)
     }
 
     /// Lets them go on.
@@ -309,6 +325,7 @@ impl<'a> Workload<'a> {
         self.sound()?;
         for ledger in &self.ledgers {
             let mut ledger = lock(ledger);
+            ledger.note_losses(self.losses());
             let mut client = self.connected(&ledger.device)?;
             ledger.check(&mut client)?;
         }
@@ -395,10 +412,15 @@ impl<'a> Workload<'a> {
 
     fn step(&self, ledger: &mut Ledger, client: &mut NbdClient, random: &mut Random) -> Result<(), Trouble> {
         let own = ledger.runs.len() - 1;
+        let losses = self.losses();
+        ledger.note_losses(losses);
         match random.below(100) {
             0..=6 => {
                 let covered: Vec<u64> = ledger.runs.iter().flatten().map(|block| block.floor).collect();
                 client.flush()?;
+                if self.losses() != losses {
+                    return Ok(());
+                }
                 ledger.runs.iter_mut().flatten().zip(covered).for_each(|(block, to)| block.flush(to));
                 self.counts.flushes.fetch_add(1, Ordering::Relaxed);
             }
@@ -406,6 +428,9 @@ impl<'a> Workload<'a> {
                 let run = &mut ledger.runs[random.below(own as u64 + 1) as usize];
                 let (from, count) = part(random, run.len());
                 let data = client.read(run[from].at, (count * BLOCK) as u32)?;
+                if self.losses() != losses {
+                    return Ok(());
+                }
                 for (block, data) in run[from..].iter_mut().zip(data.chunks_exact(BLOCK)) {
                     block.judge(ledger.writer, data)?;
                 }
@@ -424,17 +449,21 @@ impl<'a> Workload<'a> {
 
     fn clear(&self, blocks: &mut [Block], client: &mut NbdClient, discard: bool) -> Result<(), Trouble> {
         let at = blocks[0].at;
+        let losses = self.losses();
         let writes: Vec<u64> = blocks.iter_mut().map(|block| block.send(true)).collect();
         let length = (blocks.len() * BLOCK) as u32;
         self.counts.unanswered.fetch_add(1, Ordering::Relaxed);
         if discard { client.trim(at, length) } else { client.write_zeroes(at, length) }?;
-        self.acknowledged(blocks, &writes, false);
+        self.acknowledged(losses, blocks, &writes, false);
         Ok(())
     }
 
-    fn acknowledged(&self, blocks: &mut [Block], writes: &[u64], durable: bool) {
+    fn acknowledged(&self, losses: u64, blocks: &mut [Block], writes: &[u64], durable: bool) {
         self.counts.unanswered.fetch_sub(1, Ordering::Relaxed);
         self.counts.acknowledged.fetch_add(1, Ordering::Relaxed);
+        if self.losses() != losses {
+            return;
+        }
         for (block, write) in blocks.iter_mut().zip(writes) {
             block.acknowledge(*write, durable);
         }
@@ -447,6 +476,7 @@ impl<'a> Workload<'a> {
         client: &mut NbdClient,
         random: &mut Random,
     ) -> Result<(), Trouble> {
+        let losses = self.losses();
         let first = random.below(ledger.runs.len() as u64) as usize;
         let mut under_way: Vec<Sent> = Vec::new();
         for index in 0..1 + random.below(4) as usize {
@@ -476,7 +506,7 @@ impl<'a> Workload<'a> {
                 return Err(Trouble::Connection);
             }
             let blocks = &mut ledger.runs[sent.run][sent.from..sent.from + sent.writes.len()];
-            self.acknowledged(blocks, &sent.writes, sent.durable);
+            self.acknowledged(losses, blocks, &sent.writes, sent.durable);
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Emulated machines with real ublk, and what can happen to them: scripts/lab.
 
 use anyhow::{Context, bail, ensure};
-use mirror_tests::machines::campaign::Campaign;
+use mirror_tests::machines::campaign::{Campaign, STORIES};
 use mirror_tests::machines::exec::Running;
 use mirror_tests::machines::{Options, hub};
 use std::fs::File;
@@ -19,7 +19,7 @@ usage: scripts/lab up N [--kernel stable|latest] [--seed S] [--disk MIB] [--memo
        scripts/lab partition I J [--one-way] | heal
        scripts/lab disk I cut|fail [writes|next-write|next-flush]|hang|bad-sector LBA [COUNT]|slow MIB_S [MIB_S_AT_THE_END]|heal|status
        scripts/lab info | down
-       scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres]
+       scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres] [--stories NAME,...]
 
 up      N machines with a disk each, and one for the manager, on a private link; a cluster on them unless --bare
 exec    runs a command in machine I (1, 2, ... or manager); its exit code becomes ours
@@ -136,7 +136,8 @@ fn up(dir: &Path, nodes: &str, options: &[&str]) -> anyhow::Result<()> {
 }
 
 fn soak(words: &[&str]) -> anyhow::Result<()> {
-    let mut campaign = Campaign { lab: Options::default(), rounds: 10, postgres: false };
+    let stories = STORIES.map(str::to_owned).to_vec();
+    let mut campaign = Campaign { lab: Options::default(), rounds: 10, postgres: false, stories };
     let mut words = words.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
@@ -145,6 +146,7 @@ fn soak(words: &[&str]) -> anyhow::Result<()> {
             "--rounds" => campaign.rounds = value()?.parse()?,
             "--seed" => campaign.lab.seed = value()?.parse()?,
             "--kernel" => campaign.lab.kernel = (*value()?).to_owned(),
+            "--stories" => campaign.stories = value()?.split(',').map(str::to_owned).collect(),
             _ => bail!("unknown option {word} (see --help)"),
         }
     }

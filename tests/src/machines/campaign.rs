@@ -27,7 +27,24 @@ pub struct Campaign {
     pub rounds: u64,
     /// Whether PostgreSQL takes part.
     pub postgres: bool,
+    /// Names of the stories that are told, in turn.
+    pub stories: Vec<String>,
 }
+
+/// The names of all stories.
+pub const STORIES: [&str; 11] = [
+    "blink",
+    "blackout",
+    "successive",
+    "partition",
+    "outage",
+    "one-way",
+    "exile",
+    "partition-then-cut",
+    "manager-too",
+    "storm",
+    "disk",
+];
 
 /// What happens in a round.
 #[derive(Clone, Copy, Debug)]
@@ -52,28 +69,28 @@ enum Story {
     DiskHangs { node: usize, time: Duration },
     /// Sectors of a node's disk cannot be read.
     BadSectors(usize),
+    /// Power cuts of either node at any moment, so many, also while a machine comes up or is being made equal.
+    Storm { cuts: u64 },
 }
 
 impl Story {
-    /// Of the kinds, which come in turn before any comes again.
-    const KINDS: u64 = 10;
-
-    fn choose(kind: u64, random: &mut Random, fail_after: Duration) -> Self {
+    fn choose(name: &str, random: &mut Random, fail_after: Duration) -> Self {
         let node = random.below(2) as usize;
         let up_to = |random: &mut Random, times: f64| {
             let most = fail_after.mul_f64(times).as_millis() as u64;
             Duration::from_millis(random.below(most))
         };
-        match kind % Self::KINDS {
-            0 => Self::Blink(node),
-            1 => Self::Blackout { first: node, apart: up_to(random, 1.0) },
-            2 => Self::Successive(node),
-            3 => Self::Partition { deaf: None, time: up_to(random, 3.0) },
-            4 => Self::Outage(node),
-            5 => Self::Partition { deaf: Some(node), time: up_to(random, 3.0) },
-            6 => Self::Exile(node),
-            7 => Self::PartitionThenCut(node),
-            8 => Self::ManagerToo { node, manager_first: random.one_in(2) },
+        match name {
+            "blink" => Self::Blink(node),
+            "blackout" => Self::Blackout { first: node, apart: up_to(random, 1.0) },
+            "successive" => Self::Successive(node),
+            "partition" => Self::Partition { deaf: None, time: up_to(random, 3.0) },
+            "outage" => Self::Outage(node),
+            "one-way" => Self::Partition { deaf: Some(node), time: up_to(random, 3.0) },
+            "exile" => Self::Exile(node),
+            "partition-then-cut" => Self::PartitionThenCut(node),
+            "manager-too" => Self::ManagerToo { node, manager_first: random.one_in(2) },
+            "storm" => Self::Storm { cuts: 4 + random.below(5) },
             _ if random.one_in(2) => Self::BadSectors(node),
             _ => Self::DiskHangs { node, time: up_to(random, 2.0) },
         }
@@ -81,7 +98,10 @@ impl Story {
 
     /// Whether all copies may have lost what nobody has flushed: two failures before the copies were equal again.
     fn loses_caches(self) -> bool {
-        matches!(self, Self::Blackout { .. } | Self::Successive(_) | Self::PartitionThenCut(_))
+        matches!(
+            self,
+            Self::Blackout { .. } | Self::Successive(_) | Self::PartitionThenCut(_) | Self::Storm { .. }
+        )
     }
 }
 
@@ -120,6 +140,8 @@ impl Served for Lab {
 impl Campaign {
     /// Runs it in that directory, which is left as it is. Prints a line a round, and the counts at the end.
     pub fn run(&self, dir: &Path) -> anyhow::Result<Done> {
+        let unknown = self.stories.iter().find(|name| !STORIES.contains(&name.as_str()));
+        ensure!(unknown.is_none() && !self.stories.is_empty(), "stories are {}", STORIES.join(", "));
         let (seed, begun) = (self.lab.seed, Instant::now());
         println!("soak: {} rounds on the {} kernel, seed {seed}", self.rounds, self.lab.kernel);
         let lab = Lab::up(dir, &self.lab)?;
@@ -134,7 +156,11 @@ impl Campaign {
             Rounds { lab: &lab, workload: &workload, random: Random::new(seed), done: Done::default() };
         workload.run(|| {
             for round in 0..self.rounds {
-                let story = Story::choose(round, &mut rounds.random, lab.fail_after());
+                let story = Story::choose(
+                    &self.stories[round as usize % self.stories.len()],
+                    &mut rounds.random,
+                    lab.fail_after(),
+                );
                 let told = || format!("round {round} of seed {seed}, {story:?}");
                 let started = Instant::now();
                 rounds.tell(story, &mut tenants).with_context(told).with_context(|| lab.logs())?;
@@ -279,6 +305,7 @@ impl Rounds<'_> {
                 lab.start(&[lab.node(node)])
             }
             Story::Successive(first) => self.successive(first),
+            Story::Storm { cuts } => self.storm(cuts),
             Story::ManagerToo { node, manager_first } => {
                 self.cut(&[lab.node(node), lab.manager()]);
                 let both = if manager_first {
@@ -304,6 +331,28 @@ impl Rounds<'_> {
                 Ok(())
             }
         }
+    }
+
+    /// Each cut machine is on again at once, or after a while.
+    fn storm(&mut self, cuts: u64) -> anyhow::Result<()> {
+        let lab = self.lab;
+        let mut was_cut = [false; 2];
+        for _ in 0..cuts {
+            let node = self.random.below(2) as usize;
+            self.cut(&[lab.node(node)]);
+            was_cut[node] = true;
+            if was_cut == [true; 2] {
+                // The other one may not have been made equal since.
+                self.workload.lost_caches();
+            }
+            if self.random.one_in(2) {
+                self.pause_up_to(3000);
+            }
+            lab.node(node).power_on()?;
+            // About what it takes to come up and be made equal.
+            self.pause_up_to(16_000);
+        }
+        lab.nodes().iter().try_for_each(|node| lab.wait_up(node))
     }
 
     /// Waits until the other node exports everything and is the primary of it.

@@ -135,10 +135,12 @@ impl Lab {
         for machine in machines {
             machine.power_on()?;
         }
-        for machine in machines {
-            machine.wait_up(FIRST_BOOT)?;
-        }
-        Ok(())
+        machines.iter().try_for_each(|machine| self.wait_up(machine))
+    }
+
+    /// Waits until a machine that was switched on is up.
+    pub fn wait_up(&self, machine: &Machine) -> anyhow::Result<()> {
+        machine.wait_up(FIRST_BOOT).map(drop)
     }
 
     /// Nothing gets from one machine to another any more; nor back, unless it is one way only.
