@@ -19,7 +19,7 @@ usage: scripts/lab up N [--kernel stable|latest] [--seed S] [--disk MIB] [--memo
        scripts/lab partition I J [--one-way] | heal
        scripts/lab disk I cut|fail [writes|next-write|next-flush]|hang|bad-sector LBA [COUNT]|slow MIB_S [MIB_S_AT_THE_END]|heal|status
        scripts/lab info | down
-       scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres] [--stories NAME,...]
+       scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres] [--slow-detection] [--stories NAME,...]
 
 up      N machines with a disk each, and one for the manager, on a private link; a cluster on them unless --bare
 exec    runs a command in machine I (1, 2, ... or manager); its exit code becomes ours
@@ -143,6 +143,7 @@ fn soak(words: &[&str]) -> anyhow::Result<()> {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
         match *word {
             "--postgres" => campaign.postgres = true,
+            "--slow-detection" => campaign.lab.slow_detection = true,
             "--rounds" => campaign.rounds = value()?.parse()?,
             "--seed" => campaign.lab.seed = value()?.parse()?,
             "--kernel" => campaign.lab.kernel = (*value()?).to_owned(),

@@ -17,7 +17,8 @@ const FACTOR_MAX: f64 = 20.0;
 /// What was measured.
 #[derive(Clone, Debug)]
 pub struct Calibration {
-    boot: Duration,
+    /// What a machine took to come up, all at once.
+    pub boot: Duration,
     command: Duration,
     /// How many times slower than the reference, at least 1.
     pub factor: f64,

@@ -145,7 +145,7 @@ impl Campaign {
         let (seed, begun) = (self.lab.seed, Instant::now());
         println!("soak: {} rounds on the {} kernel, seed {seed}", self.rounds, self.lab.kernel);
         let lab = Lab::up(dir, &self.lab)?;
-        println!("{}", lab.calibration);
+        println!("{}; a silent node has failed after {:.1} s", lab.calibration, lab.fail_after.as_secs_f64());
         lab.create_cluster()?;
         let workload = Workload::new(&lab, seed, &[STAMPED], CONNECTIONS);
         let programs: &[&str] =
@@ -159,7 +159,7 @@ impl Campaign {
                 let story = Story::choose(
                     &self.stories[round as usize % self.stories.len()],
                     &mut rounds.random,
-                    lab.fail_after(),
+                    lab.fail_after,
                 );
                 let told = || format!("round {round} of seed {seed}, {story:?}");
                 let started = Instant::now();

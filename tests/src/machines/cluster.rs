@@ -8,8 +8,6 @@ use serde_json::Value;
 use std::time::{Duration, Instant};
 
 const CONFIG: &str = "/state/cluster.toml";
-/// After which a node that is silent has failed, where nothing is slow: the daemons' own.
-const FAIL_AFTER: Duration = Duration::from_secs(2);
 
 impl Lab {
     /// Makes a cluster of all nodes, and waits until every copy is in sync and every device exported.
@@ -30,17 +28,12 @@ impl Lab {
         self.healthy()
     }
 
-    /// When a silent node has failed, as the cluster file says.
-    pub fn fail_after(&self) -> Duration {
-        self.calibration.scale(FAIL_AFTER)
-    }
-
     fn cluster_file(&self) -> String {
         let mut text = format!(
             "[cluster]\nname = \"lab\"\nmanager = \"10.77.0.{}:7300\"\nkey_file = \"/state/cluster.key\"\nslice_size = \
              \"16MiB\"\nfrontend = \"ublk\"\nfail_after = \"{}ms\"\n",
             self.manager().number,
-            self.fail_after().as_millis()
+            self.fail_after.as_millis()
         );
         for node in self.nodes() {
             text += &format!(

@@ -29,6 +29,9 @@ pub const NODES_MAX: u8 = 9;
 /// Before anything is measured: what a machine may take to come up on a host that is very busy.
 const FIRST_BOOT: Duration = Duration::from_secs(300);
 
+/// After which a silent node has failed, where nothing is slow: the daemons' own.
+const FAIL_AFTER: Duration = Duration::from_secs(2);
+
 /// What a lab is made of.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -42,11 +45,20 @@ pub struct Options {
     pub disk_mib: u64,
     /// Of every machine.
     pub memory_mib: u64,
+    /// Whether a machine that is switched on at once is back before the manager takes it for failed.
+    pub slow_detection: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { nodes: 2, kernel: "stable".into(), seed: 1, disk_mib: 512, memory_mib: 512 }
+        Self {
+            nodes: 2,
+            kernel: "stable".into(),
+            seed: 1,
+            disk_mib: 512,
+            memory_mib: 512,
+            slow_detection: false,
+        }
     }
 }
 
@@ -57,6 +69,8 @@ pub struct Lab {
     switch: Switch,
     /// How slow it is.
     pub calibration: Calibration,
+    /// After which a silent node has failed, as the cluster file says.
+    pub fail_after: Duration,
     dir: PathBuf,
 }
 
@@ -91,7 +105,11 @@ impl Lab {
         let boots =
             machines.iter().map(|machine| machine.wait_up(FIRST_BOOT)).collect::<anyhow::Result<Vec<_>>>()?;
         let calibration = Calibration::measure(&machines[0], &boots)?;
-        Ok(Self { machines, switch, calibration, dir: dir.to_owned() })
+        let fail_after = match options.slow_detection {
+            true => calibration.boot * 2,
+            false => calibration.scale(FAIL_AFTER),
+        };
+        Ok(Self { machines, switch, calibration, fail_after, dir: dir.to_owned() })
     }
 
     /// Where its files are.

@@ -65,6 +65,10 @@ impl<'a> Tenants<'a> {
         let programs = names.iter().map(program).collect();
         let mut tenants = Self { lab, device: device.to_owned(), home: None, programs };
         tenants.move_in("make")?;
+        if names.contains(&"postgres") {
+            let (machine, ..) = tenants.home.as_ref().context("homeless")?;
+            tenants.script(machine, &["make-postgres"], &[])?;
+        }
         tenants.start()?;
         Ok(tenants)
     }
