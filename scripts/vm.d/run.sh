@@ -67,7 +67,7 @@ executables() {
     [[ ! -d $1 ]] || find -L "$1" -mindepth 1 -maxdepth 1 -type f -executable ! -name '*.so' ! -name '*.d' ! -name '.*' -printf '%f\n'
 }
 
-# Sets QEMU to the command line.
+# Sets QEMU to the command line. What the machine itself writes goes to MACHINE_DIR.
 make_qemu_command() {
     local root kernel disk n=0
     root=$(root_dir)/root.img
@@ -86,7 +86,7 @@ make_qemu_command() {
         # that goes wrong now and then (Oops: int3); so the others are brought in by guest-init, when this is over.
         # panic=-1: reboot at once, which ends QEMU; a kernel that only limps on after an oops is a failed run as well.
         -append "root=PARTUUID=$ROOT_DISK_ID-01 rootfstype=ext4 rw rootwait init=/vminit console=ttyS0 quiet panic=-1 oops=panic maxcpus=1 mitigations=off cryptomgr.notests rcupdate.rcu_expedited=1"
-        -serial "file:$SCRATCH/console.log"
+        -serial "file:$MACHINE_DIR/console.log"
         # NVMe is built into these kernels, so this needs no initramfs. One controller, since each is probed for itself.
         -device nvme,id=nvme,serial=system
         -drive "file=$root,if=none,id=root,format=raw,snapshot=on" -device nvme-ns,bus=nvme,drive=root,nsid=1
@@ -95,8 +95,8 @@ make_qemu_command() {
         -drive "file=$SCRATCH/project.img,if=none,id=project,format=raw,cache=unsafe,snapshot=on" -device nvme-ns,bus=nvme,drive=project,nsid=3
         -device virtio-serial-pci
         -chardev "file,id=result,path=/dev/fd/1" -device virtserialport,chardev=result,nr=1,name=result
-        -chardev "file,id=stdout,path=$SCRATCH/stdout" -device virtserialport,chardev=stdout,nr=2,name=stdout
-        -chardev "file,id=stderr,path=$SCRATCH/stderr" -device virtserialport,chardev=stderr,nr=3,name=stderr
+        -chardev "file,id=stdout,path=$MACHINE_DIR/stdout,append=on" -device virtserialport,chardev=stdout,nr=2,name=stdout
+        -chardev "file,id=stderr,path=$MACHINE_DIR/stderr,append=on" -device virtserialport,chardev=stderr,nr=3,name=stderr
     )
     for disk in "${DISKS[@]}"; do
         truncate --size="$disk" "$SCRATCH/disk$n.img"
@@ -109,13 +109,21 @@ make_qemu_command() {
     QEMU+=("${QEMU_ARGS[@]}")
 }
 
+# Leaves behind what somebody else needs to run machines: the project's disk, and the command line of their QEMU, in which
+# @MACHINE@ stands for a directory of each machine's own. usage: keep_command DIR
+keep_command() {
+    mv "$SCRATCH/project.img" "$1/project.img"
+    MACHINE_DIR=@MACHINE@ make_qemu_command
+    printf '%s\0' "${QEMU[@]//"$SCRATCH/project.img"/"$1/project.img"}" >"$1/qemu"
+}
+
 # How often a kernel may die before anything of ours runs in it.
 STARTS_MAX=3
 
 # Runs the machine and exits with COMMAND's exit code, or with one of ours.
 run_machine() {
     local starts=1
-    make_qemu_command
+    MACHINE_DIR=$SCRATCH make_qemu_command
     mkfifo "$SCRATCH/stdout" "$SCRATCH/stderr"
     attempt_machine
     # A kernel that panics before COMMAND was started is the emulator's failure and says nothing about COMMAND: what it wrote

@@ -4,8 +4,11 @@
 pub mod contents;
 pub mod fio;
 pub mod lab;
+pub mod machines;
 pub mod model;
 pub mod nbd;
+pub mod nbd_server;
 pub mod playground;
 pub mod sim;
 pub mod stamps;
+pub mod test_disk;

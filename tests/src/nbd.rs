@@ -3,8 +3,8 @@
 
 use anyhow::{Context, bail, ensure};
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 const OPTION_MAGIC: u64 = 0x4948_4156_454F_5054;
@@ -12,9 +12,26 @@ const OPTION_GO: u32 = 7;
 const REPLY_ACK: u32 = 1;
 const REPLY_INFO: u32 = 3;
 
+/// What a client speaks over.
+trait Socket: Read + Write + Send {
+    fn set_patience(&self, patience: Duration) -> std::io::Result<()>;
+}
+
+impl Socket for UnixStream {
+    fn set_patience(&self, patience: Duration) -> std::io::Result<()> {
+        self.set_read_timeout(Some(patience))
+    }
+}
+
+impl Socket for TcpStream {
+    fn set_patience(&self, patience: Duration) -> std::io::Result<()> {
+        self.set_read_timeout(Some(patience))
+    }
+}
+
 /// A connection in transmission.
 pub struct NbdClient {
-    stream: UnixStream,
+    stream: Box<dyn Socket>,
     /// The export's size in bytes.
     pub size: u64,
     next_cookie: u64,
@@ -30,17 +47,21 @@ pub struct Reply {
 }
 
 impl NbdClient {
-    /// Connects through a `nbd+unix:///EXPORT?socket=PATH` URI.
+    /// Connects through a `nbd+unix:///EXPORT?socket=PATH` URI, or `nbd://HOST:PORT/EXPORT`.
     pub fn connect(uri: &str) -> anyhow::Result<Self> {
-        let rest =
-            uri.strip_prefix("nbd+unix:///").with_context(|| format!("{uri} is not on a unix socket"))?;
+        if let Some(rest) = uri.strip_prefix("nbd://") {
+            let (address, export) = rest.split_once('/').context("no export in the URI")?;
+            let stream = TcpStream::connect(address).with_context(|| uri.to_owned())?;
+            stream.set_nodelay(true)?;
+            return Self::negotiate(Box::new(stream), export);
+        }
+        let rest = uri.strip_prefix("nbd+unix:///").with_context(|| format!("{uri} is no NBD URI"))?;
         let (export, socket) = rest.split_once("?socket=").context("no socket in the URI")?;
-        Self::connect_to(Path::new(socket), export)
+        Self::negotiate(Box::new(UnixStream::connect(socket).with_context(|| uri.to_owned())?), export)
     }
 
-    fn connect_to(socket: &Path, export: &str) -> anyhow::Result<Self> {
-        let mut stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    fn negotiate(mut stream: Box<dyn Socket>, export: &str) -> anyhow::Result<Self> {
+        stream.set_patience(Duration::from_secs(60))?;
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting)?;
         ensure!(&greeting[..8] == b"NBDMAGIC", "not an NBD server");
@@ -72,7 +93,7 @@ impl NbdClient {
 
     /// How long to wait for a reply.
     pub fn set_patience(&self, patience: Duration) -> anyhow::Result<()> {
-        Ok(self.stream.set_read_timeout(Some(patience))?)
+        Ok(self.stream.set_patience(patience)?)
     }
 
     fn request(

@@ -1,12 +1,15 @@
 //! A workload that knows what it may read: every block of 4 KiB carries the number of the write that made
 //! it, and a ledger knows which writes were acknowledged, which were only sent, and what was read since.
 //!
-//! The rule is one for all faults: a read returns a write that was sent, and none older than the newest
-//! one that was acknowledged or read. What was sent and not acknowledged may be there or not, but what
-//! was read once does not go away.
+//! The rule is one for all faults that leave a copy: a read returns a write that was sent, and none older
+//! than the newest one that was acknowledged or read. What was sent and not acknowledged may be there or
+//! not, but what was read once does not go away. Where all copies lost their caches ([`Workload::lost_caches`])
+//! it begins anew from what was flushed: a FLUSH that was acknowledged keeps what had been acknowledged or
+//! read before it was sent, and each sector of what came after it is there or not.
 
 use crate::nbd::NbdClient;
 use crate::playground::Playground;
+use crate::sim::disk::SECTOR;
 use crate::sim::scheduler::Random;
 use anyhow::{Context, ensure};
 use std::collections::HashMap;
@@ -19,8 +22,6 @@ pub const BLOCK: usize = 4096;
 /// A stamp is written over and over through its block, so that a torn one is noticed.
 const STAMP: usize = 32;
 const MIB: u64 = 1 << 20;
-/// The longest that a request may take, as long as a round of faults and all repair take.
-const REPLY_WITHIN: Duration = Duration::from_secs(60);
 /// How old an answer about where a device is exported may be.
 const URI_FRESH: Duration = Duration::from_millis(100);
 /// Consecutive blocks that are written by one request at most.
@@ -34,8 +35,12 @@ struct Block {
     sent: u64,
     /// The newest that was acknowledged or read.
     floor: u64,
-    /// Those not older than the floor that wrote zeros.
+    /// The newest that a flush has covered.
+    flushed: u64,
+    /// Those not older than the flushed one that wrote zeros.
     zeros: Vec<u64>,
+    /// Caches were lost, and no write was acknowledged since: each sector is of a write of its own.
+    torn: bool,
 }
 
 impl Block {
@@ -49,25 +54,50 @@ impl Block {
 
     fn raise(&mut self, to: u64) {
         self.floor = self.floor.max(to);
-        let floor = self.floor;
-        self.zeros.retain(|write| *write >= floor);
+    }
+
+    /// A write was acknowledged, and went through to the disks if it was a `durable` one.
+    fn acknowledge(&mut self, write: u64, durable: bool) {
+        self.raise(write);
+        self.torn = false;
+        if durable {
+            self.flush(write);
+        }
+    }
+
+    /// A flush covered all up to that write.
+    fn flush(&mut self, to: u64) {
+        self.flushed = self.flushed.max(to);
+        let flushed = self.flushed;
+        self.zeros.retain(|write| *write >= flushed);
+    }
+
+    /// Nothing is left for certain but what was flushed.
+    fn lose_cache(&mut self) {
+        self.torn = self.sent > self.flushed;
+        self.floor = self.flushed;
     }
 
     /// What was read is something that may be there; from now on nothing older may.
     fn judge(&mut self, writer: u64, data: &[u8]) -> Result<(), String> {
-        let (own, sent, floor) = (self.at, self.sent, self.floor);
+        let pieces = data.chunks_exact(if self.torn { SECTOR } else { data.len() });
+        let found = pieces.map(|piece| self.judge_piece(writer, piece)).collect::<Result<Vec<_>, _>>()?;
+        self.raise(found.into_iter().min().unwrap_or_default());
+        Ok(())
+    }
+
+    /// The write that a piece is of.
+    fn judge_piece(&self, writer: u64, data: &[u8]) -> Result<u64, String> {
+        let (own, sent, floor, flushed) = (self.at, self.sent, self.floor, self.flushed);
         let wrong = |what: String| {
-            Err(format!("writer {writer:#x}, block at {own}: {what}; {floor} was there, {sent} was sent"))
+            Err(format!(
+                "writer {writer:#x}, block at {own}: {what}; {floor} was there, {flushed} was flushed, {sent} was sent"
+            ))
         };
         if data.iter().all(|byte| *byte == 0) {
-            let never_written = (self.floor == 0).then_some(0);
-            return match never_written.or(self.zeros.first().copied()) {
-                Some(write) => {
-                    self.raise(write);
-                    Ok(())
-                }
-                None => wrong("zeros".into()),
-            };
+            let never_written = (floor == 0).then_some(0);
+            let zeros = self.zeros.iter().copied().find(|write| *write >= floor);
+            return never_written.or(zeros).map_or_else(|| wrong("zeros".into()), Ok);
         }
         let (first, rest) = data.split_at(STAMP);
         if rest.chunks_exact(STAMP).any(|other| other != first) {
@@ -77,14 +107,13 @@ impl Block {
             first.iter().skip(8 * index).take(8).rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
         };
         let (owner, at, write) = (word(0), word(1), word(2));
-        if (owner, at) != (writer, self.at) {
+        if (owner, at) != (writer, own) {
             return wrong(format!("write {write} of writer {owner:#x} to {at}"));
         }
-        if write < self.floor || write > self.sent || self.zeros.contains(&write) {
+        if write < floor || write > sent || self.zeros.contains(&write) {
             return wrong(format!("write {write}"));
         }
-        self.raise(write);
-        Ok(())
+        Ok(write)
     }
 }
 
@@ -101,6 +130,8 @@ struct Ledger {
     writer: u64,
     device: String,
     runs: Vec<Vec<Block>>,
+    /// How often caches had been lost when it was last looked at.
+    losses: u64,
 }
 
 impl Ledger {
@@ -111,7 +142,15 @@ impl Ledger {
         };
         let shared = (0..6).map(|index| run(index * 19 * MIB + number * 128 * 1024, RUN_MAX as u64));
         let own = run((120 + number) * MIB, MIB / BLOCK as u64);
-        Self { writer, device: device.to_owned(), runs: shared.chain([own]).collect() }
+        Self { writer, device: device.to_owned(), runs: shared.chain([own]).collect(), losses: 0 }
+    }
+
+    /// Takes in that caches were lost meanwhile.
+    fn note_losses(&mut self, losses: u64) {
+        if self.losses != losses {
+            self.losses = losses;
+            self.runs.iter_mut().flatten().for_each(Block::lose_cache);
+        }
     }
 
     /// Reads everything and compares.
@@ -155,6 +194,7 @@ struct Sent {
     run: usize,
     from: usize,
     writes: Vec<u64>,
+    durable: bool,
 }
 
 /// Counts of what was done.
@@ -172,15 +212,41 @@ pub struct Counts {
     pub broken: AtomicU64,
 }
 
-/// Writers on some devices of a playground.
+/// A cluster that serves devices.
+pub trait Served: Sync {
+    /// Where an NBD client finds a device now, if it does.
+    fn find(&self, device: &str) -> Option<String>;
+
+    /// The longest that a request may take, as long as a round of faults and all repair take.
+    fn reply_within(&self) -> Duration {
+        Duration::from_secs(60)
+    }
+
+    /// What it has to say when something is wrong.
+    fn logs(&self) -> String;
+}
+
+impl Served for Playground {
+    fn find(&self, device: &str) -> Option<String> {
+        self.device(device).ok()?["uri"].as_str().map(str::to_owned)
+    }
+
+    fn logs(&self) -> String {
+        Playground::logs(self)
+    }
+}
+
+/// Writers on some devices of a cluster.
 pub struct Workload<'a> {
-    play: &'a Playground,
+    cluster: &'a dyn Served,
     ledgers: Vec<Mutex<Ledger>>,
     uris: Mutex<HashMap<String, (Instant, Option<String>)>>,
     paused: AtomicBool,
     ended: AtomicBool,
     busy: AtomicUsize,
     broken: Mutex<Vec<String>>,
+    /// How often all copies have lost their caches.
+    losses: AtomicU64,
     /// What was done so far.
     pub counts: Counts,
 }
@@ -191,19 +257,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<'a> Workload<'a> {
     /// With so many connections to each of the devices.
-    pub fn new(play: &'a Playground, seed: u64, devices: &[&str], connections: u64) -> Self {
+    pub fn new(cluster: &'a dyn Served, seed: u64, devices: &[&str], connections: u64) -> Self {
         let ledgers = devices.iter().enumerate().flat_map(|(index, device)| {
             let writer = move |number| seed << 16 | (index as u64) << 8 | number;
             (0..connections).map(move |number| Mutex::new(Ledger::new(writer(number), number, device)))
         });
         Self {
-            play,
+            cluster,
             ledgers: ledgers.collect(),
             uris: Mutex::default(),
             paused: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
             broken: Mutex::default(),
+            losses: AtomicU64::new(0),
             counts: Counts::default(),
         }
     }
@@ -224,10 +291,28 @@ impl<'a> Workload<'a> {
     /// Lets every writer finish what it has sent and wait.
     pub fn pause(&self) -> anyhow::Result<()> {
         self.paused.store(true, Ordering::SeqCst);
-        self.play.until("every request ends", || {
+        let begun = Instant::now();
+        while self.busy.load(Ordering::SeqCst) > 0 {
             self.sound()?;
-            Ok((self.busy.load(Ordering::SeqCst) == 0).then_some(()))
-        })
+            ensure!(
+                begun.elapsed() < 2 * self.cluster.reply_within(),
+                "a request does not end\n{}",
+                self.cluster.logs()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// All copies have lost what was in their caches: only what was flushed is sure to be there. To be called after the
+    /// power cut and before the machines are on again. What is answered to a request that was sent before says nothing:
+    /// it may tell of what is lost.
+    pub fn lost_caches(&self) {
+        self.losses.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn losses(&self) -> u64 {
+        self.losses.load(Ordering::SeqCst)
     }
 
     /// Lets them go on.
@@ -240,10 +325,27 @@ impl<'a> Workload<'a> {
         self.sound()?;
         for ledger in &self.ledgers {
             let mut ledger = lock(ledger);
-            let mut client = NbdClient::connect(&self.play.uri(&ledger.device)?)?;
+            ledger.note_losses(self.losses());
+            let mut client = self.connected(&ledger.device)?;
             ledger.check(&mut client)?;
         }
         Ok(())
+    }
+
+    /// A client of a device that has to be served.
+    fn connected(&self, device: &str) -> anyhow::Result<NbdClient> {
+        let begun = Instant::now();
+        loop {
+            if let Some(client) = self.connect(device) {
+                return Ok(client);
+            }
+            ensure!(
+                begun.elapsed() < self.cluster.reply_within(),
+                "{device} is not served\n{}",
+                self.cluster.logs()
+            );
+            std::thread::sleep(URI_FRESH);
+        }
     }
 
     fn sound(&self) -> anyhow::Result<()> {
@@ -297,29 +399,38 @@ impl<'a> Workload<'a> {
             match uris.get(device) {
                 Some((asked, uri)) if asked.elapsed() < URI_FRESH => uri.clone(),
                 _ => {
-                    let found = self.play.device(device).ok();
-                    let uri = found.and_then(|found| found["uri"].as_str().map(str::to_owned));
+                    let uri = self.cluster.find(device);
                     uris.insert(device.to_owned(), (Instant::now(), uri.clone()));
                     uri
                 }
             }
         }?;
         let client = NbdClient::connect(&uri).ok()?;
-        client.set_patience(REPLY_WITHIN).ok()?;
+        client.set_patience(self.cluster.reply_within()).ok()?;
         Some(client)
     }
 
     fn step(&self, ledger: &mut Ledger, client: &mut NbdClient, random: &mut Random) -> Result<(), Trouble> {
         let own = ledger.runs.len() - 1;
+        let losses = self.losses();
+        ledger.note_losses(losses);
         match random.below(100) {
             0..=6 => {
+                let covered: Vec<u64> = ledger.runs.iter().flatten().map(|block| block.floor).collect();
                 client.flush()?;
+                if self.losses() != losses {
+                    return Ok(());
+                }
+                ledger.runs.iter_mut().flatten().zip(covered).for_each(|(block, to)| block.flush(to));
                 self.counts.flushes.fetch_add(1, Ordering::Relaxed);
             }
             7..=24 => {
                 let run = &mut ledger.runs[random.below(own as u64 + 1) as usize];
                 let (from, count) = part(random, run.len());
                 let data = client.read(run[from].at, (count * BLOCK) as u32)?;
+                if self.losses() != losses {
+                    return Ok(());
+                }
                 for (block, data) in run[from..].iter_mut().zip(data.chunks_exact(BLOCK)) {
                     block.judge(ledger.writer, data)?;
                 }
@@ -338,19 +449,23 @@ impl<'a> Workload<'a> {
 
     fn clear(&self, blocks: &mut [Block], client: &mut NbdClient, discard: bool) -> Result<(), Trouble> {
         let at = blocks[0].at;
+        let losses = self.losses();
         let writes: Vec<u64> = blocks.iter_mut().map(|block| block.send(true)).collect();
         let length = (blocks.len() * BLOCK) as u32;
         self.counts.unanswered.fetch_add(1, Ordering::Relaxed);
         if discard { client.trim(at, length) } else { client.write_zeroes(at, length) }?;
-        self.acknowledged(blocks, &writes);
+        self.acknowledged(losses, blocks, &writes, false);
         Ok(())
     }
 
-    fn acknowledged(&self, blocks: &mut [Block], writes: &[u64]) {
+    fn acknowledged(&self, losses: u64, blocks: &mut [Block], writes: &[u64], durable: bool) {
         self.counts.unanswered.fetch_sub(1, Ordering::Relaxed);
         self.counts.acknowledged.fetch_add(1, Ordering::Relaxed);
+        if self.losses() != losses {
+            return;
+        }
         for (block, write) in blocks.iter_mut().zip(writes) {
-            block.raise(*write);
+            block.acknowledge(*write, durable);
         }
     }
 
@@ -361,6 +476,7 @@ impl<'a> Workload<'a> {
         client: &mut NbdClient,
         random: &mut Random,
     ) -> Result<(), Trouble> {
+        let losses = self.losses();
         let first = random.below(ledger.runs.len() as u64) as usize;
         let mut under_way: Vec<Sent> = Vec::new();
         for index in 0..1 + random.below(4) as usize {
@@ -372,15 +488,17 @@ impl<'a> Workload<'a> {
                 blocks.iter().zip(&writes).flat_map(|(block, write)| stamp(ledger.writer, block.at, *write));
             let data: Vec<u8> = stamps.collect();
             self.counts.unanswered.fetch_add(1, Ordering::Relaxed);
-            let cookie = match random.one_in(10) {
+            let durable = random.one_in(10);
+            let cookie = match durable {
                 true => client.start_write_through(blocks[0].at, &data)?,
                 false => client.start_write(blocks[0].at, &data)?,
             };
-            under_way.push(Sent { cookie, run, from, writes });
+            under_way.push(Sent { cookie, run, from, writes, durable });
         }
         while !under_way.is_empty() {
             let Some(reply) = client.reply()? else {
-                return Err(Trouble::Broken(format!("no reply within {REPLY_WITHIN:?}")));
+                let within = self.cluster.reply_within();
+                return Err(Trouble::Broken(format!("no reply within {within:?}")));
             };
             let found = under_way.iter().position(|sent| sent.cookie == reply.cookie);
             let sent = under_way.swap_remove(found.ok_or_else(|| format!("a reply to nothing: {reply:?}"))?);
@@ -388,7 +506,7 @@ impl<'a> Workload<'a> {
                 return Err(Trouble::Connection);
             }
             let blocks = &mut ledger.runs[sent.run][sent.from..sent.from + sent.writes.len()];
-            self.acknowledged(blocks, &sent.writes);
+            self.acknowledged(losses, blocks, &sent.writes, sent.durable);
         }
         Ok(())
     }
@@ -438,6 +556,33 @@ mod tests {
         block.raise(3);
         assert!(block.judge(7, &[0; BLOCK]).is_err());
         assert_eq!(block.judge(7, &data(3)), Ok(()));
+    }
+
+    #[test]
+    fn what_was_flushed_is_what_a_common_power_cut_leaves() {
+        let mut block = Block::default();
+        for write in 1..=3 {
+            block.send(false);
+            block.acknowledge(write, false);
+        }
+        block.flush(2);
+        assert!(block.clone().judge(7, &data(2)).is_err());
+        block.lose_cache();
+        assert!(block.clone().judge(7, &data(1)).is_err() && block.clone().judge(7, &[0; BLOCK]).is_err());
+        assert_eq!(block.clone().judge(7, &data(2)), Ok(()));
+        // Sector by sector one or the other; a sector itself is whole.
+        let mut torn = data(2);
+        torn[SECTOR..2 * SECTOR].copy_from_slice(&data(3)[..SECTOR]);
+        assert_eq!(block.clone().judge(7, &torn), Ok(()));
+        torn[..SECTOR / 2].copy_from_slice(&data(3)[..SECTOR / 2]);
+        assert!(block.clone().judge(7, &torn).is_err());
+        // What is there now stays.
+        assert_eq!(block.judge(7, &data(3)), Ok(()));
+        assert!(block.judge(7, &data(2)).is_err());
+        block.send(false);
+        block.acknowledge(4, true);
+        block.lose_cache();
+        assert!(block.judge(7, &data(3)).is_err(), "it was written through");
     }
 
     #[test]

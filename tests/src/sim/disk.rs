@@ -220,6 +220,16 @@ impl SimDisk {
         pages[offset as usize / PAGE].as_deref().unwrap_or(&self.blank_page)
     }
 
+    /// Bytes of completed writes that are still in the cache only.
+    pub fn unflushed_bytes(&self) -> usize {
+        self.written.len()
+    }
+
+    /// Every sector can be read again.
+    pub fn unspoil(&mut self) {
+        self.unreadable.clear();
+    }
+
     /// A flush completed.
     pub fn flushed(&mut self, mark: u64) {
         let covered = self.pending.partition_point(|piece| piece.number <= mark);

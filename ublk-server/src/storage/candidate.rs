@@ -80,9 +80,8 @@ impl Candidate {
             Some(libc::EBUSY) => DiskError::InUse { name: name.clone(), path: path.clone() },
             _ => failed(error),
         })?;
-        let in_memory = nix::sys::statfs::fstatfs(&*file)
-            .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
         let metadata = file.metadata().map_err(failed)?;
+        let in_memory = in_memory(&file, &metadata);
         let bytes = if kind.is_file() { metadata.len() } else { device_bytes(&file).map_err(failed)? };
         if let Some(wanted) = disk.bytes.filter(|wanted| kind.is_file() && *wanted != bytes) {
             return Err(DiskError::OtherSize { name, path, found: bytes, wanted });
@@ -192,6 +191,13 @@ fn block_bytes(file: &File, bytes: u64) -> u32 {
     if bytes >= 512 && file.read_exact_at(&mut block[..512], 0).is_ok() { 512 } else { 4096 }
 }
 
+/// Whether it is a file in memory, which has no cache to flush. A device's node lies on a tmpfs as well (devtmpfs is one),
+/// and that says nothing of the device.
+fn in_memory(file: &File, metadata: &std::fs::Metadata) -> bool {
+    use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+    metadata.is_file() && fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
+}
+
 /// New at every boot, and for another disk at the same path.
 fn attach_id(metadata: &std::fs::Metadata) -> io::Result<AttachId> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
@@ -214,6 +220,17 @@ fn attach_id(metadata: &std::fs::Metadata) -> io::Result<AttachId> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_whose_node_lies_in_memory_is_flushed_all_the_same() {
+        let judge = |file: &File| in_memory(file, &file.metadata().unwrap());
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        assert!(judge(&nix::sys::memfd::memfd_create("disk", flags).unwrap().into()));
+        let null = File::open("/dev/null").unwrap();
+        let lies_on = nix::sys::statfs::fstatfs(&null).unwrap().filesystem_type();
+        assert_eq!(lies_on, nix::sys::statfs::TMPFS_MAGIC, "this machine's /dev is no test of that");
+        assert!(!judge(&null));
+    }
 
     #[test]
     fn a_disk_that_was_just_left_is_waited_for() {

@@ -1,17 +1,14 @@
-//! A blocking NBD server on threads, backed by memory: the smallest driver of the pure parts.
+//! A disk in memory behind the blocking NBD server, with holes, and counts of what clients did.
 
+use mirror_tests::nbd_server::{Filter, Open, Storage, listen};
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use ublk_server::frontend::nbd::reply::{self, Extent, More};
-use ublk_server::frontend::nbd::{
-    Command, ExportInfo, Exports, NbdError, Negotiation, Outcome, Request, RequestParser, Session,
-};
-use ublk_server::ring::reassembly::{Filled, Need, Reassembly};
+use ublk_server::frontend::nbd::{Command, ExportInfo, Exports, NbdError, Request, Session};
 
 /// The unit in which memory counts as allocated or as a hole.
 pub const BLOCK_BYTES: usize = 4096;
@@ -135,19 +132,9 @@ pub fn start_with(exports: Vec<ExportInfo>, simple_only: bool, broken: Option<Nb
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = tcp.local_addr().unwrap().port();
     // The threads end with the test process.
-    let shared = Arc::clone(&ram);
-    thread::spawn(move || accept(&shared, || unix.accept().map(|(stream, _)| stream)));
-    let shared = Arc::clone(&ram);
-    thread::spawn(move || accept(&shared, || tcp.accept().map(|(stream, _)| stream)));
+    listen(&ram, move || unix.accept().map(|(stream, _)| stream));
+    listen(&ram, move || tcp.accept().map(|(stream, _)| stream));
     Running { ram, directory, port }
-}
-
-fn accept<S: Read + Write + Send + 'static>(ram: &Arc<Ram>, next: impl Fn() -> std::io::Result<S>) {
-    while let Ok(mut stream) = next() {
-        let ram = Arc::clone(ram);
-        // An error is a client that hung up.
-        thread::spawn(move || ram.serve(&mut stream));
-    }
 }
 
 impl Running {
@@ -188,83 +175,34 @@ impl Running {
     }
 }
 
-impl Ram {
-    fn serve<S: Read + Write>(&self, stream: &mut S) -> std::io::Result<()> {
-        let mut staging = vec![0; 256 << 10];
-        let Some((session, unread)) = self.negotiate(stream, &mut staging)? else {
-            return Ok(());
-        };
+impl Storage for Ram {
+    fn joined(&self, session: &Session) {
         self.sessions.fetch_add(1, Ordering::Relaxed);
         self.structured_sessions.fetch_add(usize::from(session.structured), Ordering::Relaxed);
-        let index = self.list().iter().position(|name| *name == session.export.name).unwrap();
-        let disk = &self.exports[index].1;
-        let mut reassembly = Reassembly::with_unread(RequestParser, unread);
-        loop {
-            let (request, payload_bytes) = loop {
-                match reassembly.next_header(&staging) {
-                    Ok(Some(frame)) => break frame,
-                    Ok(None) => receive(stream, &mut reassembly, &mut staging)?,
-                    Err(_) => return Ok(()),
-                }
-            };
-            self.requests.lock().unwrap().push(request);
-            let mut verdict = request.check(&session).map_err(|refusal| (refusal.error, refusal.message));
-            if let (Ok(()), Some(error)) = (verdict, self.broken) {
-                verdict = Err((error, "the disk is broken"));
-            }
-            let mut data = vec![0; if verdict.is_ok() { payload_bytes } else { 0 }];
-            loop {
-                let filled = match verdict {
-                    Ok(()) => reassembly.fill(&staging, &mut data),
-                    Err(_) => reassembly.skip(),
-                };
-                match filled {
-                    Filled::Done => break,
-                    Filled::Need(Need::Staging) => receive(stream, &mut reassembly, &mut staging)?,
-                    Filled::Need(Need::Direct { offset, .. }) => {
-                        let count = received(stream.read(&mut data[offset..])?)?;
-                        reassembly.received_direct(count);
-                    }
-                }
-            }
-            match verdict {
-                Err((error, message)) => {
-                    stream.write_all(&reply::failure(&session, &request, error, message))?
-                }
-                Ok(()) if request.command == Command::Disconnect => return Ok(()),
-                Ok(()) => execute(stream, &session, &request, &data, &mut disk.lock().unwrap())?,
-            }
+    }
+
+    fn admit(&self, session: &Session, request: &Request) -> Result<(), (NbdError, &'static str)> {
+        self.requests.lock().unwrap().push(*request);
+        request.check(session).map_err(|refusal| (refusal.error, refusal.message))?;
+        match self.broken {
+            Some(error) => Err((error, "the disk is broken")),
+            None => Ok(()),
         }
     }
 
-    fn negotiate<S: Read + Write>(
+    fn answer(
         &self,
-        stream: &mut S,
-        staging: &mut [u8],
-    ) -> std::io::Result<Option<(Session, std::ops::Range<usize>)>> {
-        let mut negotiation = Negotiation::new();
-        let mut old = OldServer::default();
-        let mut unread = 0..0;
-        loop {
-            let mut pending = negotiation.pending().to_vec();
-            negotiation.sent(pending.len());
-            old.change_reply(&mut pending);
-            stream.write_all(&pending)?;
-            match negotiation.outcome() {
-                Outcome::Transmit(session) => return Ok(Some((session.clone(), unread))),
-                Outcome::Closed(_) => return Ok(None),
-                Outcome::Continue => {}
-            }
-            if unread.is_empty() {
-                let count = if self.simple_only {
-                    old.receive(stream, staging)?
-                } else {
-                    received(stream.read(staging)?)?
-                };
-                unread = 0..count;
-            }
-            unread.start += negotiation.handle(&staging[unread.clone()], self);
-        }
+        session: &Session,
+        request: &Request,
+        data: &[u8],
+        to: &mut dyn Write,
+    ) -> std::io::Result<()> {
+        let (_, disk) = self.exports.iter().find(|(export, _)| *export == session.export).unwrap();
+        execute(to, session, request, data, &mut disk.lock().unwrap())
+    }
+
+    fn filter(&self) -> Box<dyn Filter> {
+        if self.simple_only { Box::<OldServer>::default() } else { Box::new(Open) }
     }
 }
 
@@ -279,9 +217,11 @@ struct OldServer {
 impl OldServer {
     const STRUCTURED_REPLY: [u8; 4] = [0, 0, 0, 8];
     const UNKNOWN: [u8; 4] = [0xff, 0, 0, 8];
+}
 
+impl Filter for OldServer {
     /// Receives the flags, a header or an option's data: clients send some of them in one piece.
-    fn receive(&mut self, stream: &mut impl Read, staging: &mut [u8]) -> std::io::Result<usize> {
+    fn receive(&mut self, stream: &mut dyn Read, staging: &mut [u8]) -> std::io::Result<usize> {
         if !self.flags_received {
             self.flags_received = true;
             stream.read_exact(&mut staging[..4])?;
@@ -300,29 +240,15 @@ impl OldServer {
         Ok(16)
     }
 
-    fn change_reply(&self, reply: &mut [u8]) {
+    fn send(&mut self, reply: &mut [u8]) {
         if reply.len() >= 20 && reply[8..12] == Self::UNKNOWN {
             reply[8..12].copy_from_slice(&Self::STRUCTURED_REPLY);
         }
     }
 }
 
-fn receive(
-    stream: &mut impl Read,
-    reassembly: &mut Reassembly<RequestParser>,
-    staging: &mut [u8],
-) -> std::io::Result<()> {
-    let window = reassembly.window(staging);
-    reassembly.received(received(stream.read(&mut staging[window])?)?);
-    Ok(())
-}
-
-fn received(count: usize) -> std::io::Result<usize> {
-    if count == 0 { Err(std::io::ErrorKind::UnexpectedEof.into()) } else { Ok(count) }
-}
-
 fn execute(
-    stream: &mut impl Write,
+    stream: &mut dyn Write,
     session: &Session,
     request: &Request,
     data: &[u8],
@@ -349,7 +275,7 @@ fn execute(
 }
 
 /// Reads with holes go out in chunks where they may, so that clients have to put them together.
-fn read(stream: &mut impl Write, session: &Session, request: &Request, disk: &Disk) -> std::io::Result<()> {
+fn read(stream: &mut dyn Write, session: &Session, request: &Request, disk: &Disk) -> std::io::Result<()> {
     let pieces = disk.pieces(request);
     if !session.structured || pieces.len() == 1 && !pieces[0].2 {
         stream.write_all(&reply::read_head(session, request))?;
