@@ -144,7 +144,8 @@ impl IoThread {
             }
             let wait = self.engine.next_tick().saturating_sub(now()).max(1);
             let depth = self.engine.under_way().max(std::mem::take(&mut self.arrived));
-            self.patience.wait(&mut self.ring, depth, Duration::from_nanos(wait))?;
+            let on_disk = !self.disk_ios.is_empty();
+            self.patience.wait(&mut self.ring, depth, on_disk, Duration::from_nanos(wait))?;
             self.ring.completions(&mut completions);
             for completion in completions.drain(..) {
                 self.completed(completion)?;
@@ -189,8 +190,9 @@ impl IoThread {
             // Taken out, and its memory put back.
             self.done.swap(0, 1);
             let mut done = std::mem::take(&mut self.done[1]);
+            let now = now();
             for (index, result) in done.drain(..) {
-                self.disk_io_done(index, result)?;
+                self.disk_io_done(now, index, result)?;
             }
             self.done[1] = done;
         }
@@ -205,7 +207,7 @@ impl IoThread {
                     self.command(command)?;
                 }
             }
-            Token::Disk(index) => self.disk_io_done(index, result)?,
+            Token::Disk(index) => self.disk_io_done(now(), index, result)?,
             Token::LaneReceive(index) => {
                 let outcome = self.lanes[index].stream.received(result);
                 self.lane_outcome(index, outcome);
@@ -418,7 +420,7 @@ impl IoThread {
         Ok(any_done)
     }
 
-    fn disk_io_done(&mut self, index: usize, result: i32) -> io::Result<()> {
+    fn disk_io_done(&mut self, now: Nanos, index: usize, result: i32) -> io::Result<()> {
         let io = self.disk_ios.remove(index);
         let disk = io.disk();
         match self.disks[disk].completed(io, result) {
@@ -426,7 +428,7 @@ impl IoThread {
                 if let (Err(reason), Io::Metadata(..) | Io::Flush(_)) = (&result, io) {
                     tracing::error!(disk, reason, "the disk failed a metadata write or flush");
                 }
-                self.engine.handle_io(now(), io, result);
+                self.engine.handle_io(now, io, result);
                 Ok(())
             }
             DiskOutcome::Again(io) => {
@@ -555,6 +557,7 @@ impl IoThread {
     /// Takes a client's requests; true if there were any.
     fn read_client(&mut self, index: usize) -> io::Result<bool> {
         let mut any = false;
+        let now = now();
         while let Some(client) = self.clients.get_mut(index).filter(|client| !client.stream.is_closed()) {
             match client.next(&mut self.buffers) {
                 Ok(Some(Wanted::Status(request))) => {
@@ -571,7 +574,7 @@ impl IoThread {
                         buffer: ask.buffer,
                     };
                     self.arrived += 1;
-                    self.engine.handle_request(now(), &request);
+                    self.engine.handle_request(now, &request);
                     self.settle()?;
                     any = true;
                 }

@@ -2,14 +2,15 @@
 //!
 //! Falling asleep and waking up cost more than a request itself does, where one is under way at a time. So
 //! the I/O thread looks for a short while before it sleeps, if what it waited for lately came as soon, if too
-//! little is under way for the next wake-up to bring much at once, and if nobody else needs the cores. An idle
-//! daemon sleeps.
+//! little is under way for the next wake-up to bring much at once, and if nobody else needs the cores. It never
+//! looks for a disk: that ends with an interrupt whether somebody looks or not, and in a virtual machine whoever
+//! does the disk's work may need the very core. An idle daemon sleeps.
 
 use crate::ring::{Looked, Ring};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// How long it looks at most.
+/// How long it looks at most, and what counts as a short wait.
 const LOOK: Duration = Duration::from_micros(50);
 /// With more than so much under way it sleeps: the next wake-up will bring several things together.
 const DEPTH_MAX: usize = 2;
@@ -38,10 +39,20 @@ impl Patience {
         Self { short_waits: 0, rest_until: None, rest: REST[0], found: 0 }
     }
 
-    /// Submits, and waits until something completed or the time is over; `depth` is how much is under way.
-    pub fn wait(&mut self, ring: &mut Ring, depth: usize, timeout: Duration) -> io::Result<()> {
+    /// Submits, and waits until something completed or the time is over. `depth` is how much is under way;
+    /// `on_disk`: a disk is at work.
+    pub fn wait(
+        &mut self,
+        ring: &mut Ring,
+        depth: usize,
+        on_disk: bool,
+        timeout: Duration,
+    ) -> io::Result<()> {
+        if on_disk || depth > DEPTH_MAX {
+            return ring.wait(timeout);
+        }
         let began = Instant::now();
-        if self.looks(began, depth) {
+        if self.looks(began) {
             match ring.look(LOOK.min(timeout))? {
                 Looked::Found => self.found(),
                 Looked::Nothing => {}
@@ -53,11 +64,11 @@ impl Patience {
         Ok(())
     }
 
-    fn looks(&mut self, now: Instant, depth: usize) -> bool {
+    fn looks(&mut self, now: Instant) -> bool {
         if self.rest_until.is_some_and(|until| until <= now) {
             self.rest_until = None;
         }
-        depth <= DEPTH_MAX && self.short_waits >= SHORT_WAITS && self.rest_until.is_none()
+        self.short_waits >= SHORT_WAITS && self.rest_until.is_none()
     }
 
     fn found(&mut self) {
@@ -85,24 +96,20 @@ impl Patience {
 mod tests {
     use super::*;
 
-    const SHORT: Duration = Duration::from_micros(10);
-    const LONG: Duration = Duration::from_millis(1);
-
     fn busy() -> Patience {
         let mut patience = Patience::new();
-        (0..SHORT_WAITS).for_each(|_| patience.waited(SHORT));
+        (0..SHORT_WAITS).for_each(|_| patience.waited(LOOK / 2));
         patience
     }
 
     #[test]
-    fn it_looks_only_while_waits_are_short_and_little_is_under_way() {
+    fn it_looks_only_while_waits_are_short() {
         let now = Instant::now();
-        assert!(!Patience::new().looks(now, 0));
-        assert!(busy().looks(now, DEPTH_MAX));
-        assert!(!busy().looks(now, DEPTH_MAX + 1));
-        let mut idle = busy();
-        idle.waited(LONG);
-        assert!(!idle.looks(now, 0));
+        assert!(!Patience::new().looks(now));
+        let mut patience = busy();
+        assert!(patience.looks(now));
+        patience.waited(2 * LOOK);
+        assert!(!patience.looks(now));
     }
 
     #[test]
@@ -110,13 +117,13 @@ mod tests {
         let mut patience = busy();
         let now = Instant::now();
         patience.crowded(now);
-        assert!(!patience.looks(now + REST[0] / 2, 0));
-        assert!(patience.looks(now + REST[0], 0));
+        assert!(!patience.looks(now + REST[0] / 2));
+        assert!(patience.looks(now + REST[0]));
         patience.crowded(now);
-        assert!(!patience.looks(now + REST[0], 0));
-        assert!(patience.looks(now + 2 * REST[0], 0));
+        assert!(!patience.looks(now + REST[0]));
+        assert!(patience.looks(now + 2 * REST[0]));
         (0..CALM).for_each(|_| patience.found());
         patience.crowded(now);
-        assert!(patience.looks(now + REST[0], 0));
+        assert!(patience.looks(now + REST[0]));
     }
 }
