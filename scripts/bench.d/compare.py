@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 
 from loopback import round_trip_us
 from playground import Playground
@@ -33,18 +34,19 @@ FIGURES = {
     "cpu_s": ("s of server CPU per 100k", False),
     "switches": ("context switches per I/O", False),
 }
+# Seconds of each job that are not measured.
+RAMP = 1
 TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Ours(System):
     """Two nodes of ours, their device exported over NBD."""
 
-    name = "ours"
-
-    def __init__(self, place, _size):
+    def __init__(self, place, _size, name="ours", programs=""):
         super().__init__()
+        self.name = name
         # The primary segment is 45 % of a disk.
-        self.playground = Playground(place, "3G", "--nbd-tcp").__enter__()
+        self.playground = Playground(place, "3G", "--nbd-tcp", programs=programs).__enter__()
         self.uri = self.playground.device()["uri"]
         self.playground.fio("--rw=write", "--bs=1m", "--iodepth=8", f"--size={SIZE}")
 
@@ -84,9 +86,14 @@ def switches(pids):
     return total
 
 
+def usage(pids):
+    return time.monotonic(), cpu_seconds(pids), switches(pids)
+
+
 def measure(system, job, seconds):
     pattern, block, depth, connections = JOBS[job]
-    command = ["fio", "--output-format=json", "--time_based", f"--runtime={seconds}", f"--rw={pattern}",
+    # The first writes to regions that were idle for seconds wait for their dirty bits; that is for `intents`.
+    command = ["fio", "--output-format=json", "--time_based", f"--ramp_time={RAMP}", f"--runtime={seconds}", f"--rw={pattern}",
                f"--bs={block}", f"--iodepth={depth}", f"--numjobs={connections}", f"--size={SIZE}", "--norandommap",
                "--randrepeat=0", "--group_reporting", "--thread"]
     targets = system.targets()
@@ -96,35 +103,40 @@ def measure(system, job, seconds):
     for index, target in enumerate(targets):
         command += [f"--name=target{index}", *target]
     pids = system.pids()
-    before = cpu_seconds(pids), switches(pids)
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    after = cpu_seconds(pids), switches(pids)
-    if answer.returncode != 0:
-        raise SystemExit(f"scripts/bench: fio failed on {system.name}: {answer.stderr[-500:]}")
-    result = json.loads(answer.stdout[answer.stdout.index("{"):])["jobs"][0]
-    result = result["read" if "read" in pattern else "write"]
+    fio = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What the servers used is looked at while fio measures, from a little after its beginning.
+    time.sleep(RAMP + 0.3)
+    before = usage(pids)
+    time.sleep(max(0.5, seconds - 0.6))
+    used = [(b - a) for a, b in zip(before, usage(pids))]
+    output, errors = fio.communicate()
+    if fio.returncode != 0:
+        raise SystemExit(f"scripts/bench: fio failed on {system.name}: {errors[-500:]}")
+    result = json.loads(output[output.index("{"):])["jobs"][0]["read" if "read" in pattern else "write"]
     # Two files that are written at the same time are one mirrored write.
-    ios = result["total_ios"] / len(targets)
+    iops = result["iops"] / len(targets)
     percentile = result["clat_ns"]["percentile"]
     figures = {
-        "iops": result["iops"] / len(targets),
+        "iops": iops,
         "mib_s": result["bw_bytes"] / len(targets) / (1 << 20),
         "p50_us": percentile["50.000000"] / 1e3,
         "p99_us": percentile["99.000000"] / 1e3,
     }
     if pids:
-        figures["cpu_s"] = (after[0] - before[0]) / ios * 1e5
+        figures["cpu_s"] = used[1] / used[0] / iops * 1e5
     if pids and system.lasting_threads:
-        figures["switches"] = (after[1] - before[1]) / ios
+        figures["switches"] = used[2] / used[0] / iops
     return figures
 
 
-def in_turns(medium, place, jobs, rounds, seconds):
+def in_turns(medium, place, jobs, rounds, seconds, before):
     """Yields every single run."""
     systems = []
     try:
         for kind in SYSTEMS[medium]:
             systems.append(kind(place, SIZE))
+        if before:
+            systems.append(Ours(place, SIZE, "before", before))
         for number in range(rounds):
             for job in jobs:
                 # Whoever is first in one round is last in the next.
@@ -144,7 +156,8 @@ def compare(arguments):
     for medium in arguments.media:
         parent = "/dev/shm" if medium == "memory" else arguments.dir
         with tempfile.TemporaryDirectory(dir=parent, prefix="ublk-bench-") as place:
-            for run in in_turns(medium, place, arguments.jobs, arguments.rounds, arguments.seconds):
+            for run in in_turns(medium, place, arguments.jobs, arguments.rounds, arguments.seconds,
+                                arguments.before):
                 figures = {key: round(value, 2) if isinstance(value, float) else value for key, value in run.items()}
                 print(json.dumps({"bench": "compare", **figures}), flush=True)
                 runs.append(run)

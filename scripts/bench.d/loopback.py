@@ -1,5 +1,6 @@
 """The floor of the link: round trips of a mirrored write's bytes, and a stream, over loopback."""
 
+import mmap
 import os
 import socket
 import statistics
@@ -55,8 +56,6 @@ def copy_file(source, target, size, piece=1 << 20):
 
     Direct I/O and a flush at the end, as a copy of a disk's content to another machine would be made by hand.
     """
-    import mmap  # pylint: disable=import-outside-toplevel
-
     client, server = pair()
 
     def store():

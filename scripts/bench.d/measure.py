@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import os
 import statistics
 import time
 
 from compare import JOBS, SYSTEMS, compare, table as compare_table
+from loopback import copy_file
 from playground import DEVICE, Playground, finish
+from rivals import make_image
 
 
 def intents(play_in, rounds):
@@ -71,6 +74,39 @@ def resync(play_in, rounds):
     yield "64 MiB of 1 GiB differed: start to in sync", statistics.median(seconds), "s"
 
 
+def resync_speed(play_in, rounds):
+    """All of 1 GiB differs: how quickly it is made equal, beside a copy by hand over the same link."""
+    size = 1 << 30
+    ours, raw = [], []
+    with Playground(play_in, "4G") as play:
+        files = [os.path.join(play.dir.name, name) for name in ("from", "to")]
+        for file in files:
+            make_image(file, size)
+        play.fio("--rw=write", "--bs=1m", "--iodepth=8", f"--size={size}")
+        for index in range(rounds):
+            play.run("playground", "kill", "n2")
+            # Different data each time, so that no comparison spares the copy.
+            play.fio("--rw=write", "--bs=1m", "--iodepth=8", f"--size={size}", f"--randseed={index + 70}",
+                     "--refill_buffers")
+            raw.append(copy_file(*files, size))
+            play.run("playground", "start", "n2")
+            seen = []
+
+            def watch(status):
+                for device in status["devices"] if status else []:
+                    for resync in device["resyncs"]:
+                        if device["name"] == DEVICE and resync["moved_bytes"] > 0:
+                            seen.append((time.monotonic(), resync["moved_bytes"]))
+                return status is not None and status["verdict"] == "healthy"
+
+            play.wait(watch)
+            (began, before), (ended, after) = seen[0], seen[-1]
+            ours.append((after - before) / (ended - began) / (1 << 20))
+    yield "a copy by hand", statistics.median(raw), "MiB/s"
+    yield "resync of what differs everywhere", statistics.median(ours), "MiB/s"
+    yield "resync beside a copy by hand", statistics.median(a / b for a, b in zip(ours, raw)), "ratio"
+
+
 def listed(known):
     """A type of argument: names of `known`, separated by commas."""
     def parse(text):
@@ -82,13 +118,14 @@ def listed(known):
 
 
 def main():
-    measurements = {"intents": intents, "pause": pause, "resync": resync}
+    measurements = {"intents": intents, "pause": pause, "resync": resync, "resync-speed": resync_speed}
     parser = argparse.ArgumentParser(prog="scripts/bench")
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--dir", required=True)
     parser.add_argument("--seconds", type=int, required=True)
     parser.add_argument("--media", type=listed(SYSTEMS), required=True)
     parser.add_argument("--jobs", type=listed(JOBS), required=True)
+    parser.add_argument("--before", default="")
     parser.add_argument("what", nargs="+", choices=["compare", *measurements])
     arguments = parser.parse_args()
     table, compared = [], []

@@ -12,14 +12,15 @@ DEVICE = "n1-d1"
 class Playground:
     """`mirrorctl playground`, for as long as the block lasts."""
 
-    def __init__(self, parent, size, *options):
+    def __init__(self, parent, size, *options, programs=""):
         self.parent, self.size, self.options = parent, size, options
+        self.mirrorctl = os.path.join(programs, "mirrorctl")
 
     def __enter__(self):
         self.dir = tempfile.TemporaryDirectory(dir=self.parent, prefix="p-")
         self.play = os.path.join(self.dir.name, "play")
         self.process = subprocess.Popen(
-            ["mirrorctl", "playground", "--json", "--frontend", "nbd", "--nodes", "2",
+            [self.mirrorctl, "playground", "--json", "--frontend", "nbd", "--nodes", "2",
              "--disk-size", self.size, "--dir", self.play, *self.options],
             stdout=subprocess.PIPE)
         self.wait(lambda status: status is not None and status["verdict"] == "healthy")
@@ -31,7 +32,7 @@ class Playground:
         self.dir.cleanup()
 
     def run(self, *arguments):
-        return subprocess.run(["mirrorctl", *arguments, "--dir", self.play], capture_output=True, text=True)
+        return subprocess.run([self.mirrorctl, *arguments, "--dir", self.play], capture_output=True, text=True)
 
     def status(self):
         answer = self.run("status", "--json")

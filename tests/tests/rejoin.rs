@@ -252,7 +252,7 @@ fn acknowledgements_stop_with_the_partner_and_go_on_with_it() -> anyhow::Result<
     signal(play.pid("n2")?, SIGSTOP)?;
     let cookie = client.start_write(0, &stamp(2))?;
     client.set_patience(SILENCE)?;
-    ensure!(client.reply()?.is_none(), "acknowledged with the partner stopped");
+    ensure!(client.reply()?.is_none(), "acknowledged with the partner stopped\n{}", play.logs());
     // The partner is all that is missing.
     signal(play.pid("n2")?, SIGCONT)?;
     client.set_patience(Duration::from_secs(60))?;

@@ -2,7 +2,8 @@
 //!
 //! The region is locked here from the first read to the last acknowledgement, so that no newer write
 //! is overtaken. A piece at a time: it is read here while the other node is asked for the digests of
-//! its large blocks; of those that differ the small blocks' digests; what differs then is sent.
+//! its large blocks; of those that differ the small blocks' digests; what differs then is sent. Where all has
+//! differed for a while, pieces are sent as they are ([`Worth`](super::resync::Worth)).
 
 use super::Engine;
 use super::action::{Action, Body, BufferId, BufferRange, OpKey};
@@ -27,6 +28,8 @@ pub(super) struct Copy {
     coarse: Coarse,
     /// The piece was compared, and what differs is on its way.
     compared: bool,
+    /// What differs is found out before anything is sent.
+    compares: bool,
     /// There is nothing valid here, and so nothing to read.
     nothing: bool,
     /// Bytes of frames that were needed.
@@ -74,6 +77,7 @@ impl Engine {
             fine: None,
             coarse: Coarse::Nothing,
             compared: false,
+            compares: false,
             nothing: false,
             moved: 0,
             failed: false,
@@ -97,7 +101,11 @@ impl Engine {
         if self.disks[op.disk].failed || behind.is_none() {
             self.copies[key].failed = true;
         } else if readable >> region & 1 == 1 {
-            self.start_piece(key, theirs);
+            let device = op.device;
+            let compares =
+                theirs && self.find_resync(device, peer).is_none_or(|resync| resync.worth.compares());
+            self.copies[key].compares = compares;
+            self.start_piece(key, compares);
             return;
         } else if perhaps && !planted::is(Bug::InvalidNotCopied) {
             // Nothing is valid here: nothing is valid there either (rule 11).
@@ -317,7 +325,8 @@ impl Engine {
     pub(super) fn end_copy(&mut self, key: OpKey, op: &Op, status: Status) {
         let Some(copy) = self.copies.remove(key) else { return };
         self.copy_buffers.push(copy.buffer);
-        self.copy_ended(op, copy.peer, status == Status::Done && !copy.failed, copy.moved);
+        let equal = status == Status::Done && !copy.failed;
+        self.copy_ended(op, copy.peer, equal, copy.moved, copy.compares);
         self.resync_due = true;
     }
 }

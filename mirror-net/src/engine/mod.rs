@@ -266,6 +266,11 @@ impl Engine {
         self.actions.pop_front()
     }
 
+    /// How much is under way: requests of this node's frontends, or operations on its copies.
+    pub fn under_way(&self) -> usize {
+        self.requests.len().max(self.ops.len())
+    }
+
     /// Why the newest map could not be adopted, if that came out after it was accepted.
     pub fn take_refused_map(&mut self) -> Option<AdoptError> {
         self.refused_map.take()

@@ -66,6 +66,39 @@ pub(super) struct Resync {
     /// Bytes sent because they differed.
     pub moved: u64,
     rate: Rate,
+    /// Whether comparing pays.
+    pub worth: Worth,
+}
+
+/// Whether to compare before sending. Where everything differs comparing takes longer than sending: both copies
+/// are read and digested in vain.
+#[derive(Default, Debug)]
+pub(super) struct Worth {
+    /// Bytes in a row that were compared and differed altogether.
+    differed: u64,
+    /// Regions that were sent since without a comparison.
+    unseen: u32,
+}
+
+impl Worth {
+    /// So much in a row makes it likely that the rest differs as well.
+    const ALL_DIFFERS: u64 = 16 << 20;
+    /// Every so many regions it is looked whether that has changed.
+    const LOOK_EVERY: u32 = 16;
+
+    /// Whether the next region is compared first.
+    pub fn compares(&mut self) -> bool {
+        if self.differed < Self::ALL_DIFFERS {
+            return true;
+        }
+        self.unseen = (self.unseen + 1) % Self::LOOK_EVERY;
+        self.unseen == 0
+    }
+
+    /// Of so many bytes that were compared so many were sent, what goes with them included.
+    fn compared(&mut self, length: u64, sent: u64) {
+        self.differed = if sent >= length { self.differed.saturating_add(length) } else { 0 };
+    }
 }
 
 /// Regions a second over the last while.
@@ -128,6 +161,7 @@ impl Engine {
                 compared: 0,
                 moved: 0,
                 rate: Rate::default(),
+                worth: Worth::default(),
             });
             self.resyncs.len() - 1
         })
@@ -456,8 +490,9 @@ impl Engine {
         self.enqueue_copy(op, peer, buffer);
     }
 
-    /// A copy of a region ended; `equal` if nothing differs there now.
-    pub(super) fn copy_ended(&mut self, op: &Op, peer: PeerIndex, equal: bool, moved: u64) {
+    /// A copy of a region ended; `equal` if nothing differs there now, `compared` if that was found out before
+    /// anything was sent.
+    pub(super) fn copy_ended(&mut self, op: &Op, peer: PeerIndex, equal: bool, moved: u64, compared: bool) {
         let region = op.offset / self.region_bytes();
         let now = self.now;
         let mut done = 0;
@@ -475,6 +510,9 @@ impl Engine {
             resync.moved += moved;
             resync.left -= done;
             resync.compared += done;
+            if compared && equal {
+                resync.worth.compared(op.length.into(), moved);
+            }
             if !equal {
                 resync.retry_at.get_or_insert(now + TRY_AGAIN);
             }
@@ -547,5 +585,24 @@ impl Engine {
             bytes_per_second: (resync.rate.per_second * region as f64) as u64,
             joining: self.has_syncing(resync.device, resync.peer),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Worth;
+
+    #[test]
+    fn comparing_ends_where_all_differs_and_begins_again_where_it_does_not() {
+        const REGION: u64 = 1 << 20;
+        let mut worth = Worth::default();
+        for _ in 0..Worth::ALL_DIFFERS / REGION {
+            assert!(worth.compares());
+            worth.compared(REGION, REGION + 100);
+        }
+        let looks = (0..4 * Worth::LOOK_EVERY).filter(|_| worth.compares()).count();
+        assert_eq!(looks, 4);
+        worth.compared(REGION, REGION / 2);
+        assert!(worth.compares() && worth.compares());
     }
 }

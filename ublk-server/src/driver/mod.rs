@@ -1,9 +1,11 @@
 //! The I/O thread: one io_uring, one engine, and everything that they connect.
 //!
 //! One turn: take what completed and give it to the engine, carry out what it wants, send what was
-//! queued on the sockets, wait. Everything that became possible in one turn goes out together.
+//! queued on the sockets, begin what the disks have to do, wait. Everything that became possible in one turn
+//! goes out together, and to the partners first: theirs is the longer way.
 
 pub mod command;
+mod patience;
 mod tokens;
 
 use crate::frontend::Answer;
@@ -13,6 +15,7 @@ use crate::frontend::ublk::export::{Arrived, Export};
 use crate::mirror::lane::Lane;
 use crate::ring::buffers::{AlignedBlock, Buffers};
 use crate::ring::disk::{DiskFile, DiskIo, DiskOutcome};
+use crate::ring::stream::Sent;
 use crate::ring::{Completion, Ring};
 use command::{Command, Event, Inbox, ThreadReport};
 use io_uring::{opcode, types};
@@ -22,6 +25,7 @@ use mirror_net::format::MetadataIo;
 use mirror_net::ids::{DeviceId, NodeId};
 use mirror_net::region::digest::{Digest, DigestKey};
 use mirror_net::wire::header::CrcSeed;
+use patience::Patience;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -58,14 +62,19 @@ pub struct IoThread {
     buffers: Buffers,
     disks: Vec<DiskFile>,
     disk_ios: Slab<DiskIo>,
+    /// Those that have not begun.
+    starting: Vec<usize>,
     lanes: Slab<Lane>,
     clients: Slab<Connection>,
     /// Clients that wait until one before them is drained (docs/protocol.md rule 14).
     queued_clients: VecDeque<Connection>,
     exports: Slab<Export>,
     completed: HashMap<DeviceId, u64>,
-    /// I/O that was done inline.
-    done: Vec<(usize, i32)>,
+    /// I/O that was done inline, and room for the next.
+    done: [Vec<(usize, i32)>; 2],
+    /// Requests and frames that this turn brought.
+    arrived: usize,
+    patience: Patience,
     /// Digests that were computed and that the engine has not got yet.
     digests: Vec<(OpKey, Vec<Digest>)>,
     inbox: Inbox,
@@ -96,12 +105,15 @@ impl IoThread {
             buffers,
             disks,
             disk_ios: Slab::new(),
+            starting: Vec::new(),
             lanes: Slab::new(),
             clients: Slab::new(),
             queued_clients: VecDeque::new(),
             exports: Slab::new(),
             completed: HashMap::new(),
-            done: Vec::new(),
+            done: [Vec::new(), Vec::new()],
+            arrived: 0,
+            patience: Patience::new(),
             digests: Vec::new(),
             inbox,
             wake_buffer: AlignedBlock::new(8),
@@ -125,11 +137,16 @@ impl IoThread {
         loop {
             self.settle()?;
             self.send_all()?;
+            if self.start_disk_ios()? || self.late_answers {
+                continue;
+            }
             if self.stopping && self.is_quiet() {
                 return Ok(());
             }
             let wait = self.engine.next_tick().saturating_sub(now()).max(1);
-            self.ring.wait(Duration::from_nanos(wait))?;
+            let depth = self.engine.under_way().max(std::mem::take(&mut self.arrived));
+            let on_disk = !self.disk_ios.is_empty();
+            self.patience.wait(&mut self.ring, depth, on_disk, Duration::from_nanos(wait))?;
             self.ring.completions(&mut completions);
             for completion in completions.drain(..) {
                 self.completed(completion)?;
@@ -165,7 +182,7 @@ impl IoThread {
                 self.late_answers = false;
                 self.answer_late()?;
             }
-            if self.done.is_empty() && self.digests.is_empty() {
+            if self.done[0].is_empty() && self.digests.is_empty() {
                 return Ok(());
             }
             for (op, digests) in std::mem::take(&mut self.digests) {
@@ -174,9 +191,14 @@ impl IoThread {
                     self.carry_out(action)?;
                 }
             }
-            for (index, result) in std::mem::take(&mut self.done) {
-                self.disk_io_done(index, result)?;
+            // Taken out, and its memory put back.
+            self.done.swap(0, 1);
+            let mut done = std::mem::take(&mut self.done[1]);
+            let now = now();
+            for (index, result) in done.drain(..) {
+                self.disk_io_done(now, index, result)?;
             }
+            self.done[1] = done;
         }
     }
 
@@ -189,7 +211,7 @@ impl IoThread {
                     self.command(command)?;
                 }
             }
-            Token::Disk(index) => self.disk_io_done(index, result)?,
+            Token::Disk(index) => self.disk_io_done(now(), index, result)?,
             Token::LaneReceive(index) => {
                 let outcome = self.lanes[index].stream.received(result);
                 self.lane_outcome(index, outcome);
@@ -305,21 +327,28 @@ impl IoThread {
         match action {
             Action::Read { io, disk, slot, offset, buffer } => {
                 let io = self.disks[disk].read(io, disk, (slot, offset), buffer, &self.buffers);
-                self.start_disk_io(io)
+                self.start_disk_io(io);
+                Ok(())
             }
             Action::Write { io, disk, slot, offset, buffer, fua } => {
                 let io = self.disks[disk].write(io, disk, (slot, offset), buffer, fua, &self.buffers);
-                self.start_disk_io(io)
+                self.start_disk_io(io);
+                Ok(())
             }
             Action::Zero { io, disk, slot, offset, length, fua } => {
                 let io = self.disks[disk].zero(io, disk, (slot, offset), length, fua);
-                self.start_disk_io(io)
+                self.start_disk_io(io);
+                Ok(())
             }
             Action::Punch { io, disk, slot, offset, length } => {
                 let io = self.disks[disk].punch(io, disk, (slot, offset), length);
-                self.start_disk_io(io)
+                self.start_disk_io(io);
+                Ok(())
             }
-            Action::Flush { io, disk } => self.start_disk_io(DiskFile::flush(io, disk)),
+            Action::Flush { io, disk } => {
+                self.start_disk_io(DiskFile::flush(io, disk));
+                Ok(())
+            }
             Action::Metadata { io, disk, work } => {
                 let io = match work {
                     MetadataIo::Write { offset, block, durable, .. } => {
@@ -327,7 +356,8 @@ impl IoThread {
                     }
                     MetadataIo::Flush { .. } => DiskFile::flush(io, disk),
                 };
-                self.start_disk_io(io)
+                self.start_disk_io(io);
+                Ok(())
             }
             Action::Send { peer, session, header, trailer, body } => {
                 let lane =
@@ -376,21 +406,27 @@ impl IoThread {
         }
     }
 
-    fn start_disk_io(&mut self, io: DiskIo) -> io::Result<()> {
+    /// It begins once what is to be sent is on its way.
+    fn start_disk_io(&mut self, io: DiskIo) {
         let index = self.disk_ios.insert(io);
-        self.submit_disk_io(index)
+        self.starting.push(index);
     }
 
-    fn submit_disk_io(&mut self, index: usize) -> io::Result<()> {
-        let io = &self.disk_ios[index];
-        let inline = self.disks[io.disk()].submit(&mut self.ring, io, Token::Disk(index).encode())?;
-        if let Some(result) = inline {
-            self.done.push((index, result));
+    /// True if some of it is done already, which leads to more.
+    fn start_disk_ios(&mut self) -> io::Result<bool> {
+        let mut any_done = false;
+        for index in self.starting.drain(..) {
+            let io = &self.disk_ios[index];
+            let inline = self.disks[io.disk()].submit(&mut self.ring, io, Token::Disk(index).encode())?;
+            if let Some(result) = inline {
+                self.done[0].push((index, result));
+                any_done = true;
+            }
         }
-        Ok(())
+        Ok(any_done)
     }
 
-    fn disk_io_done(&mut self, index: usize, result: i32) -> io::Result<()> {
+    fn disk_io_done(&mut self, now: Nanos, index: usize, result: i32) -> io::Result<()> {
         let io = self.disk_ios.remove(index);
         let disk = io.disk();
         match self.disks[disk].completed(io, result) {
@@ -398,10 +434,13 @@ impl IoThread {
                 if let (Err(reason), Io::Metadata(..) | Io::Flush(_)) = (&result, io) {
                     tracing::error!(disk, reason, "the disk failed a metadata write or flush");
                 }
-                self.engine.handle_io(now(), io, result);
+                self.engine.handle_io(now, io, result);
                 Ok(())
             }
-            DiskOutcome::Again(io) => self.start_disk_io(io),
+            DiskOutcome::Again(io) => {
+                self.start_disk_io(io);
+                Ok(())
+            }
         }
     }
 
@@ -415,6 +454,7 @@ impl IoThread {
                     let peer = lane.peer;
                     let small: &[u8] = if message.buffer.is_none() { lane.stream.small() } else { &[] };
                     let (header, trailer) = (message.header, message.trailer);
+                    self.arrived += 1;
                     self.engine.handle_frame(now, peer, &header, trailer, small, message.buffer);
                     // The lane may be closed by what this led to.
                     self.settle()?;
@@ -465,17 +505,48 @@ impl IoThread {
 
     /// Everything queued goes out, everything that can be received is asked for.
     fn send_all(&mut self) -> io::Result<()> {
-        // First, since it leads to more that is to be sent.
-        while self.read_clients()? {}
+        // Requests lead to more that is to be sent, and what was sent makes room for more requests.
+        while self.read_clients()? || self.send_once()? {}
         for (index, lane) in &mut self.lanes {
-            lane.stream.send(&mut self.ring, &self.buffers, Token::LaneSend(index).encode())?;
             lane.stream.receive(&mut self.ring, &mut self.buffers, Token::LaneReceive(index).encode())?;
         }
         for (index, client) in &mut self.clients {
-            client.stream.send(&mut self.ring, &self.buffers, Token::ClientSend(index).encode())?;
             client.stream.receive(&mut self.ring, &mut self.buffers, Token::ClientReceive(index).encode())?;
         }
         Ok(())
+    }
+
+    /// True if anything went out.
+    fn send_once(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        for index in 0..self.lanes.capacity() {
+            let Some(lane) = self.lanes.get_mut(index) else { continue };
+            let token = Token::LaneSend(index).encode();
+            match lane.stream.send(&mut self.ring, &mut self.buffers, token)? {
+                Sent::Nothing => {}
+                Sent::Some => {
+                    any = true;
+                    self.late_answers |= !self.exports.is_empty();
+                }
+                Sent::Failed(error) => {
+                    any = true;
+                    self.lane_outcome(index, Err(error));
+                    self.settle()?;
+                }
+            }
+        }
+        for (index, client) in &mut self.clients {
+            let token = Token::ClientSend(index).encode();
+            match client.stream.send(&mut self.ring, &mut self.buffers, token)? {
+                Sent::Nothing => {}
+                Sent::Some => any = true,
+                Sent::Failed(_) => {
+                    any = true;
+                    client.stream.close();
+                }
+            }
+        }
+        Ok(any)
     }
 
     // ---- NBD ----
@@ -492,6 +563,7 @@ impl IoThread {
     /// Takes a client's requests; true if there were any.
     fn read_client(&mut self, index: usize) -> io::Result<bool> {
         let mut any = false;
+        let now = now();
         while let Some(client) = self.clients.get_mut(index).filter(|client| !client.stream.is_closed()) {
             match client.next(&mut self.buffers) {
                 Ok(Some(Wanted::Status(request))) => {
@@ -508,7 +580,8 @@ impl IoThread {
                         length: ask.length,
                         buffer: ask.buffer,
                     };
-                    self.engine.handle_request(now(), &request);
+                    self.arrived += 1;
+                    self.engine.handle_request(now, &request);
                     self.settle()?;
                     any = true;
                 }

@@ -252,23 +252,22 @@ fn by_hand(at: u64, length: u32, durable: bool) -> Work {
 
 /// Does the work here and now.
 fn inline(fd: RawFd, io: &DiskIo) -> i32 {
+    // The plain system calls: the library's functions are points of cancellation, which costs as much as the rest
+    // of them.
     let result = match &io.work {
-        // SAFETY: pointer and length are the engine's buffer or an owned block, as in `submit`.
-        Work::Transfer { write: true, pointer, length, at, .. } => unsafe {
-            libc::pwrite(fd, pointer.cast(), *length as usize, *at as i64)
-        },
-        // SAFETY: as above.
-        Work::Transfer { write: false, pointer, length, at, .. } => unsafe {
-            libc::pread(fd, pointer.cast(), *length as usize, *at as i64)
-        },
+        Work::Transfer { write, pointer, length, at, .. } => {
+            let call = if *write { libc::SYS_pwrite64 } else { libc::SYS_pread64 };
+            // SAFETY: pointer and length are the engine's buffer or an owned block, as in `submit`.
+            unsafe { libc::syscall(call, fd, *pointer, *length as usize, *at as i64) }
+        }
         // A hole in a file reads as zeros, and tmpfs knows no other way.
         Work::Zero { length, at, .. } | Work::Punch { length, at } => {
             // SAFETY: no memory is involved.
-            unsafe { libc::fallocate(fd, PUNCH_HOLE, *at as i64, i64::from(*length)) as isize }
+            unsafe { libc::fallocate(fd, PUNCH_HOLE, *at as i64, i64::from(*length)).into() }
         }
         // SAFETY: the block of zeros is as long as the piece.
         Work::ZeroWrite { at, zeros, piece, .. } => unsafe {
-            libc::pwrite(fd, zeros.as_ptr().cast(), *piece as usize, *at as i64)
+            libc::pwrite(fd, zeros.as_ptr().cast(), *piece as usize, *at as i64) as i64
         },
         // Memory has no cache to flush.
         Work::Flush => 0,

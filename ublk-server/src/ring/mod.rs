@@ -9,7 +9,7 @@ pub mod stream;
 
 use io_uring::{IoUring, squeue, types};
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One I/O thread's io_uring.
 ///
@@ -27,6 +27,20 @@ pub struct Completion {
     pub result: i32,
 }
 
+/// What looking for completions without sleeping came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Looked {
+    /// There are some, or there will be at once.
+    Found,
+    /// None came in time.
+    Nothing,
+    /// This thread did not have its core for a while: others need the cores more than whoever only looks.
+    Crowded,
+}
+
+/// So long without the core means that others need it.
+const CROWDED: Duration = Duration::from_micros(300);
+
 impl Ring {
     /// A ring for `entries` submissions between two waits. Completions have four times the room, and
     /// the kernel keeps what does not fit.
@@ -36,6 +50,7 @@ impl Ring {
             .setup_single_issuer()
             .setup_coop_taskrun()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .build(entries)?;
         Ok(Self { uring })
     }
@@ -55,23 +70,56 @@ impl Ring {
         }
     }
 
+    /// Submits, and looks for completions for so long without sleeping. Whoever else is ready to run on this
+    /// core goes first.
+    pub fn look(&mut self, patience: Duration) -> io::Result<Looked> {
+        if !self.uring.submission().is_empty() {
+            tolerate(self.uring.submit().map(drop))?;
+        }
+        let began = Instant::now();
+        let mut before = began;
+        loop {
+            if self.uring.submission().taskrun() || !self.uring.completion().is_empty() {
+                return Ok(Looked::Found);
+            }
+            std::thread::yield_now();
+            let now = Instant::now();
+            if now - before > CROWDED {
+                return Ok(Looked::Crowded);
+            }
+            if now - began > patience {
+                return Ok(Looked::Nothing);
+            }
+            before = now;
+        }
+    }
+
     /// Submits, and waits until something completed or the time is over.
     pub fn wait(&mut self, timeout: Duration) -> io::Result<()> {
         let timespec = types::Timespec::from(timeout);
         let args = types::SubmitArgs::new().timespec(&timespec);
-        match self.uring.submitter().submit_with_args(1, &args) {
-            Ok(_) => Ok(()),
-            Err(error) => match error.raw_os_error() {
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
-                _ => Err(error),
-            },
-        }
+        tolerate(self.uring.submitter().submit_with_args(1, &args).map(drop))
     }
 
     /// Takes what completed.
     pub fn completions(&mut self, into: &mut Vec<Completion>) {
         let queue = self.uring.completion();
         into.extend(queue.map(|entry| Completion { token: entry.user_data(), result: entry.result() }));
+    }
+}
+
+/// Entering the ring may be in vain; the next time will do.
+fn tolerate(entered: io::Result<()>) -> io::Result<()> {
+    match entered {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN)
+            ) =>
+        {
+            Ok(())
+        }
+        entered => entered,
     }
 }
 

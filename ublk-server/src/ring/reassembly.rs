@@ -49,7 +49,7 @@ pub enum Need {
     Direct {
         /// Within the destination.
         offset: usize,
-        /// In bytes; more than [`COPY_BYTES_MAX`].
+        /// In bytes; at first more than [`COPY_BYTES_MAX`].
         missing: usize,
     },
 }
@@ -72,6 +72,8 @@ pub struct Reassembly<P> {
     /// Of the payload at hand, in bytes; 0 between frames.
     payload_bytes: usize,
     payload_filled: usize,
+    /// Some of it was received straight into its destination: the rest will be, too.
+    payload_direct: bool,
 }
 
 impl<P: FrameParser> Reassembly<P> {
@@ -84,7 +86,7 @@ impl<P: FrameParser> Reassembly<P> {
     /// handshake.
     pub fn with_unread(parser: P, unread: Range<usize>) -> Self {
         assert!(unread.start <= unread.end);
-        Reassembly { parser, unread, payload_bytes: 0, payload_filled: 0 }
+        Reassembly { parser, unread, payload_bytes: 0, payload_filled: 0, payload_direct: false }
     }
 
     /// Where in `staging` to receive. Moves the beginning of a header, if there is one, to the front;
@@ -100,6 +102,11 @@ impl<P: FrameParser> Reassembly<P> {
         self.unread.end..staging.len()
     }
 
+    /// What is in staging and has not been looked at, in bytes.
+    pub fn unread_bytes(&self) -> usize {
+        self.unread.len()
+    }
+
     /// `bytes` have been received at the beginning of the window.
     pub fn received(&mut self, bytes: usize) {
         self.unread.end += bytes;
@@ -110,6 +117,7 @@ impl<P: FrameParser> Reassembly<P> {
         assert!(self.unread.is_empty(), "staging comes first in the stream");
         assert!(bytes <= self.payload_missing(), "received into the next frame");
         self.payload_filled += bytes;
+        self.payload_direct = true;
     }
 
     /// The next header and the length of its payload; `None` if more has to be received into staging.
@@ -125,6 +133,7 @@ impl<P: FrameParser> Reassembly<P> {
         self.unread.start += P::HEADER_BYTES;
         self.payload_bytes = payload_bytes;
         self.payload_filled = 0;
+        self.payload_direct = false;
         Ok(Some((header, payload_bytes)))
     }
 
@@ -136,7 +145,7 @@ impl<P: FrameParser> Reassembly<P> {
         destination[at..self.payload_filled].copy_from_slice(&staging[from]);
         match self.payload_missing() {
             0 => Filled::Done,
-            missing if missing <= COPY_BYTES_MAX => Filled::Need(Need::Staging),
+            missing if missing <= COPY_BYTES_MAX && !self.payload_direct => Filled::Need(Need::Staging),
             missing => Filled::Need(Need::Direct { offset: self.payload_filled, missing }),
         }
     }
@@ -312,6 +321,19 @@ mod tests {
         reassembly.received(30_000);
         assert_eq!(reassembly.next_header(&staging), Ok(Some((0, 40_000))));
         assert_eq!(reassembly.fill(&staging, &mut vec![0; 40_000]), Filled::Need(Need::Staging));
+    }
+
+    #[test]
+    fn what_began_to_be_received_straight_ends_so() {
+        let mut staging = vec![0; 64];
+        staging[..6].copy_from_slice(&stream(&[40_000])[..6]);
+        let mut reassembly = Reassembly::with_unread(Toy, 0..6);
+        assert_eq!(reassembly.next_header(&staging), Ok(Some((0, 40_000))));
+        let mut payload = vec![0; 40_000];
+        let need = |offset| Filled::Need(Need::Direct { offset, missing: 40_000 - offset });
+        assert_eq!(reassembly.fill(&staging, &mut payload), need(0));
+        reassembly.received_direct(39_000);
+        assert_eq!(reassembly.fill(&staging, &mut payload), need(39_000));
     }
 
     #[test]

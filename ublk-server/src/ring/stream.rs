@@ -1,8 +1,12 @@
 //! A connected stream socket on the ring: frames go out gathered, come in cut.
 //!
-//! One send and one receive are under way at most. What is queued while a send runs goes out
-//! together with the next one: the batch grows with the load. Lanes to peers and NBD connections
-//! are both this, with another parser.
+//! A send is tried at once, without waiting; only what the socket has no room for is left to the ring. So a
+//! send that succeeds, as nearly all do, needs no completion of its own. One send and one receive are under way
+//! at most. What is queued while a send runs goes out together with the next one: the batch grows with the
+//! load. Lanes to peers and NBD connections are both this, with another parser.
+//!
+//! Where large payloads follow each other, each is received straight into its buffer, together with no more
+//! than the next header.
 
 use super::buffers::{AlignedBlock, Buffers};
 use super::reassembly::{Filled, FrameParser, Need, Reassembly};
@@ -87,6 +91,16 @@ enum Destination {
     Skip,
 }
 
+/// What became of what was queued.
+pub enum Sent {
+    /// Nothing went out: there was nothing, or a send is under way already.
+    Nothing,
+    /// Some, or all of it.
+    Some,
+    /// The connection is of no use any more.
+    Failed(io::Error),
+}
+
 /// What the owner of the stream has to decide or do next.
 pub enum Incoming<H> {
     /// A header whose payload needs a place: answer with [`Stream::accept`], or leave it and ask again later.
@@ -97,10 +111,24 @@ pub enum Incoming<H> {
     Starved,
 }
 
-/// The kernel's view of a send, at an address of its own.
+/// The kernel's view of a send or a receive, at an address of its own.
 struct Message {
     pieces: Vec<libc::iovec>,
     header: libc::msghdr,
+}
+
+impl Message {
+    fn new() -> Box<Self> {
+        // SAFETY: a msghdr of zeros is one without any pieces.
+        Box::new(Self { pieces: Vec::new(), header: unsafe { std::mem::zeroed() } })
+    }
+
+    /// The pieces as they are now.
+    fn header(&mut self) -> *mut libc::msghdr {
+        self.header.msg_iov = self.pieces.as_mut_ptr();
+        self.header.msg_iovlen = self.pieces.len();
+        &raw mut self.header
+    }
 }
 
 /// A connected stream socket on the ring.
@@ -113,7 +141,12 @@ pub struct Stream<P: FrameParser> {
     waiting: Option<(P::Header, usize)>,
     /// Where the payload of the last complete frame is.
     taken: Option<BufferRange>,
-    direct: bool,
+    /// Where in the destination the payload that is received straight into it begins, and how much it lacks.
+    direct: Option<(usize, usize)>,
+    /// The last payload was received straight into its destination.
+    large: bool,
+    /// Of the receive that is under way.
+    wanted: Box<Message>,
     receiving: bool,
     starved: bool,
     queue: VecDeque<Outgoing>,
@@ -141,8 +174,6 @@ where
         let mut staging = AlignedBlock::new(STAGING_BYTES);
         assert!(unread.len() <= STAGING_BYTES);
         staging[..unread.len()].copy_from_slice(unread);
-        // SAFETY: a msghdr of zeros is one without any pieces.
-        let header: libc::msghdr = unsafe { std::mem::zeroed() };
         Self {
             fd,
             reassembly: Reassembly::with_unread(parser, 0..unread.len()),
@@ -151,13 +182,15 @@ where
             current: None,
             waiting: None,
             taken: None,
-            direct: false,
+            direct: None,
+            large: false,
+            wanted: Message::new(),
             receiving: false,
             starved: false,
             queue: VecDeque::new(),
             sending: Vec::new(),
             unsent_bytes: 0,
-            message: Box::new(Message { pieces: Vec::new(), header }),
+            message: Message::new(),
             send_under_way: false,
             closed: false,
         }
@@ -192,8 +225,10 @@ where
                     return Ok(Incoming::Frame(header));
                 }
                 Filled::Need(need) => {
-                    self.direct =
-                        matches!(need, Need::Direct { .. }) && matches!(destination, Destination::Buffer(_));
+                    self.direct = match (need, destination) {
+                        (Need::Direct { offset, missing }, Destination::Buffer(_)) => Some((offset, missing)),
+                        _ => None,
+                    };
                     self.starved = true;
                     return Ok(Incoming::Starved);
                 }
@@ -205,7 +240,7 @@ where
                 Ok(Incoming::Header(header, length))
             }
             None => {
-                self.direct = false;
+                self.direct = None;
                 self.starved = true;
                 Ok(Incoming::Starved)
             }
@@ -263,32 +298,36 @@ where
         if self.receiving || !self.starved || self.closed {
             return Ok(());
         }
-        let (pointer, length) = match self.current {
-            Some((_, Destination::Buffer(range))) if self.direct => {
-                let Filled::Need(Need::Direct { offset, missing }) =
-                    self.reassembly.fill(&self.staging, buffers.bytes_mut(range))
-                else {
-                    return Ok(());
-                };
+        let window = self.reassembly.window(&mut self.staging);
+        let entry = match (self.current, self.direct) {
+            (Some((_, Destination::Buffer(range))), Some((offset, missing))) => {
                 let rest = BufferRange {
                     buffer: range.buffer,
                     offset: range.offset + offset as u32,
                     length: missing as u32,
                 };
-                (buffers.pointer(rest).as_ptr(), missing)
+                self.large = true;
+                let header = &mut self.staging[window][..P::HEADER_BYTES];
+                let pieces = [(buffers.pointer(rest).as_ptr(), missing), (header.as_mut_ptr(), header.len())];
+                self.wanted.pieces.clear();
+                self.wanted
+                    .pieces
+                    .extend(pieces.map(|(base, iov_len)| libc::iovec { iov_base: base.cast(), iov_len }));
+                opcode::RecvMsg::new(types::Fd(self.fd.as_raw_fd()), self.wanted.header()).build()
             }
             _ => {
-                let window = self.reassembly.window(&mut self.staging);
-                let window = &mut self.staging[window];
-                (window.as_mut_ptr(), window.len())
+                // After a large payload another is likely: whatever is received before its place is known has
+                // to be copied there.
+                let lacks = P::HEADER_BYTES.saturating_sub(self.reassembly.unread_bytes());
+                let length = if self.large && lacks > 0 { lacks } else { window.len() };
+                self.large = false;
+                let window = &mut self.staging[window][..length];
+                opcode::Recv::new(types::Fd(self.fd.as_raw_fd()), window.as_mut_ptr(), length as u32).build()
             }
         };
-        let entry = opcode::Recv::new(types::Fd(self.fd.as_raw_fd()), pointer, length as u32)
-            .build()
-            .user_data(token);
-        // SAFETY: the staging block and the buffer live until the stream is dropped, which its owner
-        // does only after `is_idle`.
-        unsafe { ring.push(&entry)? };
+        // SAFETY: the staging block, the message and the buffer live until the stream is dropped, which its
+        // owner does only after `is_idle`.
+        unsafe { ring.push(&entry.user_data(token))? };
         self.receiving = true;
         Ok(())
     }
@@ -298,12 +337,13 @@ where
         self.receiving = false;
         match check(result) {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(bytes) if self.direct => {
-                self.reassembly.received_direct(bytes as usize);
-                Ok(())
-            }
             Ok(bytes) => {
-                self.reassembly.received(bytes as usize);
+                let bytes = bytes as usize;
+                let direct = self.direct.map_or(0, |(_, missing)| missing.min(bytes));
+                if direct > 0 {
+                    self.reassembly.received_direct(direct);
+                }
+                self.reassembly.received(bytes - direct);
                 Ok(())
             }
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(()),
@@ -333,11 +373,30 @@ where
         self.queue.len() + self.sending.len()
     }
 
-    /// Begins to send all that is queued, if nothing is under way.
-    pub fn send(&mut self, ring: &mut Ring, buffers: &Buffers, token: u64) -> io::Result<()> {
-        if self.send_under_way || self.closed || (self.queue.is_empty() && self.message.pieces.is_empty()) {
-            return Ok(());
+    /// Sends all that is queued, if nothing is under way; what the socket has no room for is left to the ring.
+    pub fn send(&mut self, ring: &mut Ring, buffers: &mut Buffers, token: u64) -> io::Result<Sent> {
+        let mut outcome = Sent::Nothing;
+        while !self.send_under_way && !self.closed && self.gather(buffers) {
+            let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+            // SAFETY: what the pieces point at stays where it is: the frames are not touched before `sent`.
+            let bytes = unsafe { libc::sendmsg(self.fd.as_raw_fd(), self.message.header(), flags) };
+            if bytes >= 0 {
+                self.taken_out(bytes as usize, buffers);
+                outcome = Sent::Some;
+                continue;
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EAGAIN) => self.send_later(ring, token)?,
+                _ => return Ok(Sent::Failed(error)),
+            }
         }
+        Ok(outcome)
+    }
+
+    /// Makes a message of the frames that go next, unless one is begun; false if there are none.
+    fn gather(&mut self, buffers: &Buffers) -> bool {
         if self.message.pieces.is_empty() {
             let count = self.queue.len().min(FRAMES_PER_SEND);
             self.sending.extend(self.queue.drain(..count));
@@ -356,9 +415,11 @@ where
                 }
             }
         }
-        self.message.header.msg_iov = self.message.pieces.as_mut_ptr();
-        self.message.header.msg_iovlen = self.message.pieces.len();
-        let entry = opcode::SendMsg::new(types::Fd(self.fd.as_raw_fd()), &raw const self.message.header)
+        !self.message.pieces.is_empty()
+    }
+
+    fn send_later(&mut self, ring: &mut Ring, token: u64) -> io::Result<()> {
+        let entry = opcode::SendMsg::new(types::Fd(self.fd.as_raw_fd()), self.message.header())
             .flags((libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32)
             .build()
             .user_data(token);
@@ -372,11 +433,16 @@ where
     /// A send has completed. What it did not take goes first next time.
     pub fn sent(&mut self, result: i32, buffers: &mut Buffers) -> io::Result<()> {
         self.send_under_way = false;
-        let mut bytes = match check(result) {
-            Ok(bytes) => bytes as usize,
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => 0,
+        match check(result) {
+            Ok(bytes) => self.taken_out(bytes as usize, buffers),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
             Err(error) => return Err(error),
-        };
+        }
+        Ok(())
+    }
+
+    /// The socket took so many bytes of the message.
+    fn taken_out(&mut self, mut bytes: usize, buffers: &mut Buffers) {
         let done = self.message.pieces.iter().take_while(|piece| {
             let whole = piece.iov_len <= bytes;
             bytes -= if whole { piece.iov_len } else { 0 };
@@ -393,7 +459,6 @@ where
                 self.unsent_bytes -= frame.release(buffers);
             }
         }
-        Ok(())
     }
 
     // ---- the end ----
