@@ -109,7 +109,8 @@ fn by_device(status: &BroadcastStatus) -> BTreeMap<&str, (u64, u64, ContentSum)>
     let mut devices: BTreeMap<&str, (u64, u64, ContentSum)> = BTreeMap::new();
     for row in &status.rows {
         let (slices, bytes, sum) = devices.entry(&row.device).or_default();
-        (*slices, *bytes, *sum) = (*slices + row.slices, *bytes + row.bytes, sum.plus(row.sum));
+        (*slices, *bytes, *sum) =
+            (slices.saturating_add(row.slices), bytes.saturating_add(row.bytes), sum.plus(row.sum));
     }
     devices
 }

@@ -158,12 +158,28 @@ pub enum ManagerVerb {
 /// Verbs of `map`.
 #[derive(Subcommand, Debug)]
 pub enum MapVerb {
+    /// Make it again after the loss of every store
+    Rebuild(RebuildArguments),
     /// Show where every slice lies
     Show {
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
+}
+
+/// What [`MapVerb::Rebuild`] is told.
+#[derive(clap::Args, Debug)]
+pub struct RebuildArguments {
+    /// From the newest map that any node has kept; there is no other source
+    #[arg(long, required = true)]
+    from_nodes: bool,
+    /// Go on without this node, which is gone: what it has in sync waits for it
+    #[arg(long, value_name = "NODE")]
+    pub force_without: Vec<String>,
+    /// Only show what would be stored
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Verbs of `node`.

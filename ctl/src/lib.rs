@@ -63,6 +63,9 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Manager { verb: ManagerVerb::Run { state_dir, address } } => {
             manager::run(&config, &state_dir, address.as_deref()).await
         }
+        Command::Map { verb: MapVerb::Rebuild(arguments) } => {
+            map::rebuild(&config, arguments.force_without, arguments.dry_run).await
+        }
         Command::Map { verb: MapVerb::Show { json } } => map::show(&config, json).await,
         Command::Status { json } => status::status(&config, json).await,
         Command::Node { verb: NodeVerb::Failover { node, json } } => {

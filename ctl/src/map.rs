@@ -1,6 +1,6 @@
 //! The distribution map, for people.
 
-use crate::client::{Client, unexpected};
+use crate::client::{Client, load_file, unexpected};
 use crate::failure::{Failure, OK};
 use crate::json::{MapJson, state_name};
 use crate::output;
@@ -24,6 +24,17 @@ pub async fn show(config: &Path, json: bool) -> Result<u8, Failure> {
         output::print_json(&MapJson::of(&map))?;
     } else {
         output::print(&text(&map));
+    }
+    Ok(OK)
+}
+
+/// `mirrorctl map rebuild`.
+pub async fn rebuild(config: &Path, without: Vec<String>, dry_run: bool) -> Result<u8, Failure> {
+    let (file, text) = load_file(config)?;
+    let request = OperatorRequest::Rebuild { file: text, without, install: !dry_run };
+    match Client::from_file(&file)?.ask(&request).await? {
+        OperatorReply::Done { lines } => output::print(&lines.join("\n")),
+        reply => return Err(unexpected(&reply)),
     }
     Ok(OK)
 }

@@ -68,6 +68,11 @@ pub enum NodeMessage {
         /// The disks' attachments, in the order of the request.
         attach: Vec<AttachId>,
     },
+    /// The answer to [`ManagerMessage::TellMap`]: the newest map that this node was ever sent and kept.
+    KeptMap {
+        /// `None` if it has none.
+        map: Option<Box<DistributionMap>>,
+    },
     /// Answers to [`ManagerMessage::Survey`], as they are found.
     Surveyed {
         /// The number of the order.
@@ -162,6 +167,8 @@ pub enum ManagerMessage {
         /// The generation of the claim that this holds for.
         generation: ClaimGeneration,
     },
+    /// The manager has no map: send the newest that was kept, answered with [`NodeMessage::KeptMap`].
+    TellMap,
     /// Answer for what this node serves now of these slices; answered with [`NodeMessage::Surveyed`].
     Survey {
         /// Names the order; drawn at random.
@@ -311,6 +318,15 @@ pub enum OperatorRequest {
         plan: PlanId,
         /// What is to become of it.
         order: PlanOrder,
+    },
+    /// Every store is lost: make the map again from what the nodes have kept.
+    Rebuild {
+        /// The text of the cluster file.
+        file: String,
+        /// Nodes that are gone and need not be asked.
+        without: Vec<String>,
+        /// Store it; else only tell what would be stored.
+        install: bool,
     },
     /// Ask all primaries for something.
     Broadcast {

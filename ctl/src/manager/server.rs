@@ -176,6 +176,15 @@ impl Server<'_> {
                 self.replies.insert(ticket, reply);
                 return Some(Input::Plan { ticket, plan, order });
             }
+            OperatorRequest::Rebuild { file, without, install } => {
+                match ClusterFile::parse(&file, "cluster file") {
+                    Ok(file) => {
+                        self.replies.insert(ticket, reply);
+                        return Some(Input::Rebuild { ticket, file: Box::new(file), without, install });
+                    }
+                    Err(error) => OperatorReply::Refused { reason: error.to_string() },
+                }
+            }
             OperatorRequest::Broadcast { kind, id } => {
                 self.replies.insert(ticket, reply);
                 let new = || uuid::Uuid::new_v4().as_u64_pair().0;

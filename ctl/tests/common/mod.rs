@@ -210,6 +210,7 @@ impl FakeNode {
                 println!("{}: refused: {reason}", self.name);
                 Vec::new()
             }
+            ManagerMessage::TellMap => vec![NodeMessage::KeptMap { map: self.map.clone().map(Box::new) }],
             ManagerMessage::Survey { order, runs, .. } => {
                 let answers = runs.into_iter().map(|run| SurveyAnswer { run, result: SurveyResult::Refused });
                 vec![NodeMessage::Surveyed { order, answers: answers.collect() }]

@@ -127,7 +127,7 @@ impl Broadcast {
             SurveyResult::Answered { segment, bytes, sum } => {
                 let found = self.found.entry((run.device, node, segment)).or_default();
                 found.slices += u64::from(run.count);
-                found.bytes += bytes;
+                found.bytes = found.bytes.saturating_add(bytes);
                 found.sum = found.sum.plus(sum);
             }
             SurveyResult::Refused => self.open.push(Open {

@@ -3,6 +3,7 @@
 use super::ask::{Ask, Asks, Wish};
 use super::broadcast::Broadcasts;
 use super::create::{Creation, Progress};
+use super::rebuild::{self, Rebuild};
 use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
@@ -43,6 +44,7 @@ pub struct Manager {
     /// Nodes that count as failed, as was last said.
     down: BTreeSet<NodeId>,
     creation: Option<Creation>,
+    rebuild: Option<Rebuild>,
     /// What is being stored, and who waits for it.
     storing: Option<(Proposal, Then)>,
     outputs: VecDeque<Output>,
@@ -75,6 +77,7 @@ impl Manager {
             broadcasts: Broadcasts::default(),
             down: BTreeSet::new(),
             creation: None,
+            rebuild: None,
             storing: None,
             outputs: VecDeque::new(),
         }
@@ -161,6 +164,22 @@ impl Manager {
             }
             Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
             Input::Plan { ticket, plan, order } => self.orders.push_back((ticket, plan, order)),
+            Input::Rebuild { ticket, file, without, install } => {
+                if self.creation.is_some() || self.storing.is_some() || self.rebuild.is_some() {
+                    let reason = "a map is being made at this moment; wait for it".to_owned();
+                    self.reply(ticket, OperatorReply::Refused { reason });
+                } else {
+                    let outputs = &mut self.outputs;
+                    let request = (ticket, &*file, &without[..], install);
+                    let known = (self.map.as_ref(), &self.registry);
+                    let begun =
+                        Rebuild::begin(now_ms, request, known, &mut |output| outputs.push_back(output));
+                    match begun {
+                        Ok(rebuild) => self.rebuild = Some(rebuild),
+                        Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
+                    }
+                }
+            }
             Input::Broadcast { ticket, kind, id, begins } => {
                 let reply = match &self.map {
                     Some(map) => self.broadcasts.request(now_ms, map, (kind, id, begins)),
@@ -173,6 +192,7 @@ impl Manager {
             Input::Tick => {}
         }
         self.advance_creation(now_ms);
+        self.advance_rebuild(now_ms);
         self.decide(now_ms);
         self.grant_exports(now_ms);
         if let Some(map) = &self.map {
@@ -296,6 +316,11 @@ impl Manager {
                     self.log(format!("node {name} says that {disk} failed, which is not its own: ignored"));
                 }
             }
+            NodeMessage::KeptMap { map } => {
+                if let Some(rebuild) = &mut self.rebuild {
+                    rebuild.answered(connection, map.map(|map| *map));
+                }
+            }
             NodeMessage::Surveyed { order, answers } => {
                 let node = self.map.as_ref().and_then(|map| map.node_named(&name)).map(|node| node.id);
                 if let Some(node) = node {
@@ -337,6 +362,23 @@ impl Manager {
                     self.outputs.push_back(Output::Close { connection });
                 }
             }
+        }
+    }
+
+    fn advance_rebuild(&mut self, now_ms: u64) {
+        if self.storing.is_some() {
+            return;
+        }
+        let Some(outcome) = self.rebuild.as_ref().and_then(|rebuild| rebuild.outcome(now_ms)) else { return };
+        let Some(Rebuild { ticket, .. }) = self.rebuild.take() else { return };
+        match outcome {
+            Ok(rebuild::Rebuilt { proposal: Some(proposal), lines }) => {
+                self.store(proposal, Then::Ordered { ticket, lines });
+            }
+            Ok(rebuild::Rebuilt { proposal: None, lines }) => {
+                self.reply(ticket, OperatorReply::Done { lines })
+            }
+            Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
         }
     }
 

@@ -28,6 +28,7 @@ pub mod export;
 pub mod failover;
 pub mod findings;
 pub mod join;
+mod rebuild;
 pub mod regeneration;
 pub mod registry;
 pub mod repair;
@@ -111,6 +112,17 @@ pub enum Input {
         plan: PlanId,
         /// What is to become of it.
         order: PlanOrder,
+    },
+    /// An operator wants the map made again from what the nodes have kept.
+    Rebuild {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// The cluster file.
+        file: Box<ClusterFile>,
+        /// Nodes that are gone.
+        without: Vec<String>,
+        /// Store it; else only tell what would be stored.
+        install: bool,
     },
     /// An operator wants all primaries asked, or asks how far that is.
     Broadcast {

@@ -62,23 +62,28 @@ pub(super) fn start(
         // A dead machine says nothing: with others to ask it is not waited for as long.
         let patience = if managers.len() > 1 { PATIENCE_OF_SEVERAL } else { PATIENCE };
         while !inputs.is_closed() {
-            let (reason, leader) = match timeout(patience, connect(&address, &common, cluster.get())).await {
+            let connected = timeout(patience, connect(&address, &common, cluster.get())).await;
+            let (reason, leads, leader) = match connected {
                 Ok(Ok(stream)) => match converse(stream, &inputs).await {
                     End::Lost(reason) => {
                         told.forget();
-                        (reason, None)
+                        (reason, true, None)
                     }
-                    End::NotLeader(leader, why) => (why, leader),
+                    End::NotLeader(leader, why) => (why, false, leader),
                 },
-                Ok(Err(error)) => (error.to_string(), None),
-                Err(_) => ("no answer".to_owned(), None),
+                Ok(Err(error)) => (error.to_string(), true, None),
+                Err(_) => ("no answer".to_owned(), true, None),
             };
             if inputs.is_closed() {
                 return;
             }
             // The same reason is said once.
             if told.is_news(Instant::now(), &format!("{address}: {reason}")) {
-                tracing::warn!(address, reason, "this manager does not lead us, trying on");
+                if leads {
+                    tracing::warn!(address, reason, "cannot reach the manager, trying on");
+                } else {
+                    tracing::info!(address, reason, "this manager does not lead, trying on");
+                }
             }
             let known = leader.is_some();
             // Managers that name each other must not be asked without a pause.

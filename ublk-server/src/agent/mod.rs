@@ -291,6 +291,10 @@ impl Agent {
                 // Another process, or another cluster's disks: going on would only repeat it.
                 anyhow::bail!("the manager refused this node: {reason}");
             }
+            ManagerMessage::TellMap => {
+                let map = self.state.kept().map(Box::new);
+                self.tell_manager(NodeMessage::KeptMap { map });
+            }
             ManagerMessage::Survey { order, kind, runs } => match &self.io {
                 Some(io) => io.survey(order, kind, runs),
                 None => {

@@ -203,6 +203,7 @@ impl World {
                 assert!(reason.contains("a second ublk-server"), "{reason}")
             }
             ManagerMessage::Format(_) => panic!("nobody asked for a cluster"),
+            ManagerMessage::TellMap => panic!("nobody asked for the map"),
             ManagerMessage::Survey { .. } => panic!("nobody asked for a broadcast"),
             ManagerMessage::NotLeader { .. } => panic!("the core does not know of other managers"),
         }

@@ -73,7 +73,7 @@ impl EtcdStore {
 
     fn deposed(&self) -> StoreError {
         let why = match self.tenure.why() {
-            why if why.is_empty() => "another manager leads".to_owned(),
+            why if why.is_empty() => "its lease has run out, or another manager leads".to_owned(),
             why => why,
         };
         StoreError::Deposed(why)
