@@ -567,8 +567,12 @@ impl IoThread {
         while let Some(client) = self.clients.get_mut(index).filter(|client| !client.stream.is_closed()) {
             match client.next(&mut self.buffers) {
                 Ok(Some(Wanted::Status(request))) => {
-                    let extents =
-                        self.engine.extents(now(), client.device, request.offset, request.length.into());
+                    let extents = self.engine.extents(
+                        self::now(),
+                        client.device,
+                        request.offset,
+                        request.length.into(),
+                    );
                     client.status(&request, extents, &mut self.buffers);
                 }
                 Ok(Some(Wanted::Request(ask))) => {
