@@ -81,8 +81,9 @@ fn copies_are_equal(play: &mut Playground) -> anyhow::Result<()> {
 /// The bytes that resyncs to n3 moved, as the daemon of the other node logged them.
 fn moved_bytes(play: &Playground) -> anyhow::Result<u64> {
     let log = std::fs::read_to_string(play.dir.join("n2/log"))?;
-    let told =
-        log.lines().filter(|line| line.contains("its copies are equal") && line.contains("node=\"n3\""));
+    let told = log
+        .lines()
+        .filter(|line| line.contains("its copies are equal device=") && line.contains("node=\"n3\""));
     let bytes = told.map(|line| -> anyhow::Result<u64> {
         Ok(line.split("moved_bytes=").nth(1).context("no bytes")?.trim().parse()?)
     });

@@ -162,7 +162,7 @@ impl Engine {
             self.finish(key, Status::Fenced);
             return;
         }
-        let readable = self.disks[op.disk].journal.masks(SlotIndex(op.slot)).readable() & regions;
+        let readable = self.content(device, slice) & regions;
         let legs = Legs::new(&span.others, &span.members, &Legs::NONE);
         let op = &mut self.ops[key];
         op.kind = OpKind::Clear { readable };

@@ -10,7 +10,6 @@ use super::action::{Action, Body, BufferId, BufferRange, OpKey};
 use super::op::{Local, Op};
 use super::view::PeerIndex;
 use super::window::Awaited;
-use crate::ids::SlotIndex;
 use crate::planted::{self, Bug};
 use crate::region::digest::{self, COARSE_BYTES, Digest, FINE_BYTES};
 use crate::wire::header::{FLAG_FINE, HEADER_BYTES, Header, Kind, PIECE_BYTES_MAX, Status};
@@ -93,7 +92,7 @@ impl Engine {
         let op = &self.ops[key];
         let peer = self.copies[key].peer;
         let region = op.offset / self.region_bytes();
-        let readable = self.disks[op.disk].journal.masks(SlotIndex(op.slot)).readable();
+        let readable = self.content(op.device, op.slice);
         let behind = self.devices[op.device].slices[op.slice as usize].behind.iter();
         let behind = behind.into_iter().find(|behind| behind.peer == peer);
         let theirs = behind.is_none_or(|behind| behind.readable >> region & 1 == 1);

@@ -1,7 +1,7 @@
 //! Which parts of a device hold data: for clients that copy or show only those.
 
 use super::{Engine, Nanos};
-use crate::ids::{DeviceId, SlotIndex};
+use crate::ids::DeviceId;
 
 /// A part of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,9 +58,6 @@ impl Engine {
         {
             return true;
         }
-        entry.place.is_none_or(|(disk, slot)| {
-            let readable = self.disks[disk].journal.masks(SlotIndex(slot)).readable();
-            readable >> region & 1 == 1
-        })
+        entry.place.is_none() || self.content(index, slice as u32) >> region & 1 == 1
     }
 }

@@ -142,7 +142,8 @@ struct Slice {
     /// Regions written in this round of clearing, and in the one before.
     recent: u64,
     before: u64,
-    /// Regions of a slot assigned by this process that nobody wrote since.
+    /// Regions without content whose dirty bits this process set, in a slot that it assigned or for another
+    /// copy's sake, and that nobody wrote since. Known to be zeros they would count as readable.
     untouched: u64,
 }
 
@@ -300,6 +301,14 @@ impl Engine {
         self.resume_export_flushes();
         self.retry_parked();
         self.settle();
+    }
+
+    /// The regions of this node's copy of a slice that hold something; the rest reads as zeros.
+    fn content(&self, device: usize, slice: u32) -> u64 {
+        let Some(entry) = self.devices[device].slices.get(slice as usize) else { return 0 };
+        let readable =
+            |(disk, slot): (DiskIndex, u32)| self.disks[disk].journal.masks(SlotIndex(slot)).readable();
+        entry.place.map_or(0, readable) & !entry.untouched
     }
 
     fn peer_index(&self, node: NodeId) -> Option<PeerIndex> {

@@ -360,6 +360,7 @@ impl Engine {
         };
         let Some((disk, slot)) = self.devices[device].slices[slice as usize].place else { return };
         let mine = self.disks[disk].journal.masks(SlotIndex(slot));
+        let content = self.content(device, slice);
         let Some(behind) = self.behind_mut(device, slice, peer) else { return };
         behind.united |= exchange.dirty | dirty;
         if exchange.again || behind.known {
@@ -370,12 +371,14 @@ impl Engine {
         behind.readable = readable;
         // What is readable on one only differs too, whatever its bits say. Operations in flight without
         // a leg to that copy are noted when they end.
-        behind.regions = mine.dirty | dirty | (mine.readable() ^ readable);
+        behind.regions = mine.dirty | dirty | (content ^ readable);
         let regions = u64::from(behind.regions.count_ones());
         if dirty & !mine.dirty != 0 {
             let masks = RegionMasks { dirty: mine.dirty | dirty, ..mine };
             let ticket = self.disks[disk].journal.submit(Change::Masks { slot: SlotIndex(slot), masks });
-            self.devices[device].slices[slice as usize].intent = ticket;
+            let entry = &mut self.devices[device].slices[slice as usize];
+            entry.intent = ticket;
+            entry.untouched |= dirty & !mine.dirty & !content;
         }
         if let Some(resync) = self.find_resync(device, peer) {
             resync.unknown -= 1;

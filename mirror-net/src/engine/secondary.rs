@@ -97,11 +97,10 @@ impl Engine {
         }
         let slot = SlotIndex(op.slot);
         let (disk, device, slice) = (op.disk, op.device, op.slice as usize);
+        let content = self.content(device, op.slice);
         let journal = &mut self.disks[disk].journal;
         let masks = journal.masks(slot);
-        // What was never written since this slot was assigned is no content, though it reads as zeros.
-        let readable = masks.readable() & !self.devices[device].slices[slice].untouched;
-        self.ops[key].reply = [masks.dirty, readable].map(u64::to_le_bytes).concat();
+        self.ops[key].reply = [masks.dirty, content].map(u64::to_le_bytes).concat();
         if dirty & !masks.dirty != 0 {
             let masks = RegionMasks { dirty: masks.dirty | dirty, ..masks };
             let ticket = journal.submit(Change::Masks { slot, masks });
