@@ -13,7 +13,7 @@ use super::{Engine, Nanos};
 use crate::control::ResyncReport;
 use crate::format::journal::Change;
 use crate::ids::{SliceEpoch, SlotIndex};
-use crate::region::masks::RegionMasks;
+use crate::region::masks::{RegionMasks, touched};
 use crate::wire::header::{Header, Kind, Status};
 use std::collections::VecDeque;
 
@@ -361,6 +361,8 @@ impl Engine {
         let Some((disk, slot)) = self.devices[device].slices[slice as usize].place else { return };
         let mine = self.disks[disk].journal.masks(SlotIndex(slot));
         let content = self.content(device, slice);
+        let here = self.ops.values().filter(|op| (op.device, op.slice) == (device, slice));
+        let under_way = here.fold(0, |all, op| all | touched(op.offset, op.length, self.region_bytes()));
         let Some(behind) = self.behind_mut(device, slice, peer) else { return };
         behind.united |= exchange.dirty | dirty;
         if exchange.again || behind.known {
@@ -378,7 +380,8 @@ impl Engine {
             let ticket = self.disks[disk].journal.submit(Change::Masks { slot: SlotIndex(slot), masks });
             let entry = &mut self.devices[device].slices[slice as usize];
             entry.intent = ticket;
-            entry.untouched |= dirty & !mine.dirty & !content;
+            // A write under way may have looked at its region before, and set its bit only when it is zeroed.
+            entry.untouched |= dirty & !mine.dirty & !content & mine.zero & !under_way;
         }
         if let Some(resync) = self.find_resync(device, peer) {
             resync.unknown -= 1;

@@ -292,6 +292,13 @@ impl Rig {
         header.sequence
     }
 
+    /// A frame with a small body, on that peer's present session.
+    pub fn frame_with(&mut self, peer: u16, header: Header, body: &[u8]) {
+        let header = Header { session: self.session_of(peer), ..header };
+        self.engine.handle_frame(self.now, NodeId(peer), &header, None, body, None);
+        self.run();
+    }
+
     pub fn adopted(&mut self, peer: u16, version: u64) {
         self.frame(peer, Header { slice_epoch: SliceEpoch(version), ..Header::new(Kind::Adopted) }, None);
     }

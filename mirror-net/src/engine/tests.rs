@@ -627,3 +627,33 @@ fn a_read_of_what_no_copy_can_read_fails_though_the_copies_were_not_compared() {
     rig.answer(&fetch[0], Kind::Ack, Status::DiskFailed);
     assert_eq!(rig.result(read), Some(Err(RequestError::Io)));
 }
+
+#[test]
+fn space_that_was_never_written_is_not_sent_to_a_new_copy() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, second_stale));
+    rig.clean_peers = false;
+    let syncing = next(&next(&first, second_stale), |span| span.replicas[1].state = ReplicaState::Syncing);
+    rig.adopt(&syncing);
+    rig.adopted(2, syncing.version.0);
+    rig.wait(300, &[2]);
+    let unite = rig.take(Kind::Unite);
+    assert_eq!(unite.len(), 1, "its slice");
+    // All of the new copy is dirty, and nothing of it content.
+    let body = [u64::MAX, 0].map(u64::to_le_bytes).concat();
+    let masks = Header { sequence: unite[0].header.sequence, ..Header::new(Kind::Masks) };
+    rig.frame_with(2, masks, &body);
+    rig.wait(300, &[2]);
+    for kind in [Kind::Write, Kind::Compare, Kind::Discard] {
+        assert_eq!(rig.take(kind).len(), 0, "{kind:?}");
+    }
+    // What is written from now on is content.
+    let write = rig.write(0, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.result(write), Some(Ok(())));
+    let data =
+        |extents: &mut dyn Iterator<Item = super::Extent>| extents.filter(|extent| extent.data).count();
+    let now = rig.now;
+    assert_eq!(data(&mut rig.engine.extents(now, DEVICE, 0, u64::from(super::testing::SLICE))), 1);
+}
