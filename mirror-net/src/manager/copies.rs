@@ -104,9 +104,8 @@ impl View<'_> {
         let primary = self.map.node_of(span.primary().disk);
         let up = self.is_up(replica.disk);
         let usable = self.registry.usable(self.map, replica.disk, self.now_ms).is_some();
-        let todo = if self.registry.has_failed(self.map, replica.disk) {
-            self.replacement(replica.disk)
-        } else if !up && self.plan_that_replaces(replica.disk).is_some() {
+        let replaced = !up && self.plan_that_replaces(replica.disk).is_some();
+        let todo = if replaced || self.registry.has_failed(self.map, replica.disk) {
             self.replacement(replica.disk)
         } else if !up {
             format!("start ublk-server on {name}; its copies are resynced by themselves")

@@ -20,7 +20,7 @@ pub struct Failover {
 /// Computes the failover of a node: nothing, if it serves nothing; an error, for people, if nothing can move.
 ///
 /// The copies of a node that is well stay in sync, those of one that is not become stale (see
-/// [`promotion`]) until the new primary reaches it and resyncs them. Nothing is failed back by itself.
+/// `promotion`) until the new primary reaches it and resyncs them. Nothing is failed back by itself.
 pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str) -> Result<Failover, String> {
     let Some(node) = map.node_named(name) else {
         let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
