@@ -59,6 +59,7 @@ fn nothing_is_acknowledged_that_the_partner_does_not_have() -> anyhow::Result<()
     let play = Playground::start(2)?;
     let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
     client.write(0, &stamp(1))?;
+    play.healthy()?;
     // Without the manager nobody can allow the primary to go on alone.
     signal(play.manager_pid()?, SIGSTOP)?;
     signal(play.pid("n2")?, SIGSTOP)?;
@@ -251,5 +252,34 @@ fn clients_see_where_data_is() -> anyhow::Result<()> {
     assert_eq!(allocation(&uri)?, (2 << 20, client.size - (2 << 20)), "one region a write");
     client.trim(5 << 20, 1 << 20)?;
     assert_eq!(allocation(&uri)?.0, 1 << 20);
+    Ok(())
+}
+
+/// Runs a client that must succeed.
+fn client(program: &str, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new("timeout").args(["120", program]).args(arguments).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "{program} {arguments:?}: {}\n{text}{errors}", output.status);
+    Ok(text)
+}
+
+#[test]
+fn ordinary_clients_agree_with_a_mirrored_export() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let uri = play.uri("n1-d1")?;
+    let list = client("nbdinfo", &["--list", "--json", &uri])?;
+    anyhow::ensure!(list.contains("n1-d1-unmirrored") && list.contains("can_multi_conn"), "{list}");
+    client("qemu-io", &["-f", "raw", "-c", "write -P 7 1M 3M", "-c", "discard 2M 1M", "-c", "flush", &uri])?;
+    client("qemu-io", &["-f", "raw", "-c", "read -P 7 1M 1M", "-c", "read -P 0 2M 1M", &uri])?;
+    let copy = play.base().join("copy.img").display().to_string();
+    client("nbdcopy", &[&uri, &copy])?;
+    client("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uri, &copy])?;
+    // And the other way round, over the connections that the export offers.
+    let other = play.uri("n2-d1")?;
+    client("nbdcopy", &["--connections=4", &copy, &other])?;
+    client("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uri, &other])?;
+    let map = client("qemu-img", &["map", "-f", "raw", "--output=json", &uri])?;
+    anyhow::ensure!(map.contains("\"data\": false") || map.contains("\"zero\": true"), "{map}");
     Ok(())
 }
