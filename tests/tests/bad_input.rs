@@ -9,7 +9,7 @@ use mirror_tests::playground::program;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -184,6 +184,14 @@ fn ublk_is_not_pretended() -> anyhow::Result<()> {
         return lab.node_with("ublk.toml", "n1", "n1")?.says("waiting for the manager");
     }
     lab.node_ends("ublk.toml", "n1", "n1")?.refused(1, &["ublk cannot be used", "ublk-probe", "nbd"])
+}
+
+#[test]
+fn a_key_that_everybody_can_read_is_refused() -> anyhow::Result<()> {
+    let lab = Lab::new("64M")?;
+    std::fs::set_permissions(lab.path("key"), std::fs::Permissions::from_mode(0o644))?;
+    lab.node_ends("cluster.toml", "n1", "n1")?.refused(1, &["everybody", "chmod 600"])?;
+    lab.ctl(&["status"])?.refused(1, &["everybody", "chmod 600"])
 }
 
 #[test]

@@ -36,6 +36,7 @@ use mirror_net::wire::handshake::{ClusterKey, Identity, Role};
 use rand::TryRngCore;
 use state::StateDir;
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -141,6 +142,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             file.key_file.display()
         )
     })?;
+    let mode = std::fs::metadata(&file.key_file).map_or(0, |metadata| metadata.mode());
+    anyhow::ensure!(
+        mode & 0o006 == 0,
+        "{0}: everybody on this machine can use the cluster key; type: chmod 600 {0}",
+        file.key_file.display()
+    );
     let key = ClusterKey::parse(&key_text).with_context(|| format!("{}", file.key_file.display()))?;
     let process = ProcessId(u64::from_le_bytes(*nonce().first_chunk().expect("32 bytes")));
     let common = Common { key, node: node.name.clone(), process };
