@@ -4,6 +4,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use mirror_net::config::Policy;
 use mirror_net::engine::{Engine, Me};
 use mirror_net::ids::{NodeId, ProcessId, SliceIndex};
 use mirror_net::manager::{Input, Manager};
@@ -36,9 +37,12 @@ fn use_map(map: &DistributionMap) {
         while engine.poll_action().is_some() {}
         let _ = (engine.waiting(), engine.session_reports());
     }
-    let mut manager = Manager::new(Some(map.clone()));
-    manager.handle(10_000, Input::Tick);
-    while manager.poll().is_some() {}
+    // Nobody ever registers: what it does about that by itself, it can do.
+    let mut manager = Manager::new(Some(map.clone()), Policy::default());
+    for now_ms in [10_000, 100_000] {
+        manager.handle(now_ms, Input::Tick);
+        while manager.poll().is_some() {}
+    }
     let _ = manager.status(20_000);
 }
 
