@@ -114,13 +114,17 @@ impl Cluster {
         for device in &self.manager.map.devices {
             for span in &device.spans {
                 let compared = |replica: &&Replica| !equal || replica.state == ReplicaState::InSync;
-                let disks: Vec<DiskId> =
-                    span.replicas.iter().filter(compared).map(|replica| replica.disk).collect();
+                let replicas: Vec<&Replica> = span.replicas.iter().filter(compared).collect();
                 for slice in span.first.0..span.end() {
                     let mut copies = Vec::new();
-                    for disk in disks.iter().filter(|_| disks.len() > 1) {
-                        if let Some(opened) = look(self.mounted(*disk)) {
-                            copies.push((*disk, self.copy(*disk, &opened, device.id, slice)));
+                    for replica in replicas.iter().filter(|_| replicas.len() > 1) {
+                        let Some(opened) = look(self.mounted(replica.disk)) else { continue };
+                        let slot = slot_of(&opened, device.id, slice);
+                        let assigned = slot.and_then(|slot| opened.journal.slot(slot).assignment);
+                        // One that its node has not heard of yet begins as a whole dirty, when it gets its slot.
+                        let unborn = assigned.is_none_or(|assigned| assigned.epoch.0 < replica.added.0);
+                        if replica.state == ReplicaState::InSync || !unborn {
+                            copies.push((replica.disk, self.copy(replica.disk, &opened, device.id, slice)));
                         }
                     }
                     for (disk, copy) in &copies {

@@ -297,7 +297,8 @@ impl Cluster {
         }
         match (&result, asked.kind) {
             (Ok(()), RequestKind::Flush) => {
-                if asked.claim > 0 && !asked.replaced {
+                // One whose claim has moved speaks of its own writes only: who joined since got them flushed.
+                if asked.claim > 0 && !asked.replaced && asked.adopted_claim == claim.generation.0 {
                     self.check_flushed(device, &asked.marks);
                 }
                 self.checker.flushed(device, asked.began, now);
