@@ -9,7 +9,7 @@ use crate::format::journal::Change;
 use crate::ids::SlotIndex;
 use crate::planted::{self, Bug};
 use crate::region::digest::{self, Digest};
-use crate::region::masks::RegionMasks;
+use crate::region::masks::{RegionMasks, touched};
 use crate::wire::header::{BadFrame, FLAG_FINE, Header, Kind, Status};
 
 impl Engine {
@@ -95,12 +95,15 @@ impl Engine {
             self.finish(key, Status::DiskFailed);
             return;
         }
+        let dirty = if planted::is(Bug::MaskNotInherited) { 0 } else { dirty };
         let slot = SlotIndex(op.slot);
         let (disk, device, slice) = (op.disk, op.device, op.slice as usize);
-        let content = self.content(device, op.slice);
+        // What an earlier primary began here is not undone, and may not be in the masks yet (rule 10).
+        let under_way = self.stores_under_way(device, op.slice);
+        let content = self.content(device, op.slice) | under_way;
         let journal = &mut self.disks[disk].journal;
         let masks = journal.masks(slot);
-        self.ops[key].reply = [masks.dirty, content].map(u64::to_le_bytes).concat();
+        self.ops[key].reply = [masks.dirty | under_way, content].map(u64::to_le_bytes).concat();
         if dirty & !masks.dirty != 0 {
             let masks = RegionMasks { dirty: masks.dirty | dirty, ..masks };
             let ticket = journal.submit(Change::Masks { slot, masks });
@@ -112,6 +115,16 @@ impl Engine {
         }
         let ticket = self.devices[device].slices[slice].intent;
         self.await_ticket(key, ticket);
+    }
+
+    /// Regions of a slice that something is being stored in for another node.
+    fn stores_under_way(&self, device: usize, slice: u32) -> u64 {
+        let stores = self.ops.values().filter(|op| {
+            (op.part, op.device, op.slice) == (Part::Secondary, device, slice)
+                && op.kind.stores()
+                && op.local != Local::Idle
+        });
+        stores.fold(0, |regions, op| regions | touched(op.offset, op.length, self.region_bytes()))
     }
 
     /// What was asked for was read into the operation's buffer.

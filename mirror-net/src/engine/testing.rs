@@ -1,6 +1,6 @@
 //! One engine on a disk in memory; its peers are played by the test, frame by frame.
 
-use super::action::{Action, BufferId, BufferRange, Io, Report, Request, RequestKind, RequestToken};
+use super::action::{Action, Body, BufferId, BufferRange, Io, Report, Request, RequestKind, RequestToken};
 use super::{Engine, LocalDisk, Me, Nanos};
 use crate::format::alloc::Allocator;
 use crate::format::alloc::Segment;
@@ -105,6 +105,8 @@ pub(super) fn claimed(map: &DistributionMap, node: u16) -> DistributionMap {
 pub(super) struct Sent {
     pub to: u16,
     pub header: Header,
+    /// A body that is not data.
+    pub body: Vec<u8>,
 }
 
 /// An engine, its disk, and what it wants.
@@ -129,7 +131,7 @@ pub(super) struct Rig {
     next_buffer: u32,
 }
 
-fn formatted(disk: u32) -> LocalDisk {
+fn formatted(disk: u32, known_zero: bool) -> LocalDisk {
     let geometry = Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).unwrap();
     let options = FormatOptions {
         cluster: ClusterId::default(),
@@ -146,7 +148,7 @@ fn formatted(disk: u32) -> LocalDisk {
         geometry,
         slot_order: SlotOrder::Address,
         zone_profile: ZoneProfile::default(),
-        known_zero: true,
+        known_zero,
     };
     let mut bytes = vec![0u8; DISK_BYTES as usize];
     let run = |bytes: &mut [u8], plan: Plan| {
@@ -177,9 +179,14 @@ fn formatted(disk: u32) -> LocalDisk {
 impl Rig {
     /// Node `me` with that map adopted, every wait after a start over, and a session with each peer.
     pub fn new(me: u16, map: &DistributionMap) -> Self {
+        Self::on(me, map, true)
+    }
+
+    /// The same on a disk that is full of zeros, or of anything.
+    pub fn on(me: u16, map: &DistributionMap, known_zero: bool) -> Self {
         let who = Me { node: NodeId(me), process: ProcessId(u64::from(me)) };
         let mut rig = Self {
-            engine: Engine::new(who, SLICE, vec![formatted(u32::from(me))], 0),
+            engine: Engine::new(who, SLICE, vec![formatted(u32::from(me), known_zero)], 0),
             now: 0,
             sent: Vec::new(),
             done: Vec::new(),
@@ -381,7 +388,10 @@ impl Rig {
                         let failed = self.fail_metadata && matches!(work, MetadataIo::Write { .. });
                         io.push((id, if failed { Err("metadata".into()) } else { Ok(()) }));
                     }
-                    Action::Send { peer, header, .. } => self.sent.push(Sent { to: peer.0, header }),
+                    Action::Send { peer, header, body, .. } => {
+                        let body = if let Body::Bytes(bytes) = body { bytes.to_vec() } else { Vec::new() };
+                        self.sent.push(Sent { to: peer.0, header, body });
+                    }
                     Action::CloseLane { peer, .. } => self.closed.push(peer.0),
                     Action::FillZero { .. } | Action::Copy { .. } => {}
                     Action::Digest { op, .. } => digests.push(op),

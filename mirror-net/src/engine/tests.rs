@@ -2,7 +2,7 @@
 
 use super::action::{Report, RequestError, RequestKind};
 use super::testing::{DEVICE, Rig, claimed, map, next};
-use crate::ids::MapVersion;
+use crate::ids::{MapVersion, SliceEpoch};
 use crate::map::ReplicaState;
 use crate::wire::header::{Header, Kind, Status, Trailer};
 
@@ -86,13 +86,7 @@ fn what_was_held_under_an_older_claim_is_never_sent_under_a_newer_one() {
 }
 
 fn forwarded(kind: Kind, epoch: u64, offset: u32) -> Header {
-    Header {
-        slice_epoch: crate::ids::SliceEpoch(epoch),
-        device: DEVICE.0,
-        offset,
-        length: 4096,
-        ..Header::new(kind)
-    }
+    Header { slice_epoch: SliceEpoch(epoch), device: DEVICE.0, offset, length: 4096, ..Header::new(kind) }
 }
 
 fn trailer(claim: u64, exporter_session: u64, origin: u16) -> Option<Trailer> {
@@ -424,7 +418,7 @@ fn a_lease_of_a_grantor_that_lacks_the_slices_epoch_is_none() {
     rig.wait(600, &[]);
     let pings = rig.take(Kind::Ping);
     let pong = |rig: &mut Rig, ping: &Header, version: u64| {
-        let slice_epoch = crate::ids::SliceEpoch(version);
+        let slice_epoch = SliceEpoch(version);
         rig.frame(2, Header { sequence: ping.sequence, slice_epoch, ..Header::new(Kind::Pong) }, None);
     };
     assert!(pings.len() >= 2, "{pings:?}");
@@ -656,4 +650,24 @@ fn space_that_was_never_written_is_not_sent_to_a_new_copy() {
         |extents: &mut dyn Iterator<Item = super::Extent>| extents.filter(|extent| extent.data).count();
     let now = rig.now;
     assert_eq!(data(&mut rig.engine.extents(now, DEVICE, 0, u64::from(super::testing::SLICE))), 1);
+}
+
+/// What an earlier primary began on a copy goes on there, and may not be in its masks yet: the new primary has to
+/// hear of it, or the copies differ for as long as nobody asks.
+#[test]
+fn what_an_earlier_primary_has_under_way_here_may_differ() {
+    let first = map(3, 3, 1);
+    let mut rig = Rig::on(3, &first, false);
+    rig.hold = true;
+    rig.frame(1, forwarded(Kind::Write, 1, 4096), None);
+    assert_eq!(rig.held.len(), 1, "its region is being zeroed");
+    let second = next(&first, |span| span.replicas.swap(0, 1));
+    rig.adopt(&second);
+    rig.adopted(2, 2);
+    let unite =
+        Header { device: DEVICE.0, slice_epoch: SliceEpoch(2), sequence: 9, ..Header::new(Kind::Unite) };
+    rig.frame_with(2, unite, &0u64.to_le_bytes());
+    let masks = rig.take(Kind::Masks);
+    let word = |at: usize| u64::from_le_bytes(masks[0].body[at..at + 8].try_into().unwrap());
+    assert_eq!((word(0), word(8)), (0b10, 0b10), "dirty and readable: {masks:?}");
 }
