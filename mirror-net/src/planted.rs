@@ -68,6 +68,9 @@ bugs! {
     JoiningUncounted "joining-uncounted",
     /// 7: a replica joins without a flush.
     JoinedUnflushed "joined-unflushed",
+    /// 7: a replica joins without its primary's dirty bits, which speak of what third copies missed; nor does
+    /// what it is filled with set bits of its own, which would say the same.
+    MaskNotInherited "mask-not-inherited",
     /// 8: a write goes to the disk without its dirty bit.
     DirtySkipped "dirty-skipped",
     /// 8: data goes to the disk while the dirty bit is still on its way.
@@ -88,6 +91,8 @@ bugs! {
     Undrained "undrained",
     /// 10: a frame of a lane that is gone is taken for one of the present lane.
     OldLane "old-lane",
+    /// 11: a region is read before it is reconciled with all members.
+    UnreconciledRead "unreconciled-read",
     /// 11: a copy does not lock its region: it overtakes newer writes.
     CopyUnlocked "copy-unlocked",
     /// 11: a region that is not valid here stays as it is on the other copy.

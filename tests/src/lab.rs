@@ -6,6 +6,7 @@ use mirror_net::wire::handshake::ClusterKey;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -220,6 +221,12 @@ impl Lab {
     pub fn node_ends(&self, config: &str, node: &str, place: &str) -> anyhow::Result<Ended> {
         let mut command = self.command("ublk-server", &self.node_arguments(config, node, place));
         finish(command.env("UBLK_MIRROR_LOG", "error"))
+    }
+
+    /// The same as another user, which needs root.
+    pub fn node_ends_as(&self, uid: u32, node: &str) -> anyhow::Result<Ended> {
+        let mut command = self.command("ublk-server", &self.node_arguments("cluster.toml", node, node));
+        finish(command.uid(uid).gid(uid).env("UBLK_MIRROR_LOG", "error"))
     }
 
     /// Starts the manager and waits until it listens.

@@ -12,3 +12,4 @@ pub mod playground;
 pub mod sim;
 pub mod stamps;
 pub mod test_disk;
+pub mod usage;

@@ -8,6 +8,7 @@ use super::op::{FlushWaiter, Local, Op, OpKind, Part};
 use super::{CHECKPOINT_IDLE, Engine, Nanos};
 use crate::format::journal::{Change, IoFailed, IoId, Ticket};
 use crate::ids::SlotIndex;
+use crate::map::ReplicaState;
 use crate::planted::{self, Bug};
 use crate::region::masks::{RegionMasks, covered, touched};
 
@@ -103,7 +104,7 @@ impl Engine {
     pub(super) fn require_dirty(&mut self, key: OpKey, regions: u64) {
         let op = &self.ops[key];
         let journal = &self.disks[op.disk].journal;
-        if regions & !journal.dirty_durable(SlotIndex(op.slot)) == 0 || planted::is(Bug::DirtySkipped) {
+        if regions & !journal.dirty_durable(SlotIndex(op.slot)) == 0 || self.skips_intent(op) {
             self.start_data(key);
             return;
         }
@@ -116,6 +117,14 @@ impl Engine {
             let ahead = ahead_of(masks.dirty, regions) & masks.writable();
             self.submit_masks(key, RegionMasks { dirty: masks.dirty | regions | ahead, ..masks });
         }
+    }
+
+    /// A planted mistake.
+    fn skips_intent(&self, op: &Op) -> bool {
+        let mine = || self.devices[op.device].view.span(op.slice).mine.as_ref();
+        planted::is(Bug::DirtySkipped)
+            || planted::is(Bug::MaskNotInherited)
+                && mine().is_some_and(|mine| mine.state == ReplicaState::Syncing)
     }
 
     fn submit_masks(&mut self, key: OpKey, masks: RegionMasks) {

@@ -1,132 +1,75 @@
 //! Runs the simulator.
 
+use clap::Parser;
 use mirror_tests::sim::schedule::{Class, Outcome, run};
+use mirror_tests::usage::{USAGE, usage};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-const USAGE: &str = "\
-usage: mirror-sim [--start-seed SEED] [--schedules N] [--threads N]
-       mirror-sim --replay SEED [--trace] [--bug BUG]
-       mirror-sim --hunt BUG|all [--start-seed SEED] [--schedules N]
-       mirror-sim --bugs
+/// Runs whole clusters of the real engine and manager on simulated disks, clocks and a simulated network, with
+/// everything going wrong that a seed says, and holds what users saw against what was promised.
+///
+/// Without --replay, --hunt or --bugs: that many schedules, one a seed; the seeds that break a promise are named.
+#[derive(Parser)]
+#[command(
+    name = "mirror-sim",
+    after_help = "\
+--hunt, --bugs and --bug need a build with the feature planted-bugs; for many schedules there is a profile:
+  cargo run --profile campaign --package mirror-tests --features planted-bugs --bin mirror-sim -- --hunt all
 
-Runs whole clusters of the real engine and manager on simulated disks, clocks and a simulated network,
-with everything going wrong that a seed says, and holds what users saw against what was promised.
-
-  (first form)     N schedules, one a seed; names the seeds that break a promise
-  --replay SEED    one of them again: the same events to the last, as its trace hash shows
-  --hunt BUG       plants a mistake and runs schedules until it is noticed and the same schedule
-                   without it is well; prints a line for tests/planted-seeds.txt
-  --bugs           lists the mistakes that can be planted
-
-  --start-seed S   the first seed (default: 1; of a hunt 0)
-  --schedules N    how many (default: 1000; of a hunt 20000 at most)
-  --threads N      schedules at a time, each on a thread of its own (default: 1)
-  --trace          tell the story of the schedule
-  --bug BUG        with that mistake planted
-
---hunt, --bugs and --bug need a build with the feature planted-bugs:
-  cargo run --release --package mirror-tests --features planted-bugs --bin mirror-sim -- --hunt all
-
-Exit code: 0 all is well (of a hunt: every mistake was noticed), 1 it is not, 64 wrong usage.";
-
-/// What to do.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Mode {
-    Campaign,
-    Replay,
-    Hunt,
-    Bugs,
-}
-
-/// What was asked for.
-#[derive(Default)]
+Exit code: 0 all is well (of a hunt: every mistake was noticed), 1 it is not, 64 wrong usage."
+)]
 struct Arguments {
-    start_seed: Option<u64>,
-    schedules: Option<u64>,
-    threads: Option<u64>,
+    /// One of them again: the same events to the last, as its trace hash shows.
+    #[arg(long, value_name = "SEED", conflicts_with_all = ["hunt", "bugs"])]
     replay: Option<u64>,
+    /// Plants a mistake and runs schedules until it is noticed and the same schedule without it is well; prints a
+    /// line for tests/planted-seeds.txt.
+    #[arg(long, value_name = "BUG|all", conflicts_with = "bugs")]
     hunt: Option<String>,
-    bug: Option<String>,
+    /// Lists the mistakes that can be planted.
+    #[arg(long, conflicts_with_all = ["start_seed", "schedules"])]
     bugs: bool,
+    /// The first seed [default: 1; of a hunt 0].
+    #[arg(long, value_name = "SEED", conflicts_with = "replay")]
+    start_seed: Option<u64>,
+    /// How many [default: 1000; of a hunt 20000 at most].
+    #[arg(long, value_name = "N", conflicts_with = "replay")]
+    schedules: Option<u64>,
+    /// Schedules at a time, each on a thread of its own [default: 1].
+    #[arg(long, value_name = "N", conflicts_with_all = ["replay", "hunt", "bugs"], value_parser = clap::value_parser!(u64).range(1..))]
+    threads: Option<u64>,
+    /// Tells the story of the schedule.
+    #[arg(long, requires = "replay")]
     trace: bool,
-}
-
-impl Arguments {
-    fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut arguments = Self::default();
-        while let Some(word) = words.next() {
-            match word.as_str() {
-                "--trace" => arguments.trace = true,
-                "--bugs" => arguments.bugs = true,
-                "--start-seed" | "--schedules" | "--threads" | "--replay" => {
-                    let text = words.next().ok_or(format!("{word} wants a number"))?;
-                    let number = text.parse().map_err(|_| format!("{word} wants a number, not {text:?}"))?;
-                    *match word.as_str() {
-                        "--start-seed" => &mut arguments.start_seed,
-                        "--schedules" => &mut arguments.schedules,
-                        "--threads" => &mut arguments.threads,
-                        _ => &mut arguments.replay,
-                    } = Some(number);
-                }
-                "--hunt" => arguments.hunt = Some(words.next().ok_or("--hunt wants a bug, or all")?),
-                "--bug" => arguments.bug = Some(words.next().ok_or("--bug wants a bug")?),
-                _ => return Err(format!("unknown argument {word:?}")),
-            }
-        }
-        Ok(arguments)
-    }
-
-    /// The one thing that was asked for, if what came with it belongs there.
-    fn mode(&self) -> Result<Mode, String> {
-        let mode = match (self.replay.is_some(), self.hunt.is_some(), self.bugs) {
-            (false, false, false) => Mode::Campaign,
-            (true, false, false) => Mode::Replay,
-            (false, true, false) => Mode::Hunt,
-            (false, false, true) => Mode::Bugs,
-            _ => return Err("one of --replay, --hunt and --bugs at a time".into()),
-        };
-        let runs = matches!(mode, Mode::Campaign | Mode::Hunt);
-        let stray = [
-            (self.trace && mode != Mode::Replay, "--trace belongs to --replay"),
-            (self.bug.is_some() && mode != Mode::Replay, "--bug belongs to --replay"),
-            (self.start_seed.is_some() && !runs, "--start-seed belongs to many schedules"),
-            (self.schedules.is_some() && !runs, "--schedules belongs to many schedules"),
-            (self.threads.is_some() && mode != Mode::Campaign, "--threads belongs to a campaign"),
-            (self.threads == Some(0), "--threads wants one at least"),
-        ];
-        match stray.into_iter().find(|(wrong, _)| *wrong) {
-            Some((_, why)) => Err(why.into()),
-            None => Ok(mode),
-        }
-    }
+    /// With that mistake planted.
+    #[arg(long, requires = "replay")]
+    bug: Option<String>,
 }
 
 fn main() -> ExitCode {
-    if std::env::args().skip(1).any(|word| word == "--help" || word == "-h") {
-        println!("{USAGE}");
-        return ExitCode::SUCCESS;
-    }
-    let outcome =
-        Arguments::parse(std::env::args().skip(1)).and_then(|arguments| match arguments.mode()? {
-            Mode::Campaign => Ok(campaign(&arguments)),
-            Mode::Replay => replay(&arguments),
-            Mode::Hunt => planted::hunt(&arguments),
-            Mode::Bugs => planted::list(),
-        });
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error),
+    };
+    let outcome = match &arguments {
+        Arguments { bugs: true, .. } => planted::list(),
+        Arguments { hunt: Some(name), .. } => planted::hunt(name, &arguments),
+        Arguments { replay: Some(seed), .. } => replay(*seed, &arguments),
+        _ => Ok(campaign(&arguments)),
+    };
     match outcome {
         Ok(well) => u8::from(!well).into(),
         Err(error) => {
-            eprintln!("mirror-sim: {error}\nmirror-sim --help says more.");
-            64.into()
+            eprintln!("mirror-sim: {error}");
+            USAGE.into()
         }
     }
 }
 
-fn replay(arguments: &Arguments) -> Result<bool, String> {
-    let seed = arguments.replay.unwrap_or_default();
+fn replay(seed: u64, arguments: &Arguments) -> Result<bool, String> {
     if let Some(name) = &arguments.bug {
         planted::activate(name)?;
     }
@@ -233,8 +176,7 @@ mod planted {
             .map_or(0.0, |time| time.tv_sec() as f64 + time.tv_nsec() as f64 / 1e9)
     }
 
-    pub fn hunt(arguments: &Arguments) -> Result<bool, String> {
-        let name = arguments.hunt.as_deref().unwrap_or_default();
+    pub fn hunt(name: &str, arguments: &Arguments) -> Result<bool, String> {
         let bugs = if name == "all" { Bug::ALL.to_vec() } else { vec![named(name)?] };
         let start = arguments.start_seed.unwrap_or(0);
         let limit = arguments.schedules.unwrap_or(20_000);
@@ -278,7 +220,7 @@ mod planted {
         Err(MISSING.into())
     }
 
-    pub fn hunt(_: &Arguments) -> Result<bool, String> {
+    pub fn hunt(_: &str, _: &Arguments) -> Result<bool, String> {
         Err(MISSING.into())
     }
 }

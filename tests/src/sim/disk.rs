@@ -6,7 +6,7 @@
 //! A sector itself is never torn. A flush makes durable what had completed when it began. A write
 //! that was under way at a crash reached the cache or did not. On demand data writes, metadata writes
 //! or flushes fail, or a
-//! sector of the data cannot be read until it is written again; a failed flush loses a subset of the cache, and a later one succeeds.
+//! sector cannot be read until it is written again; a failed flush loses a subset of the cache, and a later one succeeds.
 
 use crate::sim::scheduler::Random;
 use std::collections::BTreeSet;
@@ -65,6 +65,8 @@ pub struct SimDisk {
     unreadable: BTreeSet<u64>,
     /// Kinds of I/O that fail from now on.
     pub faults: Faults,
+    /// Something but a read failed once: what is on it nobody can be sure of.
+    pub has_failed: bool,
 }
 
 /// What is wrong with a disk.
@@ -84,6 +86,13 @@ pub struct Faults {
     pub hung: bool,
     /// Everything takes so many times longer.
     pub slow: u64,
+}
+
+impl Faults {
+    /// Whether something is broken for ever, or will be at the next I/O of its kind.
+    pub fn is_broken(&self) -> bool {
+        self.write | self.write_once | self.flush | self.metadata | self.dead
+    }
 }
 
 impl SimDisk {
@@ -108,6 +117,7 @@ impl SimDisk {
             metadata_changes: 0,
             unreadable: BTreeSet::new(),
             faults: Faults::default(),
+            has_failed: false,
         }
     }
 
@@ -124,6 +134,12 @@ impl SimDisk {
     /// Whether a sector cannot be read.
     pub fn has_unreadable(&self) -> bool {
         !self.unreadable.is_empty()
+    }
+
+    /// A sector outside of the data that cannot be read.
+    pub fn unreadable_metadata(&self) -> Option<u64> {
+        let is_data = |sector: u64| self.data.contains(&(sector * SECTOR as u64));
+        self.unreadable.iter().copied().find(|sector| !is_data(*sector))
     }
 
     /// Whether everything fails.
@@ -168,7 +184,6 @@ impl SimDisk {
             put(&mut self.current, self.blank, offset + at as u64, bytes);
             if durable {
                 self.flush_page(page);
-                put(&mut self.durable, self.blank, offset + at as u64, bytes);
             } else {
                 self.next_number += 1;
                 let (number, offset) = (self.next_number, offset + at as u64);
@@ -180,19 +195,12 @@ impl SimDisk {
         }
     }
 
-    /// What was written before to a page becomes durable with a write to it that is.
+    /// A page becomes durable as it is.
     fn flush_page(&mut self, page: usize) {
-        if self.unflushed[page] == 0 {
-            return;
+        self.durable[page].clone_from(&self.current[page]);
+        if std::mem::take(&mut self.unflushed[page]) > 0 {
+            self.pending.retain(|piece| piece.page() != page);
         }
-        self.unflushed[page] = 0;
-        let Self { durable, pending, written, blank, .. } = self;
-        pending.retain(|piece| {
-            if piece.page() == page {
-                put(durable, *blank, piece.offset, piece.bytes(written));
-            }
-            piece.page() != page
-        });
     }
 
     /// What a flush that begins now will cover.
@@ -234,8 +242,14 @@ impl SimDisk {
     pub fn flushed(&mut self, mark: u64) {
         let covered = self.pending.partition_point(|piece| piece.number <= mark);
         for piece in self.pending.drain(..covered) {
-            put(&mut self.durable, self.blank, piece.offset, piece.bytes(&self.written));
-            self.unflushed[piece.page()] -= 1;
+            let page = piece.page();
+            self.unflushed[page] -= 1;
+            if self.unflushed[page] == 0 {
+                // Nothing newer is left: it is durable as it is.
+                self.durable[page].clone_from(&self.current[page]);
+            } else {
+                put(&mut self.durable, self.blank, piece.offset, piece.bytes(&self.written));
+            }
         }
         if self.pending.is_empty() {
             self.written.clear();
@@ -286,6 +300,10 @@ fn read(pages: &[Option<Arc<Page>>], blank: u8, offset: u64, into: &mut [u8]) {
 
 fn put(pages: &mut [Option<Arc<Page>>], blank: u8, offset: u64, bytes: &[u8]) {
     let (page, within, _) = piece(offset, bytes.len());
+    if let Ok(whole) = Page::try_from(bytes) {
+        pages[page] = Some(Arc::new(whole));
+        return;
+    }
     let page = pages[page].get_or_insert_with(|| Arc::new([blank; PAGE]));
     Arc::make_mut(page)[within..within + bytes.len()].copy_from_slice(bytes);
 }

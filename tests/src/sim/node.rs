@@ -5,14 +5,15 @@
 //! everything that came meanwhile. Its clock has nothing in common with the others' and runs up to
 //! 4 % faster or slower. A disk that is dead when the daemon starts is left out by it.
 
-use crate::sim::disk::SimDisk;
+use crate::sim::disk::{PAGE, SECTOR, SimDisk};
 use crate::sim::process::{Content, DiskIo, Process, Started};
 use crate::sim::scheduler::Random;
 use mirror_net::engine::action::BufferRange;
 use mirror_net::engine::{Engine, LocalDisk, Me};
 use mirror_net::format::alloc::Allocator;
 use mirror_net::format::create::{FormatOptions, format};
-use mirror_net::format::{Geometry, Opened, Plan, PlanStep, SlotOrder, ZoneProfile, open};
+use mirror_net::format::page::PageKind;
+use mirror_net::format::{Geometry, Opened, Plan, PlanStep, ReadFailed, SlotOrder, ZoneProfile, open};
 use mirror_net::ids::{AttachId, ClusterId, DiskId, Incarnation, NodeId, ProcessId, SlotIndex};
 use mirror_net::map::SegmentSlots;
 use std::cell::RefCell;
@@ -64,7 +65,7 @@ pub struct Node {
 
 fn geometry() -> &'static Geometry {
     static GEOMETRY: OnceLock<Geometry> = OnceLock::new();
-    GEOMETRY.get_or_init(|| Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).expect("it fits"))
+    GEOMETRY.get_or_init(|| Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 8).expect("it fits"))
 }
 
 /// How a disk's slots are divided.
@@ -122,11 +123,29 @@ fn carry_out(disk: &mut SimDisk, plan: Plan) {
 impl Mounted {
     /// Reads everything that the format knows of the disk.
     pub fn open(&self) -> Result<Opened, String> {
-        let mut read = |offset: u64, into: &mut [u8]| {
-            self.media.read(offset, into);
-            Ok(())
+        let mut read = |offset: u64, into: &mut [u8]| match self.media.read_checked(offset, into) {
+            true => Ok(()),
+            false => Err(ReadFailed),
         };
         open(&mut read, DISK_BYTES).map_err(|error| error.to_string())
+    }
+
+    /// One of two copies of its superblock, or of a page of its tables, cannot be read any more, unless a crash
+    /// damaged the other one: that would be two failures.
+    pub fn spoil_metadata(&mut self, random: &mut Random) {
+        let geometry = geometry();
+        let copy = random.below(2) as usize;
+        let page = random.below(geometry.pages().into()) as u32;
+        let at = match random.below(3) {
+            0 => geometry.superblocks[copy],
+            1 => geometry.page_offset(PageKind::Assignments, page, copy),
+            _ => geometry.page_offset(PageKind::Masks, page, copy),
+        };
+        let before = self.media.clone();
+        self.media.spoil(at + random.below(PAGE as u64 / SECTOR as u64) * SECTOR as u64);
+        if self.open().map_or(true, |opened| opened.report.is_loss()) {
+            self.media = before;
+        }
     }
 
     /// The same for somebody who only looks: nothing is read again that has not changed.
@@ -188,6 +207,9 @@ impl Node {
                 return Err(format!("{}: the masks are lost: {:?}", disk.id, opened.report));
             }
             carry_out(&mut disk.media, opened.plan);
+            if let Some(sector) = disk.media.unreadable_metadata() {
+                return Err(format!("{}: sector {sector} is still unreadable after recovery", disk.id));
+            }
             let slots = (0..opened.journal.slots()).map(SlotIndex);
             let held: Vec<_> = slots.filter(|slot| opened.journal.slot(*slot).assignment.is_some()).collect();
             locals.push(LocalDisk {

@@ -1,10 +1,12 @@
 //! One seed's story: a cluster, its users, what goes wrong, and the end, when all must be well.
 
 use crate::sim::cluster::{Cluster, Fault, Shape, Wrong};
+use crate::sim::disk::SECTOR;
 use crate::sim::node::SLICE;
 use crate::sim::scheduler::{MS, Nanos, Random};
 use crate::sim::workload::{SLICES, Wish};
 use mirror_net::engine::action::RequestKind;
+use std::collections::BTreeSet;
 
 /// Classes of faults, for counting.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,13 +36,16 @@ pub enum Class {
     LateFrame,
     Lost,
     Regenerated,
+    BadMetadata,
+    WithoutADisk,
+    SlowMember,
 }
 
 use Class::*;
 
 impl Class {
     /// All, in the order of their counts.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 27] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -65,10 +70,13 @@ impl Class {
         LateFrame,
         Lost,
         Regenerated,
+        BadMetadata,
+        WithoutADisk,
+        SlowMember,
     ];
 
     /// What can be planned while nothing is broken for ever.
-    const PASSING: [Self; 22] = [
+    const PASSING: [Self; 25] = [
         Kill,
         PowerCut,
         FastReboot,
@@ -86,15 +94,18 @@ impl Class {
         UnreadableSector,
         SlowDisk,
         HangingDisk,
-        // The rarest way to go wrong needs two things at a time: it is drawn twice as often.
+        // The rarest ways to go wrong need two things at a time: these are drawn twice as often.
         Deposed,
         Deposed,
         Moved,
         Moved,
         Lost,
+        BadMetadata,
+        SlowMember,
+        SlowMember,
     ];
 
-    /// What takes no copy out of service, and so may come together with a broken disk.
+    /// What takes no copy out of service, and so may come together with a disk that breaks.
     const HARMLESS: [Self; 5] = [ManagerCrash, ControlConnection, ClaimMove, SlowDisk, HangingDisk];
 
     /// For people.
@@ -124,6 +135,9 @@ impl Class {
             LateFrame => "frame of an old session",
             Lost => "away for longer than a spare waits",
             Regenerated => "copies made again on a spare",
+            BadMetadata => "unreadable metadata at a start",
+            WithoutADisk => "another failure after a disk's",
+            SlowMember => "death of a primary while a member's disk is slow",
         }
     }
 }
@@ -156,6 +170,18 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
+    /// Plans a fault of one of those classes a while after `last`, or `close` after it; about when the next may
+    /// come.
+    fn draw(&mut self, classes: &[Class], last: Nanos, close: bool, counts: &mut [u64]) -> Nanos {
+        let within = if close { 30 * MS } else { 1_500 * MS };
+        let at = last + self.random.below(within);
+        let class = self.one_of(classes);
+        self.plan(class, at);
+        counts[class as usize] += 1;
+        // While it is away, the rest comes about when its copies are made again.
+        if class == Lost { at + 4_000 * MS } else { at }
+    }
+
     fn node(&mut self) -> u16 {
         self.random.range(1, u64::from(self.shape.nodes) + 1) as u16
     }
@@ -228,6 +254,15 @@ impl Planner<'_> {
                     self.cluster.plan(at, Fault::BadSector { node, disk, slot, offset });
                 }
             }
+            BadMetadata => {
+                let power = self.random.one_in(2);
+                let stop = if power { Fault::PowerCut { node } } else { Fault::Kill { node } };
+                self.cluster.plan(at, stop);
+                for disk in 0..usize::from(self.shape.disks) {
+                    self.cluster.plan(later, Fault::BadMetadata { node, disk });
+                }
+                self.cluster.plan(later, Fault::Start { node });
+            }
             SlowDisk => {
                 let (disk, times) = (self.disk(), self.one_of(&[20, 200, 2_000]));
                 self.cluster.plan(at, Fault::Disk { node, disk, wrong: Wrong::Slow(times) });
@@ -240,6 +275,33 @@ impl Planner<'_> {
                     self.cluster.plan(later, Fault::Disk { node, disk, wrong: Wrong::Hung(false) });
                 }
             }
+            SlowMember => {
+                // What is under way reaches some copies, and the others not before its primary is replaced.
+                let users = self.cluster.users.clone();
+                let three = users.iter().copied().find(|device| self.cluster.copies_of(*device).len() > 2);
+                let device = three.unwrap_or_else(|| self.one_of(&users));
+                let copies = self.cluster.copies_of(device);
+                let (primary, _) = copies[0];
+                let dies = at + self.random.below(200 * MS);
+                if let [_, others @ ..] = &copies[..]
+                    && !others.is_empty()
+                {
+                    let (node, disk) = self.one_of(others);
+                    let until = at + self.random.range(1_200 * MS, 4_000 * MS);
+                    let (wrong, well) = match self.random.below(4) {
+                        0 => (Wrong::Hung(true), Wrong::Hung(false)),
+                        1 => (Wrong::Slow(300), Wrong::Slow(0)),
+                        _ => (Wrong::Slow(2_000), Wrong::Slow(0)),
+                    };
+                    self.cluster.plan(at, Fault::Disk { node, disk, wrong });
+                    self.cluster.plan(until, Fault::Disk { node, disk, wrong: well });
+                    if self.random.one_in(2) && node != primary {
+                        // Or only some copies, ever.
+                        self.silence(at, dies + 10 * MS, primary, node);
+                    }
+                }
+                self.stop(dies, later, Fault::Kill { node: primary }, primary);
+            }
             DiskError => {
                 let wrong = self.one_of(&[Wrong::Writes, Wrong::OneWrite, Wrong::Flush, Wrong::Metadata]);
                 let disk = self.disk();
@@ -249,7 +311,18 @@ impl Planner<'_> {
                 let disk = self.disk();
                 self.cluster.plan(at, Fault::Disk { node, disk, wrong: Wrong::Dead });
             }
-            Deposed => self.depose(node, other, at),
+            Deposed => {
+                // Mostly of two that mirror each other.
+                let device = self.one_of(&self.cluster.users.clone());
+                match &self.cluster.copies_of(device)[..] {
+                    [(primary, _), (secondary, _), ..]
+                        if primary != secondary && self.random.below(4) > 0 =>
+                    {
+                        self.depose(*primary, *secondary, at);
+                    }
+                    _ => self.depose(node, other, at),
+                }
+            }
             Moved => self.move_copy(node, other, at),
             Lost => {
                 let fault =
@@ -258,7 +331,7 @@ impl Planner<'_> {
                 self.stop(at, until, fault, node);
             }
             // What is left of a lane that is lost, and what follows by itself.
-            LateFrame | Regenerated => {}
+            LateFrame | Regenerated | WithoutADisk => {}
         }
     }
 
@@ -271,8 +344,8 @@ impl Planner<'_> {
         self.cluster.plan(at, Fault::NoManager { node, on: true });
         self.cluster.plan(until, Fault::NoManager { node, on: false });
         self.cluster.plan(failover, Fault::FailOver { node });
-        match self.random.below(7) {
-            0 => {
+        match self.random.below(10) {
+            0 | 7..10 => {
                 let (restart, down) = (within(self.random, 300), self.random.below(20 * MS));
                 let stop = if self.random.one_in(3) {
                     Fault::PowerCut { node: other }
@@ -280,6 +353,13 @@ impl Planner<'_> {
                     Fault::Kill { node: other }
                 };
                 self.stop(restart, restart + down, stop, other);
+                // Once it is back, if not before; and it has nobody to ask for as long as the lease lasts.
+                let back = restart + down + self.random.range(5 * MS, 150 * MS);
+                self.cluster.plan(back, Fault::FailOver { node });
+                if self.random.below(4) > 0 {
+                    self.silence(restart, until, node, other);
+                    self.silence(restart, until, other, node);
+                }
             }
             1 | 2 => {
                 let end = at + self.random.range(300 * MS, 950 * MS);
@@ -309,7 +389,7 @@ impl Planner<'_> {
         let device = self.cluster.users[self.random.below(self.cluster.users.len() as u64) as usize];
         let within = |random: &mut Random, ms: u64| at + random.below(ms * MS);
         // Where it has a copy that it does not serve, if it has one at all.
-        let held = self.cluster.secondary_of(device);
+        let held = self.cluster.copies_of(device).get(1).copied();
         let (other, node, disk) = match held {
             Some((holder, disk)) => (holder, node, disk),
             None => (other, node, self.disk()),
@@ -372,40 +452,49 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         spares,
         disks: [1, 1, 2, 3][random.below(4) as usize],
         pairs: random.one_in(2),
-        copies: if nodes >= 3 && random.one_in(2) { 3 } else { 2 },
+        copies: if nodes >= 3 && random.below(4) > 0 { 3 } else { 2 },
         devices: 2 + random.below(2) as usize,
         // A device of one copy does not outlive its disk.
         mirrored_only: broken,
         drift: random.one_in(2),
-        depth: [1, 4, 12][random.below(3) as usize],
+        depth: [1, 3, 6][random.below(3) as usize],
         discards: random.one_in(2),
         wanders: random.one_in(2),
     };
     let mut cluster = Cluster::new(seed, shape, trace);
     let mut faults = [0; Class::ALL.len()];
-    let count = if broken { 1 + random.below(3) } else { random.below(5) };
+    let count = match broken {
+        true => 1 + random.below(3),
+        // Now and then nothing goes wrong.
+        false if random.one_in(16) => 0,
+        false => 1 + random.below(4),
+    };
     // About when the first requests come.
     let mut last = 1_000 * MS;
+    let mut planner = Planner { cluster: &mut cluster, random: &mut random, shape };
     for index in 0..count {
-        let at = if random.one_in(3) && index > 0 {
-            last + random.below(30 * MS)
-        } else {
-            last + random.below(1_500 * MS)
+        let classes: &[Class] = match (broken, index) {
+            (true, 0) => &[DiskError, DiskDeath],
+            (true, _) => &Class::HARMLESS,
+            (false, _) => &Class::PASSING,
         };
-        let mut planner = Planner { cluster: &mut cluster, random: &mut random, shape };
-        let class = match (broken, index) {
-            (true, 0) => planner.one_of(&[DiskError, DiskDeath]),
-            (true, _) => planner.one_of(&Class::HARMLESS),
-            (false, _) => planner.one_of(&Class::PASSING),
-        };
-        planner.plan(class, at);
-        faults[class as usize] += 1;
-        // While it is away, the rest comes about when its copies are made again.
-        last = if class == Lost { at + 4_000 * MS } else { at };
+        let close = index > 0 && planner.random.one_in(3);
+        last = planner.draw(classes, last, close, &mut faults);
     }
     cluster.run_until(last + 500 * MS + random.below(1_000 * MS));
     if count > 0 {
         cluster.run_until(cluster.now + random.below(3_000 * MS));
+    }
+    // Once nobody counts on the broken disk any more, anything may happen to the others.
+    if broken && random.one_in(2) && cluster.broken_are_out() {
+        let mut last = cluster.now;
+        let mut planner = Planner { cluster: &mut cluster, random: &mut random, shape };
+        for index in 0..1 + planner.random.below(3) {
+            let close = index > 0 && planner.random.one_in(3);
+            last = planner.draw(&Class::PASSING, last, close, &mut faults);
+            faults[WithoutADisk as usize] += 1;
+        }
+        cluster.run_until(last + 500 * MS + random.below(3_000 * MS));
     }
     finish(&mut cluster);
     faults[LateFrame as usize] = cluster.late_frames;
@@ -453,12 +542,16 @@ fn answered(cluster: &mut Cluster) {
     }
 }
 
-/// A device is served, all of it.
+/// A device is served: all that was ever written, and something of what was not.
 fn read_all(cluster: &mut Cluster, device: usize) {
-    let length = SLICE / 4;
+    let length = SLICE / 8;
     let mut asked = Vec::new();
     let deadline = cluster.now + LIVENESS;
-    for piece in 0..SLICES * 4 {
+    let sectors = length as usize / SECTOR;
+    let mut pieces: BTreeSet<u32> =
+        cluster.checker.written(device).map(|sector| (sector / sectors) as u32).collect();
+    pieces.insert(cluster.random.below(u64::from(SLICES * 8)) as u32);
+    for piece in pieces {
         let read = Wish { kind: RequestKind::Read, offset: u64::from(piece * length), length };
         loop {
             if !cluster.checker.violations.is_empty() {

@@ -340,10 +340,10 @@ impl Cluster {
         }
     }
 
-    /// Node and disk of the first secondary copy of a device.
-    pub fn secondary_of(&self, device: usize) -> Option<(u16, usize)> {
+    /// Node and disk of each copy of a device's first slice, its primary's first.
+    pub fn copies_of(&self, device: usize) -> Vec<(u16, usize)> {
         let span = &self.manager.map.devices[device].spans[0];
-        span.replicas.get(1).map(|copy| self.locate(copy.disk))
+        span.replicas.iter().map(|copy| self.locate(copy.disk)).collect()
     }
 
     /// Gives up a node's copies of a device where it is not the primary.

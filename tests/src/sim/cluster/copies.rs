@@ -164,10 +164,6 @@ impl Cluster {
 
     /// The same for one device.
     pub(super) fn check_device(&mut self, index: usize) {
-        // A disk that failed a flush has lost something, and is a member until the manager knows.
-        if self.shape.mirrored_only {
-            return;
-        }
         let device = &self.manager.map.devices[index];
         let written: Vec<usize> = self.checker.written(index).collect();
         let mut wrong = Vec::new();
@@ -175,7 +171,8 @@ impl Cluster {
         for member in device.spans.iter().flat_map(|span| span.members().map(move |member| (span, member))) {
             let (span, member) = member;
             let mounted = self.mounted(member.disk);
-            if mounted.attach != member.incarnation.attach.0 {
+            // A disk that failed a flush has lost something, and is a member until the manager knows.
+            if mounted.attach != member.incarnation.attach.0 || mounted.media.has_failed {
                 continue;
             }
             let Some(opened) = look(mounted) else { continue };
@@ -268,9 +265,7 @@ impl Cluster {
 
     /// A node says that it has adopted a map: its epochs are on its disks, as a crash would leave them (rule 2).
     pub(super) fn check_adopted(&mut self, node: u16, version: MapVersion) {
-        let Some(map) = self.manager.history.get(&version.0).filter(|_| !self.shape.mirrored_only) else {
-            return;
-        };
+        let Some(map) = self.manager.history.get(&version.0) else { return };
         let mut wrong = Vec::new();
         for device in &map.devices {
             for (span, replica) in
@@ -280,7 +275,11 @@ impl Cluster {
                 if self.locate(replica.disk).0 != node || replica.state == ReplicaState::Stale {
                     continue;
                 }
-                let Some(opened) = look(self.mounted(replica.disk)) else { continue };
+                let Some(opened) =
+                    Some(self.mounted(replica.disk)).filter(|disk| !disk.media.has_failed).and_then(look)
+                else {
+                    continue;
+                };
                 for slice in span.first.0..span.end() {
                     let held = slot_of(&opened, device.id, slice);
                     let epoch = held
@@ -319,6 +318,16 @@ impl Cluster {
             );
             self.checker.violations.push(wrong);
         }
+    }
+
+    /// Whether every disk that is broken is known to be, and nobody counts on it.
+    pub fn broken_are_out(&self) -> bool {
+        let broken = |disk: &&Mounted| disk.media.faults.is_broken() || disk.media.has_failed;
+        self.disks().filter(broken).all(|disk| {
+            let known = self.manager.map.disk(disk.id).is_some_and(|disk| disk.failed.is_some());
+            let spans = self.manager.map.devices.iter().flat_map(|device| &device.spans);
+            known && !spans.flat_map(Span::members).any(|member| member.disk == disk.id)
+        })
     }
 
     /// Every copy that could come back is in sync again, and what was to be made again on a spare is.

@@ -17,7 +17,9 @@ const SLOWEST: Nanos = 1_500 * MS;
 /// One in so many data writes is looked at as it begins; reading a disk's metadata takes a while.
 const INTENT_LOOK: u64 = 200;
 /// And one in so many regions whose dirty bits are about to be cleared.
-const CLEAR_LOOK: u64 = 8;
+const CLEAR_LOOK: u64 = 12;
+/// And one in so many words that a map is adopted.
+const ADOPTED_LOOK: u64 = 3;
 /// How often a disk that hangs is looked at.
 const HANG_LOOK: Nanos = 20 * MS;
 
@@ -134,7 +136,9 @@ impl Cluster {
                     process.adopted = *version;
                 }
                 self.say(|| format!("n{node}: {report:?}"));
-                if let Report::Adopted { version } = &report {
+                if let Report::Adopted { version } = &report
+                    && self.random.one_in(ADOPTED_LOOK)
+                {
                     self.check_adopted(node, *version);
                 }
                 let adopted = matches!(report, Report::Adopted { .. });
@@ -331,6 +335,7 @@ impl Cluster {
         let Some(media) = self.node_mut(node).media(started.disk) else { return Ok(()) };
         let faults = media.faults;
         if faults.dead {
+            media.has_failed = true;
             return Err("the disk is dead".to_owned());
         }
         match &started.io {
@@ -345,6 +350,7 @@ impl Cluster {
                 let metadata = matches!(content, Content::Metadata(_));
                 if if metadata { faults.metadata } else { faults.write | faults.write_once } {
                     media.faults.write_once &= metadata;
+                    media.has_failed = true;
                     return Err("input/output error".to_owned());
                 }
                 if !self.node_mut(node).store(started, *offset, content, *durable) {
@@ -357,6 +363,7 @@ impl Cluster {
                 let mut random = self.random.clone();
                 if let Some(media) = self.node_mut(node).media(started.disk) {
                     media.faults.flush = false;
+                    media.has_failed = true;
                     media.lose_cache(&mut random);
                 }
                 self.random = random;

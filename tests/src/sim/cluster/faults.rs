@@ -24,6 +24,7 @@ pub enum Fault {
     NoManager { node: u16, on: bool },
     Disk { node: u16, disk: usize, wrong: Wrong },
     BadSector { node: u16, disk: usize, slot: u32, offset: u32 },
+    BadMetadata { node: u16, disk: usize },
     FailOver { node: u16 },
     KillManager,
     StartManager,
@@ -145,6 +146,12 @@ impl Cluster {
             Fault::BadSector { node, disk, slot, offset } => {
                 self.node_mut(node).disks[disk].media.spoil(position(slot, offset));
             }
+            Fault::BadMetadata { node, disk } if self.node(node).process.is_none() => {
+                let mut random = self.random.clone();
+                self.node_mut(node).disks[disk].spoil_metadata(&mut random);
+                self.random = random;
+            }
+            Fault::BadMetadata { .. } => {}
             Fault::FailOver { node } => self.fail_over(node),
             Fault::KillManager => self.kill_manager(),
             Fault::StartManager => self.manager.start(),
@@ -176,6 +183,7 @@ impl Cluster {
 
     /// Plans a fault.
     pub fn plan(&mut self, at: Nanos, fault: Fault) {
+        self.planned.push(at);
         self.queue.push(at, Event::Fault(fault));
     }
 }

@@ -114,6 +114,8 @@ pub struct Cluster {
     pub busy: bool,
     nodes: Vec<Node>,
     queue: Queue<Event>,
+    /// When something goes wrong: users are busiest then.
+    planned: Vec<Nanos>,
     cut_off: Vec<bool>,
     asked: BTreeMap<u64, Asked>,
     /// Requests of exporters that are gone, by device.
@@ -164,6 +166,7 @@ impl Cluster {
             cut_off: vec![false; nodes.len()],
             next_process: nodes.len() as u64,
             nodes,
+            planned: Vec::new(),
             queue: Queue::default(),
             asked: BTreeMap::new(),
             orphans: vec![Vec::new(); devices],

@@ -11,6 +11,10 @@ use mirror_net::map::{DistributionMap, Span};
 
 /// How long users stay where they are.
 const WANDER: Nanos = 500 * MS;
+/// So long before something goes wrong users begin to ask more.
+const BEFORE: Nanos = 200 * MS;
+/// And so long after it they go on.
+const AFTER: Nanos = 1_000 * MS;
 
 impl Cluster {
     /// Users follow the claim, once its holder was allowed to export and has adopted it.
@@ -339,12 +343,21 @@ impl Cluster {
         if asked.wanted {
             self.results.insert(token, result.map(|()| stamps));
         }
-        // Bursts, and silence between them.
-        let longest = if self.random.one_in(3) { MS } else { 250 * MS };
+        // Bursts, and silence between them; a longer one where nothing goes wrong.
+        let longest = match self.random.one_in(3) {
+            true => MS,
+            false if self.is_eventful() => 250 * MS,
+            false => 1_500 * MS,
+        };
         let pause = self.random.range(10_000, longest);
         if !asked.replaced {
             self.queue.push(now + pause, Event::Ask { device });
         }
+    }
+
+    /// Whether something went wrong a moment ago, or is about to.
+    fn is_eventful(&self) -> bool {
+        self.planned.iter().any(|at| (at.saturating_sub(BEFORE)..at + AFTER).contains(&self.now))
     }
 
     /// The epoch under which a node is primary of a range, in the map that it has adopted and in the newest;
