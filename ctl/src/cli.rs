@@ -193,6 +193,24 @@ pub enum NodeVerb {
         #[arg(long)]
         json: bool,
     },
+    /// Go on from a node's copies that are not in sync, where every other is lost: what they lack is lost too
+    Force(ForceArguments),
+}
+
+/// What [`NodeVerb::Force`] is told.
+#[derive(clap::Args, Debug)]
+pub struct ForceArguments {
+    /// The node whose copies go on
+    pub node: String,
+    /// Only this device; may be repeated
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Vec<String>,
+    /// This node, which may have newer data, is off and stays off until it finds the new map; may be repeated
+    #[arg(long, value_name = "NODE")]
+    pub confirmed_off: Vec<String>,
+    /// Do it; without this, only show what would be lost
+    #[arg(long)]
+    pub yes: bool,
 }
 
 /// Verbs of `device`.

@@ -71,6 +71,7 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Node { verb: NodeVerb::Failover { node, json } } => {
             node::failover(&config, &node, json).await
         }
+        Command::Node { verb: NodeVerb::Force(arguments) } => node::force(&config, &arguments).await,
         Command::Device { verb: DeviceVerb::List { json } } => device::list(&config, json).await,
         Command::Broadcast { verb } => {
             let (kind, json) = match verb {

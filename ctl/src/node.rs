@@ -1,5 +1,6 @@
 //! The machines.
 
+use crate::cli::ForceArguments;
 use crate::client::{Client, unexpected};
 use crate::failure::{FAILED, Failure, OK};
 use crate::output;
@@ -73,6 +74,26 @@ pub async fn failover(config: &Path, node: &str, json: bool) -> Result<u8, Failu
         late.join(", "),
         ADOPTION_MAX.as_secs()
     )))
+}
+
+/// `mirrorctl node force`.
+pub async fn force(config: &Path, arguments: &ForceArguments) -> Result<u8, Failure> {
+    let client = Client::from_config(config)?;
+    let ForceArguments { node, device, confirmed_off, yes } = arguments;
+    let reply = client
+        .ask(&OperatorRequest::Force {
+            node: node.clone(),
+            devices: device.clone(),
+            confirmed_off: confirmed_off.clone(),
+            carry_out: *yes,
+        })
+        .await?;
+    let OperatorReply::Done { lines } = reply else { return Err(unexpected(&reply)) };
+    output::print(&lines.iter().map(|line| format!("{line}\n")).collect::<String>());
+    if *yes {
+        return Ok(OK);
+    }
+    Err(Failure::new("nothing was changed: this loses data for good; repeat with --yes if it shall be so"))
 }
 
 /// The primaries and exporters that a version made and that do not know it yet.

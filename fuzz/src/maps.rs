@@ -107,7 +107,7 @@ pub fn verb(choices: &mut Choices<'_>) -> Verb {
     let disk = DiskId(choices.below(u32::from(NODES) + 2));
     let process = choices.below(5);
     let incarnation = Incarnation { attach: AttachId(disk.0.into()), process: ProcessId(process.into()) };
-    match choices.below(9) {
+    match choices.below(10) {
         0 => Verb::AddReplica { run, disk, segment: Segment::Secondary, incarnation },
         1 => Verb::Promote { run, disk },
         2 => Verb::DropReplica { run, disk },
@@ -115,7 +115,8 @@ pub fn verb(choices: &mut Choices<'_>) -> Verb {
         4 => Verb::Mark { run, disk, state: ReplicaState::Syncing, incarnation: Some(incarnation) },
         5 => Verb::Mark { run, disk, state: ReplicaState::InSync, incarnation: Some(incarnation) },
         6 => Verb::Readmit { run, disk, incarnation, lost: choices.byte() & 1 == 1 },
-        7 => Verb::MoveClaim { device: run.device, node: NodeId(disk.0 as u16) },
+        7 => Verb::Force { run, disk, incarnation },
+        8 => Verb::MoveClaim { device: run.device, node: NodeId(disk.0 as u16) },
         _ => Verb::FailDisk { disk, reason: "worn out".into() },
     }
 }

@@ -312,6 +312,17 @@ pub enum OperatorRequest {
         /// The node's name.
         node: String,
     },
+    /// Slices that nobody serves go on from a node's copies that are not in sync.
+    Force {
+        /// The node's name.
+        node: String,
+        /// Names of devices; all that wait if there are none.
+        devices: Vec<String>,
+        /// Nodes that are off, by the operator's word.
+        confirmed_off: Vec<String>,
+        /// Do it; else only tell what would be done.
+        carry_out: bool,
+    },
     /// Pause, resume or cancel a plan.
     Plan {
         /// The plan.

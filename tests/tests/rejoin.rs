@@ -202,6 +202,51 @@ fn a_copy_that_is_behind_waits_for_the_one_that_was_alone() -> anyhow::Result<()
 }
 
 #[test]
+fn a_copy_that_is_behind_goes_on_by_force_and_the_other_is_made_like_it() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    client.write(MIB, &stamp(1))?;
+    play.kill("n2")?;
+    client.write(MIB, &stamp(2))?;
+    client.write(5 * MIB, &stamp(3))?;
+    play.kill("n1")?;
+    play.restart("n2")?;
+    let force = |further: &[&str]| -> anyhow::Result<(i32, String)> {
+        let output = play.mirrorctl(&[&["node", "force", "n2"], further].concat())?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok((output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned()))
+    };
+    let (code, text) = play.until("only the operator's word is missing", || {
+        let (code, text) = force(&["--yes"])?;
+        ensure!(code != 0, "n1 may be anywhere: {text}");
+        Ok(text.contains("--confirmed-off n1").then_some((code, text)))
+    })?;
+    ensure!(code == 1, "{text}");
+    let (code, text) = force(&["--confirmed-off", "n1"])?;
+    ensure!(code == 1 && text.contains("n1-d1") && text.contains("--yes"), "{code}: {text}");
+    ensure!(!play.device("n1-d1")?["uri"].as_str().is_some_and(|uri| uri.contains("/n2/")), "it was done");
+    let (code, text) = force(&["--confirmed-off", "n1", "--yes"])?;
+    ensure!(code == 0 && text.contains("is lost"), "{code}: {text}");
+    let uri = play.until("n2 exports it", || {
+        Ok(play.device("n1-d1")?["uri"].as_str().filter(|uri| uri.contains("/n2/")).map(str::to_owned))
+    })?;
+    let mut client = NbdClient::connect(&uri)?;
+    ensure!(client.read(MIB, 4096)? == stamp(1), "what both had is there");
+    client.write(MIB, &stamp(4))?;
+    // The one that was alone finds out, and what it had alone goes.
+    play.restart("n1")?;
+    play.healthy()?;
+    ensure!(client.read(MIB, 4096)? == stamp(4));
+    ensure!(client.read(5 * MIB, 4096)? == vec![0; 4096], "what was given up is back");
+    client.flush()?;
+    drop(client);
+    for node in NODES {
+        play.kill(node)?;
+    }
+    copies_are_equal(&play)
+}
+
+#[test]
 fn a_primary_that_slept_longer_than_its_lease_answers_nothing_stale() -> anyhow::Result<()> {
     let play = Playground::start(2)?;
     let mut old = NbdClient::connect(&play.uri("n1-d1")?)?;

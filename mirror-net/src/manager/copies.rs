@@ -217,7 +217,18 @@ impl View<'_> {
                 Some(replica) => {
                     let away =
                         self.map.node_of(replica.disk).map_or_else(String::new, |id| self.map.node_name(id));
-                    return (Some(away.clone()), format!("start ublk-server on {away}"));
+                    let behind = span.replicas.iter().find(|replica| {
+                        replica.state == ReplicaState::Stale
+                            && self.registry.usable(self.map, replica.disk, self.now_ms).is_some()
+                    });
+                    let behind = behind.and_then(|replica| self.map.node_of(replica.disk));
+                    let last_resort = behind.map_or_else(String::new, |id| {
+                        format!(
+                            "   (if it is lost for good: mirrorctl node force {})",
+                            self.map.node_name(id)
+                        )
+                    });
+                    return (Some(away.clone()), format!("start ublk-server on {away}{last_resort}"));
                 }
                 None => "bring back the disk that is gone".into(),
             },

@@ -3,6 +3,7 @@
 use super::ask::{Ask, Asks, Wish};
 use super::broadcast::Broadcasts;
 use super::create::{Creation, Progress};
+use super::force::{self, ForceOrder};
 use super::rebuild::{self, Rebuild};
 use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
@@ -39,6 +40,7 @@ pub struct Manager {
     /// The last question of each node about each other that led to nothing: the log says it once.
     ignored: BTreeMap<(String, NodeId), String>,
     failovers: VecDeque<(Ticket, String)>,
+    forces: VecDeque<(Ticket, ForceOrder)>,
     orders: VecDeque<(Ticket, PlanId, PlanOrder)>,
     broadcasts: Broadcasts,
     /// Nodes that count as failed, as was last said.
@@ -73,6 +75,7 @@ impl Manager {
             asks: Asks::default(),
             ignored: BTreeMap::new(),
             failovers: VecDeque::new(),
+            forces: VecDeque::new(),
             orders: VecDeque::new(),
             broadcasts: Broadcasts::default(),
             down: BTreeSet::new(),
@@ -163,6 +166,7 @@ impl Manager {
                 }
             }
             Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
+            Input::Force { ticket, order } => self.forces.push_back((ticket, order)),
             Input::Plan { ticket, plan, order } => self.orders.push_back((ticket, plan, order)),
             Input::Rebuild { ticket, file, without, install } => {
                 if self.creation.is_some() || self.storing.is_some() || self.rebuild.is_some() {
@@ -398,7 +402,8 @@ impl Manager {
                 self.asks.clear();
                 let waiting = std::mem::take(&mut self.failovers).into_iter().map(|(ticket, _)| ticket);
                 let orders = std::mem::take(&mut self.orders).into_iter().map(|(ticket, ..)| ticket);
-                for ticket in waiting.chain(orders).collect::<Vec<_>>() {
+                let forces = std::mem::take(&mut self.forces).into_iter().map(|(ticket, _)| ticket);
+                for ticket in waiting.chain(orders).chain(forces).collect::<Vec<_>>() {
                     let reason = "no cluster has been created yet".to_owned();
                     self.reply(ticket, OperatorReply::Refused { reason });
                 }
@@ -423,6 +428,18 @@ impl Manager {
                             .chain(moved.iter().cloned())
                             .collect();
                         self.propose(Change { batch, why }, Then::FailedOver { ticket, moved, stayed });
+                    }
+                    Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
+                }
+            } else if let Some((ticket, order)) = self.forces.pop_front() {
+                match force::plan(map, &self.registry, now_ms, &order) {
+                    Ok(Change { why: lines, .. }) if !order.carry_out => {
+                        self.reply(ticket, OperatorReply::Done { lines });
+                    }
+                    Ok(Change { batch, why: lines }) => {
+                        let cause = format!("forced onto {} by the operator", order.node);
+                        let why = std::iter::once(cause).chain(lines.iter().cloned()).collect();
+                        self.propose(Change { batch, why }, Then::Ordered { ticket, lines });
                     }
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }

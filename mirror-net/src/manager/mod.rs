@@ -27,6 +27,7 @@ pub mod detector;
 pub mod export;
 pub mod failover;
 pub mod findings;
+pub mod force;
 pub mod join;
 mod rebuild;
 pub mod regeneration;
@@ -103,6 +104,13 @@ pub enum Input {
         ticket: Ticket,
         /// The node's name.
         node: String,
+    },
+    /// An operator wants slices that nobody serves to go on from copies that are not in sync.
+    Force {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// What exactly.
+        order: force::ForceOrder,
     },
     /// An operator wants a plan paused, resumed or given up.
     Plan {

@@ -76,6 +76,16 @@ pub enum Verb {
         /// Whether unflushed data may be gone: raises the loss generation.
         lost: bool,
     },
+    /// No member is to come back, says the operator: a copy that need not be in sync goes on alone, and what it
+    /// lacks is lost (docs/protocol.md rule 17).
+    Force {
+        /// Where in the address space.
+        run: Run,
+        /// The disk whose replica goes on.
+        disk: DiskId,
+        /// Its incarnation now.
+        incarnation: Incarnation,
+    },
     /// The device may be exported by that node only.
     MoveClaim {
         /// The device.
@@ -226,17 +236,20 @@ impl DistributionMap {
                 if state != ReplicaState::InSync {
                     return Err(VerbError::NotInSync { device, slice: span.first.0, disk: *disk, state });
                 }
-                // Also what was syncing: the one that filled it is not what it was.
-                for replica in &mut span.replicas {
-                    replica.state = ReplicaState::Stale;
-                }
                 if *lost && span.replicas[index].incarnation != *incarnation && !planted::is(Bug::LossUntold)
                 {
                     span.loss = LossGeneration(span.loss.0 + 1);
                 }
-                span.replicas[index].state = ReplicaState::InSync;
-                span.replicas[index].incarnation = *incarnation;
-                span.replicas[..=index].rotate_right(1);
+                go_on_alone(span, index, *incarnation);
+                Ok(())
+            }),
+            Verb::Force { run, disk, incarnation } => self.each_span(*run, |device, span| {
+                let index = position(device, span, *disk)?;
+                let done = index == 0 && span.replicas[0].incarnation == *incarnation;
+                if !done || span.members().count() > 1 {
+                    span.loss = LossGeneration(span.loss.0 + 1);
+                    go_on_alone(span, index, *incarnation);
+                }
                 Ok(())
             }),
             Verb::MoveClaim { device, node } => {
@@ -316,6 +329,17 @@ impl DistributionMap {
         }
         Ok(())
     }
+}
+
+/// That replica is the only member and the primary; also what was syncing is stale: the one that filled it is not
+/// what it was.
+fn go_on_alone(span: &mut Span, index: usize, incarnation: Incarnation) {
+    for replica in &mut span.replicas {
+        replica.state = ReplicaState::Stale;
+    }
+    span.replicas[index].state = ReplicaState::InSync;
+    span.replicas[index].incarnation = incarnation;
+    span.replicas[..=index].rotate_right(1);
 }
 
 fn position(device: DeviceId, span: &Span, disk: DiskId) -> Result<usize, VerbError> {
@@ -424,7 +448,7 @@ mod tests {
         /// and no batch ever takes the last in-sync copy.
         #[test]
         fn any_sequence_of_verbs_keeps_the_map_valid(
-            steps in prop::collection::vec((0u8..6, 0u32..6, 0u32..3, 0u32..8, 0u32..8), 1..40)
+            steps in prop::collection::vec((0u8..7, 0u32..6, 0u32..3, 0u32..8, 0u32..8), 1..40)
         ) {
             let mut map = pair_map(3);
             for (kind, disk, device, first, count) in steps {
@@ -434,6 +458,7 @@ mod tests {
                 let verb = match kind {
                     0 => Verb::AddReplica { run, disk, segment: Segment::Secondary, incarnation },
                     1 => Verb::Promote { run, disk },
+                    6 => Verb::Force { run, disk, incarnation },
                     2 => Verb::DropReplica { run, disk },
                     3 => Verb::Mark { run, disk, state: ReplicaState::Stale, incarnation: None },
                     4 => Verb::Mark { run, disk, state: ReplicaState::InSync, incarnation: None },

@@ -3,6 +3,7 @@
 mod bench;
 mod broadcast;
 mod creation;
+mod force;
 mod rebuild;
 mod rejoin;
 mod rules;
