@@ -180,6 +180,19 @@ fn a_hand_over_does_not_wait_for_the_lease_of_a_primary_that_knows() {
     assert_eq!(rig.result(read), Some(Ok(())));
 }
 
+/// The copy that the map drops may be the one whose node reads under a lease, and has not heard of it.
+#[test]
+fn whoever_is_alone_waits_for_the_lease_of_the_copy_that_was_dropped() {
+    let first = map(2, 2, 2);
+    let mut rig = Rig::new(2, &first);
+    rig.frame(1, Header::new(Kind::Ping), None);
+    rig.adopt(&next(&first, |span| drop(span.replicas.remove(0))));
+    let read = rig.request(RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "node 1 may still be reading");
+    rig.wait(1_200, &[]);
+    assert_eq!(rig.result(read), Some(Ok(())));
+}
+
 #[test]
 fn a_flush_of_an_ended_session_does_not_hold_up_the_next() {
     let first = map(3, 2, 3);

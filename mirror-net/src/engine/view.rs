@@ -24,6 +24,8 @@ pub struct DeviceView {
     pub slices: u32,
     /// Its logical block size in bytes.
     pub block_bytes: u32,
+    /// It has more than one copy, or is to have: somebody may have been granted leases on it.
+    pub mirrored: bool,
     /// Its spans, in order.
     pub spans: Vec<SpanView>,
     /// Who is primary of any slice, each once.
@@ -198,6 +200,7 @@ impl Viewer<'_> {
             claim: device.claim,
             slices: device.slices,
             block_bytes: device.block_bytes,
+            mirrored: device.copies > 1 || device.spans.iter().any(|span| span.replicas.len() > 1),
             spans: Vec::new(),
             primaries: Vec::new(),
             secondaries: Vec::new(),
