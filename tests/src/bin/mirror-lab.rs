@@ -3,6 +3,7 @@
 use anyhow::{Context, bail, ensure};
 use mirror_tests::machines::campaign::{Campaign, STORIES};
 use mirror_tests::machines::exec::Running;
+use mirror_tests::machines::regeneration::{self, Dies};
 use mirror_tests::machines::{Options, hub};
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
@@ -20,6 +21,7 @@ usage: scripts/lab up N [--kernel stable|latest] [--seed S] [--disk MIB] [--memo
        scripts/lab disk I cut|fail [writes|next-write|next-flush]|hang|bad-sector LBA [COUNT]|slow MIB_S [MIB_S_AT_THE_END]|heal|status
        scripts/lab info | down
        scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres] [--slow-detection] [--stories NAME,...]
+       scripts/lab regenerate [--disk] [--seed S] [--kernel stable|latest] [--postgres]
 
 up      N machines with a disk each, and one for the manager, on a private link; a cluster on them unless --bare
 exec    runs a command in machine I (1, 2, ... or manager); its exit code becomes ours
@@ -28,6 +30,7 @@ cut     the power of these machines is gone, at the same moment; their disks los
 start   switches them on again
 disk    does something to the data disk of machine I
 soak    a lab of its own: N rounds of power cuts and cut cables under load; nothing that was acknowledged may be lost
+regenerate  a lab of four nodes and a spare: one loses power for good, or a disk of one dies, under load
 
 Where the lab is: UBLK_MIRROR_LAB (default /tmp/ublk-mirror-lab-UID). docs/lab.md says more.";
 
@@ -66,6 +69,7 @@ fn run(words: &[&str]) -> anyhow::Result<u8> {
             Ok(0)
         }
         ["soak", options @ ..] => soak(options).map(|()| 0),
+        ["regenerate", options @ ..] => regenerate(options).map(|()| 0),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
             Ok(0)
@@ -151,12 +155,35 @@ fn soak(words: &[&str]) -> anyhow::Result<()> {
             _ => bail!("unknown option {word} (see --help)"),
         }
     }
-    let dir = tempfile::Builder::new().prefix("ublk-mirror-soak.").tempdir()?;
-    let result = campaign.run(dir.path());
+    in_a_lab_of_its_own(|dir| campaign.run(dir).map(drop))
+}
+
+fn regenerate(words: &[&str]) -> anyhow::Result<()> {
+    let dies = if words.contains(&"--disk") { Dies::Disk } else { Dies::Node };
+    let mut options = regeneration::options(dies);
+    let mut programs = vec!["sqlite", "fio"];
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        match *word {
+            "--disk" => {}
+            "--postgres" => programs.push("postgres"),
+            "--seed" => options.seed = value()?.parse()?,
+            "--kernel" => options.kernel = (*value()?).to_owned(),
+            _ => bail!("unknown option {word} (see --help)"),
+        }
+    }
+    in_a_lab_of_its_own(|dir| regeneration::run(dir, &options, dies, &programs))
+}
+
+/// In a directory that is left only if it fails.
+fn in_a_lab_of_its_own(run: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let dir = tempfile::Builder::new().prefix("ublk-mirror-lab.").tempdir()?;
+    let result = run(dir.path());
     if result.is_err() {
         eprintln!("lab: what the machines said is in {}", dir.keep().display());
     }
-    result.map(drop)
+    result
 }
 
 fn exec(dir: &Path, machine: &str, command: &[&str]) -> anyhow::Result<u8> {

@@ -7,6 +7,8 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
+/// How long a node has to be away until its copies are made again, where nothing is slow: longer than a start takes.
+const SPARE_AFTER: Duration = Duration::from_secs(5);
 const CONFIG: &str = "/state/cluster.toml";
 
 impl Lab {
@@ -31,16 +33,20 @@ impl Lab {
     fn cluster_file(&self) -> String {
         let mut text = format!(
             "[cluster]\nname = \"lab\"\nmanager = \"10.77.0.{}:7300\"\nkey_file = \"/state/cluster.key\"\nslice_size = \
-             \"16MiB\"\nfrontend = \"ublk\"\nfail_after = \"{}ms\"\n",
+             \"16MiB\"\nfrontend = \"ublk\"\nfail_after = \"{}ms\"\nspare_after = \"{}s\"\n",
             self.manager().number,
-            self.fail_after.as_millis()
+            self.fail_after.as_millis(),
+            self.calibration.scale(SPARE_AFTER).as_secs()
         );
-        for node in self.nodes() {
+        for (index, node) in self.nodes().iter().enumerate() {
+            let spare = index >= self.nodes().len() - self.spares;
             text += &format!(
-                "[[node]]\nname = \"{}\"\naddress = \"10.77.0.{}:7301\"\n[[node.disk]]\npath = \
-                 \"/dev/disk/by-id/virtio-data\"\n",
+                "[[node]]\nname = \"{}\"\naddress = \"10.77.0.{}:7301\"\nspare = {spare}\n",
                 node.name, node.number
             );
+            for serial in node.data_disks() {
+                text += &format!("[[node.disk]]\npath = \"/dev/disk/by-id/virtio-{serial}\"\n");
+            }
         }
         text
     }

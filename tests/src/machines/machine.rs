@@ -239,6 +239,11 @@ impl Machine {
         }
     }
 
+    /// The serial numbers of its data disks.
+    pub fn data_disks(&self) -> impl Iterator<Item = &'static str> {
+        self.disks.iter().map(|(serial, _)| *serial).filter(|serial| super::DATA_DISKS.contains(serial))
+    }
+
     fn data(&self) -> anyhow::Result<&TestDisk> {
         let disk = self.disks.iter().find(|(serial, _)| *serial == "data");
         disk.map(|(_, disk)| &**disk).with_context(|| format!("{} has no data disk", self.name))

@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod exec;
 pub mod hub;
 pub mod machine;
+pub mod regeneration;
 pub mod switch;
 pub mod tenant;
 
@@ -26,6 +27,8 @@ use switch::Switch;
 pub const MANAGER: u8 = 200;
 /// The most nodes.
 pub const NODES_MAX: u8 = 9;
+/// The serial numbers of a node's data disks.
+pub const DATA_DISKS: [&str; 2] = ["data", "data2"];
 /// Before anything is measured: what a machine may take to come up on a host that is very busy.
 const FIRST_BOOT: Duration = Duration::from_secs(300);
 
@@ -41,7 +44,11 @@ pub struct Options {
     pub kernel: String,
     /// Chooses what disks lose.
     pub seed: u64,
-    /// Of every node's data disk.
+    /// The last so many of them are spares.
+    pub spares: u8,
+    /// Data disks of every node, one or two.
+    pub disks: u8,
+    /// Of every data disk.
     pub disk_mib: u64,
     /// Of every machine.
     pub memory_mib: u64,
@@ -53,6 +60,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             nodes: 2,
+            spares: 0,
+            disks: 1,
             kernel: "stable".into(),
             seed: 1,
             disk_mib: 512,
@@ -71,6 +80,8 @@ pub struct Lab {
     pub calibration: Calibration,
     /// After which a silent node has failed, as the cluster file says.
     pub fail_after: Duration,
+    /// The last so many nodes are spares.
+    spares: usize,
     dir: PathBuf,
 }
 
@@ -78,6 +89,7 @@ impl Lab {
     /// Switches everything on in that directory, and measures how slow it is. Machines die with the calling thread.
     pub fn up(dir: &Path, options: &Options) -> anyhow::Result<Self> {
         ensure!((1..=NODES_MAX).contains(&options.nodes), "1 to {NODES_MAX} nodes");
+        ensure!((1..=DATA_DISKS.len()).contains(&options.disks.into()), "one or two data disks");
         let template = Arc::new(prepare(dir, options)?);
         let numbers: Vec<u8> = (1..=options.nodes).chain([MANAGER]).collect();
         let switch = Switch::start(dir, &numbers).context("the link")?;
@@ -93,7 +105,9 @@ impl Lab {
             match *number {
                 MANAGER => Machine::new("manager", MANAGER, place, &[state], options.seed),
                 number => {
-                    let disks = [state, ("data", options.disk_mib)];
+                    let data = DATA_DISKS.iter().take(options.disks.into());
+                    let data = data.map(|serial| (*serial, options.disk_mib));
+                    let disks: Vec<_> = [state].into_iter().chain(data).collect();
                     Machine::new(&format!("n{number}"), number, place, &disks, options.seed)
                 }
             }
@@ -110,7 +124,8 @@ impl Lab {
             true => calibration.boot.max(calibration.scale(FAIL_AFTER)),
             false => calibration.scale(FAIL_AFTER),
         };
-        Ok(Self { machines, switch, calibration, fail_after, dir: dir.to_owned() })
+        let spares = options.spares.into();
+        Ok(Self { machines, switch, calibration, fail_after, spares, dir: dir.to_owned() })
     }
 
     /// Where its files are.

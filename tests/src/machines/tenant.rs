@@ -12,6 +12,7 @@ use anyhow::{Context, ensure};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 const SCRIPT: &str = "scripts/lab.d/tenant";
 
@@ -30,6 +31,9 @@ struct Said {
     /// A line that has not ended.
     part: String,
     errors: String,
+    /// When the last row came, and the longest time without one, since somebody asked.
+    last: Option<Instant>,
+    longest_gap: Duration,
 }
 
 impl Said {
@@ -42,6 +46,9 @@ impl Said {
         self.part += &text;
         if let Some(end) = self.part.rfind('\n') {
             let rest = self.part.split_off(end + 1);
+            if let Some(last) = self.last.replace(Instant::now()) {
+                self.longest_gap = self.longest_gap.max(last.elapsed());
+            }
             self.rows += self.part.lines().count() as u64;
             self.ledger += &self.part;
             self.part = rest;
@@ -140,6 +147,45 @@ impl<'a> Tenants<'a> {
             self.script(machine, &[&words], ledger.as_bytes())?;
         }
         self.start()
+    }
+
+    /// From now on the longest time without a row is looked for.
+    pub fn begin_gap(&mut self) {
+        for program in &self.programs {
+            let mut said = program.said.lock().unwrap_or_else(PoisonError::into_inner);
+            (said.last, said.longest_gap) = (Some(Instant::now()), Duration::ZERO);
+        }
+    }
+
+    /// The longest time without a row of the program that says most of them.
+    pub fn longest_gap(&self) -> Duration {
+        let said = |program: &Program| {
+            let said = program.said.lock().unwrap_or_else(PoisonError::into_inner);
+            (said.rows, said.longest_gap)
+        };
+        let databases = self.programs.iter().filter(|program| program.name != "fio");
+        databases.map(said).max().map_or(Duration::ZERO, |(_, gap)| gap)
+    }
+
+    /// Whether every program still runs: a file system that sees an error ends it.
+    pub fn all_run(&self) -> anyhow::Result<()> {
+        for program in &self.programs {
+            let ended = program.running.as_ref().is_none_or(|(_, thread)| thread.is_finished());
+            let said = program.said.lock().unwrap_or_else(PoisonError::into_inner);
+            ensure!(!ended, "{} has ended: {}", program.name, said.errors);
+        }
+        Ok(())
+    }
+
+    /// Ends the programs, and unmounts the file system: nothing is written any more.
+    pub fn rest(&mut self) -> anyhow::Result<()> {
+        for (running, thread) in self.programs.iter_mut().filter_map(|program| program.running.take()) {
+            running.hang_up();
+            // What it said was looked at before.
+            let _ = thread.join();
+        }
+        let (machine, ..) = self.home.as_ref().context("homeless")?;
+        self.script(machine, &["rest"], &[]).map(drop)
     }
 
     /// How many rows were said, by each program that has any.
