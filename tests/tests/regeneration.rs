@@ -5,7 +5,9 @@ use mirror_net::ids::DeviceId;
 use mirror_tests::contents::slices;
 use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::Playground;
+use mirror_tests::sim::scheduler::Random;
 use serde_json::Value;
+use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 /// Devices are numbered in the order of the cluster file: n1-d1, n1-d1-unmirrored, n2-d1.
@@ -127,18 +129,29 @@ fn a_dead_nodes_segments_are_made_again_on_the_spare_and_it_comes_back_as_one() 
     copies_are_equal(&mut play)
 }
 
-#[test]
-fn a_regeneration_goes_on_whoever_dies_meanwhile() -> anyhow::Result<()> {
+/// Ends of a regeneration, and how often somebody died on the way.
+fn regenerate_under_kills(random: &mut Random, most: u32) -> anyhow::Result<u32> {
     let mut play = play()?;
     play.kill("n1")?;
-    for victim in ["manager", "n3", "n2", "manager"] {
-        play.until("a plan, or its end", || {
-            let plans = play.json(&["plan", "list"])?;
-            let begun = plans.as_array().is_some_and(|plans| !plans.is_empty());
-            Ok((begun || copies(&play, "n1-d1")? == Some(vec!["n3".into(), "n2".into()])).then_some(()))
-        })?;
+    let (mut kills, mut begun) = (0, false);
+    let over = |play: &Playground, begun: &mut bool| -> anyhow::Result<Option<bool>> {
+        let idle = play.json(&["plan", "list"])?.as_array().is_some_and(Vec::is_empty);
+        *begun |= !idle || copies(play, "n1-d1")?.is_some_and(|nodes| nodes.iter().any(|node| node == "n3"));
+        Ok(begun.then_some(idle))
+    };
+    // Before the first plan nothing is under way that a death could disturb.
+    play.until("a plan, or its end", || over(&play, &mut begun))?;
+    while kills < most {
+        // Of those who take part: who decides, who gives, who takes.
+        let victim = ["manager", "n2", "n3"][random.below(3) as usize];
+        std::thread::sleep(Duration::from_millis(random.below(400)));
         play.kill(victim)?;
+        std::thread::sleep(Duration::from_millis(random.below(600)));
         play.restart(victim)?;
+        kills += 1;
+        if play.until("the manager to answer", || over(&play, &mut begun))? {
+            break;
+        }
     }
     play.until("n1's segments are on n3 and n2", || {
         let mut both = [copies(&play, "n1-d1")?, copies(&play, "n2-d1")?];
@@ -148,7 +161,57 @@ fn a_regeneration_goes_on_whoever_dies_meanwhile() -> anyhow::Result<()> {
         Ok((over && both.iter().all(|nodes| *nodes == expected)).then_some(()))
     })?;
     all_is_there(&play, 1)?;
-    copies_are_equal(&mut play)
+    copies_are_equal(&mut play)?;
+    Ok(kills)
+}
+
+#[test]
+fn a_regeneration_goes_on_whoever_dies_meanwhile() -> anyhow::Result<()> {
+    let (seed, wanted) = match std::env::var("UBLK_MIRROR_LONG").is_ok() {
+        true => (std::process::id().into(), 50),
+        false => (3, 4),
+    };
+    let mut random = Random::new(seed);
+    let (mut kills, mut regenerations) = (0, 0);
+    while kills < wanted {
+        kills += regenerate_under_kills(&mut random, (wanted - kills).min(6))
+            .with_context(|| format!("seed {seed}, after {kills} kills"))?;
+        regenerations += 1;
+    }
+    println!("seed {seed}: {kills} kills in {regenerations} regenerations");
+    Ok(())
+}
+
+#[test]
+fn a_resync_goes_on_without_a_host_and_without_the_manager() -> anyhow::Result<()> {
+    const MISSED: u64 = 160;
+    let mut play = Playground::start(2)?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    play.kill("n2")?;
+    for piece in 0..MISSED {
+        client.write(piece * MIB, &stamp(piece as u8 + 1))?;
+    }
+    drop(client);
+    play.restart("n2")?;
+    play.until("the copy is being filled", || {
+        let map = play.json(&["map", "show"])?;
+        let replicas = &map["devices"][0]["spans"][0]["replicas"];
+        ensure!(map["devices"][0]["name"] == "n1-d1", "{map}");
+        Ok((replicas[1]["state"] != "stale").then_some(()))
+    })?;
+    play.kill("manager")?;
+    // It can only be recorded by the manager that it is whole; made whole it is without.
+    play.until("everything is copied", || {
+        let log = std::fs::read_to_string(play.dir.join("n1/log"))?;
+        let equal = "its copies are equal to ours: asking the manager";
+        Ok(log.lines().any(|line| line.contains(equal) && line.contains("n2")).then_some(()))
+    })?;
+    play.restart("manager")?;
+    play.healthy()?;
+    play.stop()?;
+    let (one, other) = (slices(&play.disk("n1"), N1_D1)?, slices(&play.disk("n2"), N1_D1)?);
+    ensure!(!one.is_empty() && one == other, "the copies differ");
+    Ok(())
 }
 
 #[test]
