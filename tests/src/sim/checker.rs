@@ -150,7 +150,10 @@ impl Checker {
     pub fn flush_failed(&mut self, device: usize, began: Nanos) {
         for id in &self.unflushed[device] {
             let write = &mut self.writes[*id];
-            write.reported |= write.lost || write.acknowledged.is_some_and(|at| at < began);
+            let told = write.acknowledged.is_some_and(|at| at < began);
+            // Of one that may be gone in part this was the word: a later flush does not speak of it.
+            write.lost |= told && write.uncertain;
+            write.reported |= write.lost || told;
         }
     }
 
@@ -287,6 +290,24 @@ impl Checker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Under way to two slices when one of them lost its caches: half of it may be gone, and a failed flush says so.
+    #[test]
+    fn a_write_that_is_gone_in_part_is_told_of_by_one_flush() {
+        for told in [false, true] {
+            let mut checker = Checker::new(1, 2, 8);
+            let across = checker.begin_write(1, 0, 7, 2, 10);
+            checker.lose(0, 8, 8);
+            checker.acknowledge(2, across, false, false);
+            if told {
+                checker.flush_failed(0, 3);
+            }
+            checker.flushed(0, 4, 5);
+            checker.read(6, 7, 0, 7, 10, true);
+            checker.read(6, 7, 0, 8, 0, true);
+            assert_eq!(checker.violations.is_empty(), told, "{:?}", checker.violations);
+        }
+    }
 
     #[test]
     fn an_overwritten_value_is_a_violation_and_a_concurrent_one_is_not() {
