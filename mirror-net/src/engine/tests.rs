@@ -186,7 +186,9 @@ fn whoever_is_alone_waits_for_the_lease_of_the_copy_that_was_dropped() {
     let first = map(2, 2, 2);
     let mut rig = Rig::new(2, &first);
     rig.frame(1, Header::new(Kind::Ping), None);
-    rig.adopt(&next(&first, |span| drop(span.replicas.remove(0))));
+    rig.adopt(&next(&first, |span| {
+        span.replicas.remove(0);
+    }));
     let read = rig.request(RequestKind::Read, 0, 4096);
     assert_eq!(rig.result(read), None, "node 1 may still be reading");
     rig.wait(1_200, &[]);
