@@ -110,7 +110,9 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
         for (span, run) in pieces(map, step) {
             let in_sync = span.replica_on(step.to).is_some_and(|copy| copy.state == ReplicaState::InSync);
             let old = step.from.and_then(|from| span.replica_on(from));
-            done &= in_sync;
+            // The new copy had taken the old one's place, and was dropped since: not for this plan to bring back.
+            let over = step.from.is_some() && old.is_none() && span.replica_on(step.to).is_none();
+            done &= in_sync || over;
             if !in_sync {
                 continue;
             }

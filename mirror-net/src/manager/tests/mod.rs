@@ -4,6 +4,7 @@ mod bench;
 mod broadcast;
 mod creation;
 mod force;
+mod plans;
 mod rebuild;
 mod rejoin;
 mod rules;
