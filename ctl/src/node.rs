@@ -4,7 +4,7 @@ use crate::cli::ForceArguments;
 use crate::client::{Client, unexpected};
 use crate::failure::{FAILED, Failure, OK};
 use crate::output;
-use mirror_net::control::{ClusterStatus, OperatorReply, OperatorRequest};
+use mirror_net::control::{ClusterStatus, ForceOrder, OperatorReply, OperatorRequest};
 use mirror_net::ids::{MapVersion, NodeId};
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -80,14 +80,13 @@ pub async fn failover(config: &Path, node: &str, json: bool) -> Result<u8, Failu
 pub async fn force(config: &Path, arguments: &ForceArguments) -> Result<u8, Failure> {
     let client = Client::from_config(config)?;
     let ForceArguments { node, device, confirmed_off, yes } = arguments;
-    let reply = client
-        .ask(&OperatorRequest::Force {
-            node: node.clone(),
-            devices: device.clone(),
-            confirmed_off: confirmed_off.clone(),
-            carry_out: *yes,
-        })
-        .await?;
+    let order = ForceOrder {
+        node: node.clone(),
+        devices: device.clone(),
+        confirmed_off: confirmed_off.clone(),
+        carry_out: *yes,
+    };
+    let reply = client.ask(&OperatorRequest::Force(order)).await?;
     let OperatorReply::Done { lines } = reply else { return Err(unexpected(&reply)) };
     output::print(&lines.iter().map(|line| format!("{line}\n")).collect::<String>());
     if *yes {

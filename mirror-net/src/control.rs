@@ -313,16 +313,7 @@ pub enum OperatorRequest {
         node: String,
     },
     /// Slices that nobody serves go on from a node's copies that are not in sync.
-    Force {
-        /// The node's name.
-        node: String,
-        /// Names of devices; all that wait if there are none.
-        devices: Vec<String>,
-        /// Nodes that are off, by the operator's word.
-        confirmed_off: Vec<String>,
-        /// Do it; else only tell what would be done.
-        carry_out: bool,
-    },
+    Force(ForceOrder),
     /// Pause, resume or cancel a plan.
     Plan {
         /// The plan.
@@ -351,6 +342,19 @@ pub enum OperatorRequest {
         /// Only what has a larger number; 0 for all that is remembered.
         after: u64,
     },
+}
+
+/// What is to go on by force (docs/protocol.md rule 17).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ForceOrder {
+    /// The name of the node whose copies are to go on.
+    pub node: String,
+    /// Names of devices; all that wait if there are none.
+    pub devices: Vec<String>,
+    /// Names of nodes that are off, by the operator's word.
+    pub confirmed_off: Vec<String>,
+    /// Do it; else only tell what would be done.
+    pub carry_out: bool,
 }
 
 /// What an operator wants of a plan.

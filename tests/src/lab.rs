@@ -224,9 +224,12 @@ impl Lab {
     }
 
     /// The same as another user, which needs root.
-    pub fn node_ends_as(&self, uid: u32, node: &str) -> anyhow::Result<Ended> {
+    pub fn node_ends_as(&self, user: Option<u32>, node: &str) -> anyhow::Result<Ended> {
         let mut command = self.command("ublk-server", &self.node_arguments("cluster.toml", node, node));
-        finish(command.uid(uid).gid(uid).env("UBLK_MIRROR_LOG", "error"))
+        if let Some(id) = user {
+            command.uid(id).gid(id);
+        }
+        finish(command.env("UBLK_MIRROR_LOG", "error"))
     }
 
     /// Starts the manager and waits until it listens.

@@ -7,7 +7,6 @@ use crate::failure::Failure;
 use mirror_net::config::{ClusterFile, Policy};
 use mirror_net::control::{EventKind, ManagerMessage, OperatorReply, OperatorRequest};
 use mirror_net::ids::{ClusterId, ExporterSession};
-use mirror_net::manager::force::ForceOrder;
 use mirror_net::manager::{ConnectionId, Input, Manager, Output, Proposal, Ticket};
 use mirror_net::map::DistributionMap;
 use std::collections::HashMap;
@@ -196,9 +195,8 @@ impl Server<'_> {
                 self.replies.insert(ticket, reply);
                 return Some(Input::Failover { ticket, node });
             }
-            OperatorRequest::Force { node, devices, confirmed_off, carry_out } => {
+            OperatorRequest::Force(order) => {
                 self.replies.insert(ticket, reply);
-                let order = ForceOrder { node, devices, confirmed_off, carry_out };
                 return Some(Input::Force { ticket, order });
             }
             OperatorRequest::CreateCluster { file, force } => match ClusterFile::parse(&file, "cluster file")

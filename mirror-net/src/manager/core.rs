@@ -3,18 +3,18 @@
 use super::ask::{Ask, Asks, Wish};
 use super::broadcast::Broadcasts;
 use super::create::{Creation, Progress};
-use super::force::{self, ForceOrder};
 use super::rebuild::{self, Rebuild};
 use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
 use super::{
     Change, ConnectionId, Input, Output, Proposal, Ticket, advance, detector, export, failover, findings,
+    force,
 };
 use crate::config::Policy;
 use crate::control::{
-    ClusterStatus, DiskContent, EventKind, ManagerMessage, NodeMessage, NodeStatus, OperatorReply, PlanOrder,
-    Registration,
+    ClusterStatus, DiskContent, EventKind, ForceOrder, ManagerMessage, NodeMessage, NodeStatus,
+    OperatorReply, PlanOrder, Registration,
 };
 use crate::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId, PlanId};
 use crate::map::DistributionMap;

@@ -1,7 +1,7 @@
 //! An operator moves everything away from a node.
 
 use super::registry::{Registry, Standing};
-use super::{Lines, left_behind_text, promotion, run_of};
+use super::{Lines, left_behind_text, node_named, promotion, run_of};
 use crate::ids::NodeId;
 use crate::map::verbs::Verb;
 use crate::map::{Device, DistributionMap, ReplicaState, Span};
@@ -22,10 +22,7 @@ pub struct Failover {
 /// The copies of a node that is well stay in sync, those of one that is not become stale (see
 /// `promotion`) until the new primary reaches it and resyncs them. Nothing is failed back by itself.
 pub fn plan(map: &DistributionMap, registry: &Registry, now_ms: u64, name: &str) -> Result<Failover, String> {
-    let Some(node) = map.node_named(name) else {
-        let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
-        return Err(format!("there is no node {name:?}; the nodes are {}", names.join(", ")));
-    };
+    let node = node_named(map, name)?;
     let mut plan = Failover::default();
     for device in &map.devices {
         move_device(map, registry, now_ms, node.id, device, &mut plan);

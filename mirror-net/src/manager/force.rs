@@ -2,25 +2,13 @@
 
 use super::registry::{Registry, Standing};
 use super::repair::{SpanPlan, plan_span};
-use super::{Change, Lines, run_of};
+use super::{Change, Lines, node_named, run_of};
 use crate::config::format_bytes;
-use crate::ids::{DiskId, NodeId};
+use crate::control::ForceOrder;
+use crate::ids::{DiskId, Incarnation, NodeId};
 use crate::map::verbs::Verb;
-use crate::map::{Device, DistributionMap, Node, Replica, ReplicaState, Span};
+use crate::map::{Device, DistributionMap, Replica, ReplicaState, Span};
 use std::collections::BTreeSet;
-
-/// What an operator wants.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ForceOrder {
-    /// The name of the node whose copies are to go on.
-    pub node: String,
-    /// Names of devices; all that wait if there are none.
-    pub devices: Vec<String>,
-    /// Names of nodes that are off, by the operator's word.
-    pub confirmed_off: Vec<String>,
-    /// Do it; else only tell what would be done.
-    pub carry_out: bool,
-}
 
 /// What would happen: a line for each thing that is given up, and the change.
 ///
@@ -33,9 +21,9 @@ pub fn plan(
     now_ms: u64,
     order: &ForceOrder,
 ) -> Result<Change, String> {
-    let node = named(map, &order.node)?;
+    let node = node_named(map, &order.node)?;
     for name in &order.confirmed_off {
-        let off = named(map, name)?;
+        let off = node_named(map, name)?;
         if registry.is_up(&off.name, now_ms) {
             return Err(format!("{name} is not off: it is connected to this manager"));
         }
@@ -53,9 +41,8 @@ pub fn plan(
             match decide(map, registry, now_ms, node.id, span) {
                 Decision::Served => {}
                 Decision::Useless(why) => useless.push(format!("{}: {why}", device.name)),
-                Decision::Force { disk, others } => {
+                Decision::Force { disk, incarnation, others } => {
                     unsure.extend(others.into_iter().filter(|name| !order.confirmed_off.contains(name)));
-                    let Some(incarnation) = registry.usable(map, disk, now_ms) else { continue };
                     change.batch.push(Verb::Force { run: run_of(device.id, span), disk, incarnation });
                     lines.add(span, given_up(map, span, disk));
                     if span.first.0 == 0 {
@@ -98,7 +85,7 @@ enum Decision {
     /// Nobody serves it, and the node cannot either.
     Useless(String),
     /// The copy on that disk goes on, if these nodes are off.
-    Force { disk: DiskId, others: Vec<String> },
+    Force { disk: DiskId, incarnation: Incarnation, others: Vec<String> },
 }
 
 fn decide(map: &DistributionMap, registry: &Registry, now_ms: u64, node: NodeId, span: &Span) -> Decision {
@@ -118,15 +105,25 @@ fn decide(map: &DistributionMap, registry: &Registry, now_ms: u64, node: NodeId,
         // It has no copy of this one, and was not asked about it.
         return Decision::Served;
     };
-    if registry.usable(map, own.disk, now_ms).is_none() {
+    let usable = |replica: &Replica| registry.usable(map, replica.disk, now_ms);
+    let Some(incarnation) = usable(own) else {
         return Decision::Useless(format!("{} is not there", map.disk_name(own.disk)));
+    };
+    let better = span.members().find(|member| own.state != ReplicaState::InSync && usable(member).is_some());
+    if let Some(better) = better {
+        return Decision::Useless(format!(
+            "{} was in sync and is there; `mirrorctl node force {}` loses less",
+            map.disk_name(better.disk),
+            map.node_of(better.disk).map_or_else(String::new, |id| map.node_name(id))
+        ));
     }
     let away = |replica: &&Replica| {
         let id = map.node_of(replica.disk).filter(|id| *id != node);
         id.and_then(|id| map.node(id)).is_some_and(|node| !registry.is_up(&node.name, now_ms))
     };
     let others = span.members().filter(away).filter_map(|replica| map.node_of(replica.disk));
-    Decision::Force { disk: own.disk, others: others.map(|id| map.node_name(id)).collect() }
+    let others = others.map(|id| map.node_name(id)).collect();
+    Decision::Force { disk: own.disk, incarnation, others }
 }
 
 /// Which of two copies is rather to go on.
@@ -155,11 +152,4 @@ fn given_up(map: &DistributionMap, span: &Span, disk: DiskId) -> String {
         map.disk_name(disk),
         span.epoch.0
     )
-}
-
-fn named<'a>(map: &'a DistributionMap, name: &str) -> Result<&'a Node, String> {
-    map.node_named(name).ok_or_else(|| {
-        let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
-        format!("there is no node {name:?}; the nodes are {}", names.join(", "))
-    })
 }

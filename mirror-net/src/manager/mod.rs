@@ -42,11 +42,11 @@ pub use self::core::Manager;
 use self::registry::{Registry, Standing};
 use crate::config::ClusterFile;
 use crate::control::{
-    BroadcastKind, EventKind, ManagerMessage, NodeMessage, OperatorReply, PlanOrder, Registration,
+    BroadcastKind, EventKind, ForceOrder, ManagerMessage, NodeMessage, OperatorReply, PlanOrder, Registration,
 };
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
 use crate::map::verbs::{Run, Verb};
-use crate::map::{DistributionMap, Replica, ReplicaState, Span};
+use crate::map::{DistributionMap, Node, Replica, ReplicaState, Span};
 
 /// Names one connection of a node's agent; never used again.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -110,7 +110,7 @@ pub enum Input {
         /// Where the answer goes.
         ticket: Ticket,
         /// What exactly.
-        order: force::ForceOrder,
+        order: ForceOrder,
     },
     /// An operator wants a plan paused, resumed or given up.
     Plan {
@@ -257,6 +257,14 @@ fn promotion(
     let left = left_behind(map, registry, now_ms, span, disk);
     batch.extend(left.map(|other| Verb::Mark { run, disk: other.disk, state, incarnation: None }));
     batch
+}
+
+/// The node that an operator names, or a sentence with those that there are.
+fn node_named<'a>(map: &'a DistributionMap, name: &str) -> Result<&'a Node, String> {
+    map.node_named(name).ok_or_else(|| {
+        let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
+        format!("there is no node {name:?}; the nodes are {}", names.join(", "))
+    })
 }
 
 /// The copies that become stale when `disk` is promoted.

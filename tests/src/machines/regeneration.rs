@@ -217,7 +217,9 @@ impl Story<'_> {
         let spare = lab.nodes()[lab.nodes().len() - 1].name.clone();
         for node in [&spare, &lab.node(0).name] {
             // What it is primary of goes to the other copy; what it mirrors stays.
-            lab.ctl(&["node", "failover", node])?.ok()?;
+            let answer = lab.json(&["node", "failover", node])?;
+            let moved = answer["moved"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            ensure!(moved.into_iter().any(|line| line.contains("primary ")), "nothing moves: {answer}");
             let after = sums()?;
             ensure!(after == before, "after a failover of {node}: {after:?}, before: {before:?}");
         }

@@ -1,9 +1,11 @@
 use super::bench::incarnation;
 use super::rules::{rebooted, restarted};
 use super::{Bench, map_of};
-use crate::control::OperatorReply;
-use crate::manager::force::ForceOrder;
+use crate::control::{ForceOrder, OperatorReply};
+use crate::format::alloc::Segment;
 use crate::manager::{Input, Ticket};
+use crate::map::ReplicaState;
+use crate::map::verbs::Verb;
 
 fn order(bench: &mut Bench, off: &[&str], carry_out: bool) -> OperatorReply {
     let order = ForceOrder {
@@ -100,4 +102,40 @@ fn of_members_that_all_lost_power_one_goes_on_by_force_when_the_other_is_gone() 
     assert_eq!(bench.copies("n2-d1"), "n1+ n2-");
     bench.register(2, incarnation(2));
     assert_eq!(bench.copies("n2-d1"), "n1+ n2-", "it comes back as what it is called now");
+}
+
+/// Of three copies one is gone for good, one lost power, and n3's is stale.
+#[test]
+fn a_member_that_is_there_goes_on_before_a_stale_copy() {
+    let mut map = map_of(3);
+    map.disks.iter_mut().for_each(|disk| disk.slots.secondary *= 2);
+    let run = crate::manager::run_of(map.devices[0].id, &map.devices[0].spans[0]);
+    let missing =
+        map.disks.iter().map(|disk| disk.id).find(|disk| map.devices[0].spans[0].replica_on(*disk).is_none());
+    let disk = missing.unwrap();
+    let third = u64::from(map.node_of(disk).unwrap().0);
+    let add = Verb::AddReplica { run, disk, segment: Segment::Secondary, incarnation: incarnation(third) };
+    let stale = Verb::Mark { run, disk, state: ReplicaState::Stale, incarnation: None };
+    map = map.apply(&[add]).unwrap().unwrap().apply(&[stale]).unwrap().unwrap();
+    let holders: Vec<u64> = map.devices[0].spans[0]
+        .replicas
+        .iter()
+        .map(|replica| u64::from(map.node_of(replica.disk).unwrap().0))
+        .collect();
+    let [gone, rebooted_one, behind] = holders[..] else { panic!("{holders:?}") };
+    let mut bench = Bench::new(Some(map.clone()));
+    bench.register(behind, incarnation(behind));
+    bench.register(rebooted_one, rebooted(rebooted_one));
+    let device = map.devices[0].name.clone();
+    let order = ForceOrder {
+        node: format!("n{behind}"),
+        devices: vec![device],
+        confirmed_off: vec![format!("n{gone}")],
+        carry_out: true,
+    };
+    let stored = bench.stored.len();
+    bench.input(Input::Force { ticket: Ticket(7), order });
+    let reply = bench.replies.pop().unwrap().1;
+    assert!(refused(&reply).contains(&format!("node force n{rebooted_one}` loses less")), "{reply:?}");
+    assert_eq!(bench.stored.len(), stored);
 }
