@@ -6,7 +6,7 @@ use mirror_tests::contents::slices;
 use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::{Playground, signal};
 use mirror_tests::sim::scheduler::Random;
-use nix::sys::signal::Signal::SIGSTOP;
+use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -248,4 +248,21 @@ fn a_plan_is_paused_resumed_and_cancelled() -> anyhow::Result<()> {
     ensure!(!play.mirrorctl(&["plan", "resume", &plan])?.status.success(), "resumed after its end");
     // Nothing begins it again, and what there is serves.
     all_is_there(&play, 1)
+}
+
+#[test]
+fn a_manager_that_was_stopped_itself_takes_nobody_for_failed() -> anyhow::Result<()> {
+    let play = Playground::start(2)?;
+    let before = play.json(&["map", "show"])?["version"].clone();
+    for _ in 0..3 {
+        // Longer than any node may be silent; what they say meanwhile waits unread.
+        signal(play.manager_pid()?, SIGSTOP)?;
+        std::thread::sleep(Duration::from_secs(3));
+        signal(play.manager_pid()?, SIGCONT)?;
+        play.healthy()?;
+    }
+    let events = play.must(&["events"])?;
+    ensure!(!events.contains("counts as failed"), "{events}");
+    ensure!(play.json(&["map", "show"])?["version"] == before);
+    Ok(())
 }

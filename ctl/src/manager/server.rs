@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use mirror_net::config::{ClusterFile, Policy};
 use mirror_net::control::{EventKind, ManagerMessage, OperatorReply, OperatorRequest};
 use mirror_net::ids::{ClusterId, ExporterSession};
+use mirror_net::manager::watch::WatchClock;
 use mirror_net::manager::{ConnectionId, Input, Manager, Output, Proposal, Ticket};
 use mirror_net::map::DistributionMap;
 use std::collections::HashMap;
@@ -46,6 +47,7 @@ struct Server<'a> {
     orders: mpsc::UnboundedSender<Order>,
     events: &'a mut EventLog,
     started: Instant,
+    clock: WatchClock,
     senders: HashMap<ConnectionId, mpsc::Sender<ManagerMessage>>,
     replies: HashMap<Ticket, oneshot::Sender<OperatorReply>>,
     tickets: u64,
@@ -103,6 +105,7 @@ pub(super) async fn lead<S: Store>(
         orders,
         events,
         started: Instant::now(),
+        clock: WatchClock::default(),
         senders: HashMap::new(),
         replies: HashMap::new(),
         tickets: 0,
@@ -145,8 +148,8 @@ pub(super) async fn lead<S: Store>(
 }
 
 impl Server<'_> {
-    fn now_ms(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64
+    fn now_ms(&mut self) -> u64 {
+        self.clock.look(self.started.elapsed().as_millis() as u64)
     }
 
     fn event(&mut self, event: Event) -> Option<Input> {
@@ -170,7 +173,10 @@ impl Server<'_> {
         // An operator who has gone away needs no answer; what was asked for is done all the same.
         let answer = match request {
             OperatorRequest::Map => OperatorReply::Map { map: self.manager.map().cloned().map(Box::new) },
-            OperatorRequest::Status => OperatorReply::Status(Box::new(self.manager.status(self.now_ms()))),
+            OperatorRequest::Status => {
+                let now_ms = self.now_ms();
+                OperatorReply::Status(Box::new(self.manager.status(now_ms)))
+            }
             OperatorRequest::Events { after } => OperatorReply::Events { events: self.events.after(after) },
             OperatorRequest::Plan { plan, order } => {
                 self.replies.insert(ticket, reply);
@@ -232,7 +238,8 @@ impl Server<'_> {
     /// Feeds the core and does what it wants, until it wants nothing more.
     fn feed(&mut self, input: Input) {
         let changes = matches!(input, Input::Stored { .. } | Input::Conflict { .. });
-        self.manager.handle(self.now_ms(), input);
+        let now_ms = self.now_ms();
+        self.manager.handle(now_ms, input);
         if changes {
             self.cluster.send_replace(self.manager.map().map(|map| map.cluster));
         }

@@ -34,6 +34,7 @@ pub mod regeneration;
 pub mod registry;
 pub mod repair;
 pub mod stale;
+pub mod watch;
 #[cfg(test)]
 mod tests;
 
