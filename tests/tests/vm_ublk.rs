@@ -20,6 +20,14 @@ const N1_D1: DeviceId = DeviceId(1);
 const BLOCK_BYTES: usize = 4096;
 const MIB: u64 = 1 << 20;
 
+/// Two nodes, each with its own devices as the layout wants it. Nodes of an emulated machine may be silent for long.
+fn start(frontend: &str, disk_size: &str) -> anyhow::Result<Playground> {
+    let play = Playground::start_like(2, frontend, disk_size, &["--fail-after", "20s"])?;
+    healthy(&play)?;
+    ensure!(primary(&play)? == "n1", "n1's data is not at home: {}", play.logs());
+    Ok(play)
+}
+
 fn run(program: &str, arguments: &[&str]) -> anyhow::Result<String> {
     let output = Command::new(program).args(arguments).output().with_context(|| program.to_owned())?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -126,7 +134,7 @@ fn primary(play: &Playground) -> anyhow::Result<String> {
 
 #[test]
 fn both_copies_are_equal_after_ext4_and_overlapping_writes() -> anyhow::Result<()> {
-    let mut play = Playground::start_with(2, "ublk", "512M")?;
+    let mut play = start("ublk", "512M")?;
     let device = play.path("n1-d1")?;
     // Four writers in the same range: nothing to verify but that both copies saw them in one order.
     let overlapping = [
@@ -151,7 +159,7 @@ fn both_copies_are_equal_after_ext4_and_overlapping_writes() -> anyhow::Result<(
 
 #[test]
 fn xfs_holds_files() -> anyhow::Result<()> {
-    let mut play = Playground::start_with(2, "ublk", "1G")?;
+    let mut play = start("ublk", "1G")?;
     let device = play.path("n1-d1")?;
     run("mkfs.xfs", &["-q", text(&device)])?;
     let mount = Mount::new(&device, play.base().join("mnt"))?;
@@ -175,7 +183,7 @@ fn xfs_holds_files() -> anyhow::Result<()> {
 
 #[test]
 fn a_killed_primary_recovers_its_device_under_a_mounted_file_system() -> anyhow::Result<()> {
-    let play = Playground::start_with(2, "ublk", "512M")?;
+    let play = start("ublk", "512M")?;
     let device = play.path("n1-d1")?;
     mkfs_ext4(&device)?;
     let mount = Mount::new(&device, play.base().join("mnt"))?;
@@ -201,7 +209,7 @@ fn writes(device: &Path) -> anyhow::Result<u64> {
 
 #[test]
 fn no_write_is_done_that_the_partner_does_not_have() -> anyhow::Result<()> {
-    let play = Playground::start_with(2, "ublk", "512M")?;
+    let play = start("ublk", "512M")?;
     let device = play.path("n1-d1")?;
     Direct::open(&device)?.write(0, 1)?;
     // Without the manager nobody can allow the primary to go on alone.
@@ -214,8 +222,9 @@ fn no_write_is_done_that_the_partner_does_not_have() -> anyhow::Result<()> {
     signal(play.manager_pid()?, SIGCONT)?;
     ensure!(early.is_err(), "done with the partner stopped: {early:?}");
     // Now the partner's copy is recorded stale, and the write is done alone.
-    done.recv()??;
+    let done = done.recv_timeout(Duration::from_secs(90));
     signal(play.pid("n2")?, SIGCONT)?;
+    done.with_context(|| format!("the write is still not done: {}", play.logs()))??;
     writer.join().expect("the writer did not panic")?;
     ensure!(Direct::open(&device)?.read(0)? == 2);
     Ok(())
@@ -223,7 +232,7 @@ fn no_write_is_done_that_the_partner_does_not_have() -> anyhow::Result<()> {
 
 #[test]
 fn flush_discard_and_zeroes() -> anyhow::Result<()> {
-    let mut play = Playground::start_with(2, "ublk", "512M")?;
+    let mut play = start("ublk", "512M")?;
     let device = play.path("n1-d1")?;
     let direct = Direct::open(&device)?;
     for index in 0..8 * 16 {
@@ -259,7 +268,7 @@ fn flush_discard_and_zeroes() -> anyhow::Result<()> {
 
 #[test]
 fn an_orderly_stop_removes_what_nobody_uses_and_leaves_what_is_mounted() -> anyhow::Result<()> {
-    let mut play = Playground::start_with(2, "ublk", "512M")?;
+    let mut play = start("ublk", "512M")?;
     let (device, other) = (play.path("n1-d1")?, play.path("n2-d1")?);
     mkfs_ext4(&device)?;
     let mount = Mount::new(&device, play.base().join("mnt"))?;
@@ -284,7 +293,7 @@ fn an_orderly_stop_removes_what_nobody_uses_and_leaves_what_is_mounted() -> anyh
 
 #[test]
 fn an_orderly_stop_leaves_what_a_program_has_open() -> anyhow::Result<()> {
-    let mut play = Playground::start_with(2, "ublk", "512M")?;
+    let mut play = start("ublk", "512M")?;
     let (device, unused) = (play.path("n1-d1-unmirrored")?, play.path("n1-d1")?);
     // Nothing but an open file: no claim, no mount.
     let open = Direct::open(&device)?;
@@ -308,7 +317,7 @@ fn an_orderly_stop_leaves_what_a_program_has_open() -> anyhow::Result<()> {
 
 #[test]
 fn udev_names_devices_as_the_map_does() -> anyhow::Result<()> {
-    let play = Playground::start_with(2, "ublk", "512M")?;
+    let play = start("ublk", "512M")?;
     // As a package installs it.
     std::fs::create_dir_all("/run/udev/rules.d")?;
     let rules = Path::new("/run/udev/rules.d/60-ublk-mirror.rules");
@@ -357,7 +366,7 @@ fn runs(pid: i32) -> bool {
 
 #[test]
 fn a_device_that_was_failed_over_is_fenced_when_its_node_comes_back() -> anyhow::Result<()> {
-    let play = Playground::start_with(2, "ublk", "512M")?;
+    let play = start("ublk", "512M")?;
     let old = play.path("n1-d1")?;
     let direct = Direct::open(&old)?;
     for index in 0..32 {
@@ -388,7 +397,7 @@ fn a_device_that_was_failed_over_is_fenced_when_its_node_comes_back() -> anyhow:
 
 #[test]
 fn the_kernels_nbd_client_mounts_an_export() -> anyhow::Result<()> {
-    let play = Playground::start_with(2, "nbd", "512M")?;
+    let play = start("nbd", "512M")?;
     let uri = play.uri("n1-d1")?;
     let (_, socket) = uri.split_once("?socket=").context("no socket in the URI")?;
     run("modprobe", &["nbd"])?;
@@ -407,7 +416,7 @@ fn the_kernels_nbd_client_mounts_an_export() -> anyhow::Result<()> {
 
 #[test]
 fn the_device_takes_a_whole_pass_of_mixed_sizes() -> anyhow::Result<()> {
-    let play = Playground::start_with(2, "ublk", "512M")?;
+    let play = start("ublk", "512M")?;
     let name = format!("--filename={}", text(&play.path("n1-d1")?));
     let mixed = ["--rw=randwrite", "--bsrange=512-1m", "--iodepth=8", "--size=32m"];
     fio(&[&["--ioengine=libaio", "--direct=1", &name], &mixed[..]].concat())

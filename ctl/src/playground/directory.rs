@@ -114,8 +114,10 @@ fn cluster_text(wanted: &Wanted, ports: &[u16]) -> String {
         ports[0],
         wanted.frontend.as_str()
     );
-    if let Some(after) = wanted.spare_after {
-        let _ = writeln!(text, "spare_after = \"{}\"", humantime::format_duration(after));
+    for (name, after) in [("fail_after", wanted.fail_after), ("spare_after", wanted.spare_after)] {
+        if let Some(after) = after {
+            let _ = writeln!(text, "{name} = \"{}\"", humantime::format_duration(after));
+        }
     }
     let count = wanted.nodes + wanted.spares;
     for index in 1..=count {
@@ -245,6 +247,7 @@ mod tests {
             dir,
             nodes: 2,
             spares: 1,
+            fail_after: None,
             spare_after: None,
             disk_bytes: 1 << 20,
             frontend: Frontend::Nbd,

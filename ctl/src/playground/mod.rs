@@ -34,6 +34,9 @@ pub struct PlaygroundArguments {
     /// For how long a node has to be away until its copies are made again on a spare; such as 5s
     #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
     spare_after: Option<Duration>,
+    /// For how long a node has to be silent until it has failed; longer where machines are slow, such as 10s
+    #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
+    fail_after: Option<Duration>,
     /// The size of each node's disk, a file; such as 512M or 1G
     #[arg(long, default_value = "1G", value_parser = size, value_name = "SIZE")]
     disk_size: u64,
@@ -81,6 +84,7 @@ pub(crate) struct Wanted {
     dir: PathBuf,
     nodes: u16,
     spares: u16,
+    fail_after: Option<Duration>,
     spare_after: Option<Duration>,
     disk_bytes: u64,
     frontend: Frontend,
@@ -101,10 +105,18 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
         }
         None => {
             let arguments @ PlaygroundArguments {
-                nodes, spares, spare_after, frontend, nbd_tcp, keep, ..
+                nodes,
+                spares,
+                fail_after,
+                spare_after,
+                frontend,
+                nbd_tcp,
+                keep,
+                ..
             } = arguments;
             let (disk_bytes, json) = (arguments.disk_size, arguments.json);
-            let wanted = Wanted { dir, nodes, spares, spare_after, disk_bytes, frontend, nbd_tcp, keep };
+            let wanted =
+                Wanted { dir, nodes, spares, fail_after, spare_after, disk_bytes, frontend, nbd_tcp, keep };
             play(wanted, json).await
         }
     }

@@ -34,9 +34,9 @@ pub mod regeneration;
 pub mod registry;
 pub mod repair;
 pub mod stale;
-pub mod watch;
 #[cfg(test)]
 mod tests;
+pub mod watch;
 
 pub use self::core::Manager;
 

@@ -103,7 +103,7 @@ struct Agent {
     membership: Membership,
     file: NodeFile,
     state: StateDir,
-    disks: Vec<Candidate>,
+    disks: Arc<[Candidate]>,
     inputs: mpsc::UnboundedSender<Input>,
     manager: Option<mpsc::UnboundedSender<NodeMessage>>,
     /// The manager has taken us in.
@@ -157,7 +157,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         state.kept().map_or((MapVersion(0), None), |map| (map.version, Some(map.cluster)));
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let lanes = Lanes::listen(&node.address, common.clone(), sender.clone()).await?;
-    let disks = node.disks.iter().map(Candidate::open).collect::<Result<Vec<_>, DiskError>>()?;
+    let disks = node.disks.iter().map(Candidate::open).collect::<Result<_, DiskError>>()?;
     let exports = Exports::new(&node, &options.run_dir, sender.clone()).await?;
     let membership = Membership::default();
     membership.set(cluster);
@@ -212,7 +212,7 @@ impl Agent {
                 self.manager = Some(sender);
                 self.register();
             }
-            Input::Manager(message) => self.manager_said(message)?,
+            Input::Manager(message) => self.manager_said(message).await?,
             Input::ManagerDown(reason) => {
                 self.manager = None;
                 // Of a manager that does not lead its connection's task has told.
@@ -261,7 +261,7 @@ impl Agent {
         }));
     }
 
-    fn manager_said(&mut self, message: ManagerMessage) -> anyhow::Result<()> {
+    async fn manager_said(&mut self, message: ManagerMessage) -> anyhow::Result<()> {
         match message {
             ManagerMessage::Registered { exporter_session } => {
                 tracing::info!(%exporter_session, "registered with the manager");
@@ -278,7 +278,7 @@ impl Agent {
                 }
             }
             ManagerMessage::Format(order) => {
-                let result = self.format(&order);
+                let result = self.format(order.clone()).await;
                 if let Err(error) = &result {
                     tracing::error!(error = format!("{error:#}"), "formatting was refused");
                 }
@@ -289,7 +289,7 @@ impl Agent {
                 let error = result.err().map(|error| format!("{error:#}"));
                 self.tell_manager(NodeMessage::Formatted { error, attach });
             }
-            ManagerMessage::Map { map } => self.new_map(Arc::new(*map))?,
+            ManagerMessage::Map { map } => self.new_map(Arc::new(*map)).await?,
             ManagerMessage::Export { device, generation } => {
                 self.exports.allow(device, generation);
                 self.start_exports();
@@ -316,22 +316,25 @@ impl Agent {
         Ok(())
     }
 
-    fn format(&mut self, order: &FormatOrder) -> anyhow::Result<()> {
+    async fn format(&mut self, order: FormatOrder) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.io.is_none(),
             "its disks are in use for the cluster that it serves: stop the daemon, empty its state directory, start it again"
         );
         if order.check_only {
-            return Ok(prepare::check(order, &self.disks)?);
+            return Ok(prepare::check(&order, &self.disks)?);
         }
         // What is known of a cluster that these disks were part of is history now.
         self.state.forget()?;
         self.membership.set(None);
         self.adopted = MapVersion(0);
-        Ok(prepare::format_all(order, &self.common.node, &self.disks)?)
+        let (name, disks) = (self.common.node.clone(), Arc::clone(&self.disks));
+        let format = move || prepare::format_all(&order, &name, &disks);
+        meanwhile(format, async || self.report().await).await??;
+        Ok(())
     }
 
-    fn new_map(&mut self, map: Arc<DistributionMap>) -> anyhow::Result<()> {
+    async fn new_map(&mut self, map: Arc<DistributionMap>) -> anyhow::Result<()> {
         if let Some(mine) = &self.map {
             // A cluster made anew needs a daemon that has nothing of the old one in its memory.
             anyhow::ensure!(
@@ -349,7 +352,7 @@ impl Agent {
         };
         self.state.save_map(&map)?;
         self.membership.set(Some(map.cluster));
-        if self.io.is_none() && !self.start_io(me, &map) {
+        if self.io.is_none() && !self.start_io(me, &map).await? {
             return Ok(());
         }
         self.lanes.follow(&map, me, &self.inputs);
@@ -364,16 +367,13 @@ impl Agent {
     }
 
     /// Opens the disks and starts the I/O thread; false if no disk can be used.
-    fn start_io(&mut self, me: NodeId, map: &DistributionMap) -> bool {
-        match IoHandle::start(
-            &self.common.key,
-            Me { node: me, process: self.common.process },
-            map,
-            &self.disks,
-            self.inputs.clone(),
-            self.buffer_bytes,
-            self.exports.frontend() == Frontend::Ublk,
-        ) {
+    async fn start_io(&mut self, me: NodeId, map: &Arc<DistributionMap>) -> anyhow::Result<bool> {
+        let me = Me { node: me, process: self.common.process };
+        let (key, map, disks) = (self.common.key.clone(), Arc::clone(map), Arc::clone(&self.disks));
+        let (inputs, buffer_bytes) = (self.inputs.clone(), self.buffer_bytes);
+        let serves_ublk = self.exports.frontend() == Frontend::Ublk;
+        let start = move || IoHandle::start(&key, me, &map, &disks, inputs, buffer_bytes, serves_ublk);
+        match meanwhile(start, async || self.report().await).await? {
             Ok((io, troubles)) => {
                 for trouble in &troubles {
                     tracing::error!(trouble, "a disk is left out");
@@ -381,12 +381,12 @@ impl Agent {
                 self.trouble = troubles.into_iter().next();
                 io.exporter_session(self.exporter_session);
                 self.io = Some(io);
-                true
+                Ok(true)
             }
             Err(error) => {
                 tracing::error!(%error, "the I/O thread did not start");
                 self.trouble = Some(error.to_string());
-                false
+                Ok(false)
             }
         }
     }
@@ -533,5 +533,39 @@ impl Agent {
                 }
             }
         }
+    }
+}
+
+/// Does what takes long with large disks on a thread of its own. Further inputs wait for it, but reports do not: a node
+/// that opens its disks is no node that has failed.
+async fn meanwhile<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+    mut report: impl AsyncFnMut(),
+) -> anyhow::Result<T> {
+    let mut work = tokio::task::spawn_blocking(work);
+    let mut due = tokio::time::interval(Duration::from_millis(REPORT_MS));
+    due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            done = &mut work => return done.context("a thread that works on the disks died"),
+            _ = due.tick() => report().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[tokio::test]
+    async fn a_node_reports_while_it_works_on_its_disks() {
+        let (enough, wait) = std::sync::mpsc::channel();
+        let mut reports = 0;
+        let work = move || wait.recv().expect("the reports go on");
+        let report = async || {
+            reports += 1;
+            if reports == 3 {
+                enough.send("opened").expect("the work goes on");
+            }
+        };
+        assert_eq!(super::meanwhile(work, report).await.expect("no panic"), "opened");
     }
 }
