@@ -4,6 +4,7 @@
 //! [`Purpose::Control`](crate::wire::handshake::Purpose::Control). A node's agent and `mirrorctl`
 //! connect to the manager; the first message names which of the two it is by its type.
 
+use crate::config::Pace;
 use crate::format::alloc::Segment;
 use crate::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, PlanId,
@@ -152,6 +153,8 @@ pub enum ManagerMessage {
     Registered {
         /// Larger than in any registration before; fences requests of earlier processes.
         exporter_session: ExporterSession,
+        /// How fast the node is to make copies equal.
+        pace: Pace,
     },
     /// Check all named disks, then format them; answered with [`NodeMessage::Formatted`].
     Format(FormatOrder),

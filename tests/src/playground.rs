@@ -217,10 +217,21 @@ impl Playground {
     }
 }
 
+/// The ublk devices of this machine.
+pub fn ublk_devices() -> Vec<String> {
+    let names = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(|name| name.starts_with("ublkb")).collect()
+}
+
 impl Drop for Playground {
     fn drop(&mut self) {
         if let Err(error) = self.stop() {
             eprintln!("ending the playground: {error:#}");
+        }
+        let left = ublk_devices();
+        if !left.is_empty() && !std::thread::panicking() {
+            eprintln!("LEFT BEHIND {left:?}: {}", self.logs());
         }
     }
 }

@@ -171,7 +171,7 @@ impl FakeNode {
 
     fn handle(&mut self, message: ManagerMessage) -> Vec<NodeMessage> {
         match message {
-            ManagerMessage::Registered { exporter_session } => {
+            ManagerMessage::Registered { exporter_session, .. } => {
                 println!("{}: registered, {exporter_session}", self.name);
                 Vec::new()
             }

@@ -2,7 +2,7 @@
 
 use super::store::{RawStore, StoreFile};
 use super::{
-    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, Policy,
+    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, Pace, Policy,
     SLICE_BYTES_DEFAULT, Segments, format_bytes, parse_bytes,
 };
 use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
@@ -13,6 +13,9 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::Spanned;
+
+/// The lowest `regen_rate`, in bytes a second: a region of a slice of the usual size.
+const RATE_MIN: u64 = 1 << 20;
 
 pub(super) type Text = Spanned<String>;
 
@@ -41,6 +44,8 @@ struct RawCluster {
     fail_after: Option<Text>,
     auto_spare: Option<bool>,
     spare_after: Option<Text>,
+    regen_rate: Option<Text>,
+    regen_floor: Option<Text>,
     // Known words of things to come: refused with a better sentence than "unknown field".
     commit: Option<Text>,
     copies: Option<Spanned<i64>>,
@@ -236,6 +241,7 @@ impl Reader<'_> {
             spare_after: self
                 .duration(cluster.spare_after.as_ref(), "cluster.spare_after")?
                 .unwrap_or(default.spare_after),
+            pace: self.pace(cluster)?,
         };
         match &cluster.fail_after {
             Some(at) if policy.fail_after < Policy::FAIL_AFTER_MIN => Err(self.error(
@@ -248,6 +254,30 @@ impl Reader<'_> {
                 ),
             )),
             _ => Ok(policy),
+        }
+    }
+
+    fn pace(&self, cluster: &RawCluster) -> Result<Pace, ConfigError> {
+        let bytes =
+            |text: &Option<Text>, field| text.as_ref().map(|text| self.bytes(text, field)).transpose();
+        let unlimited = cluster.regen_rate.as_ref().is_none_or(|text| text.get_ref() == "unlimited");
+        let rate = if unlimited { None } else { bytes(&cluster.regen_rate, "cluster.regen_rate")? };
+        let none = cluster.regen_floor.as_ref().is_some_and(|text| text.get_ref() == "none");
+        let floor = if none { Some(0) } else { bytes(&cluster.regen_floor, "cluster.regen_floor")? };
+        let low = rate.zip(cluster.regen_rate.as_ref()).filter(|(rate, _)| *rate < RATE_MIN);
+        if let Some((_, at)) = low {
+            let least = format_bytes(RATE_MIN);
+            let what =
+                format!("{:?} a second is less than {least}: to stop copies, pause their plan", at.get_ref());
+            return Err(self.error(at, "cluster.regen_rate", what));
+        }
+        match (floor, rate, &cluster.regen_floor) {
+            (Some(floor), Some(rate), Some(at)) if floor > rate => {
+                let what = format!("{:?} is more than regen_rate, {}", at.get_ref(), format_bytes(rate));
+                Err(self.error(at, "cluster.regen_floor", what))
+            }
+            // A rate below the usual floor is meant as it stands.
+            _ => Ok(Pace { rate, floor: floor.unwrap_or(Pace::FLOOR_DEFAULT).min(rate.unwrap_or(u64::MAX)) }),
         }
     }
 

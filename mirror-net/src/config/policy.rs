@@ -1,5 +1,6 @@
 //! What the manager does by itself, and after how long.
 
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Thresholds of the system manager, from the cluster file.
@@ -14,6 +15,29 @@ pub struct Policy {
     /// A disk is made again on a spare once it, or its node, has been gone for so long: long enough that
     /// a reboot starts nothing.
     pub spare_after: Duration,
+    /// How fast each node makes copies equal.
+    pub pace: Pace,
+}
+
+/// How fast one node makes other nodes' copies equal to its own: bytes looked at in a second, of all copies together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Pace {
+    /// Never more; `None` for as much as there is.
+    pub rate: Option<u64>,
+    /// While hosts are busy, copies are made equal in the gaps that they leave; but never less than so many if disks and
+    /// links can do it at all. 0 for none.
+    pub floor: u64,
+}
+
+impl Pace {
+    /// A terabyte in 28 hours, which a rotating disk can do besides what hosts ask of it.
+    pub const FLOOR_DEFAULT: u64 = 10 << 20;
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Policy::MANUAL.pace
+    }
 }
 
 impl Policy {
@@ -26,6 +50,7 @@ impl Policy {
         auto_spare: false,
         fail_after: Duration::from_secs(2),
         spare_after: Duration::from_secs(60),
+        pace: Pace { rate: None, floor: Pace::FLOOR_DEFAULT },
     };
 }
 

@@ -97,6 +97,16 @@ fn every_mistake_names_line_field_and_remedy() {
         ),
         (
             "manager = ",
+            "regen_rate = \"10K\"\nmanager = ",
+            "line 5: cluster.regen_rate: \"10K\" a second is less than 1 MiB: to stop copies, pause their plan",
+        ),
+        (
+            "manager = ",
+            "regen_rate = \"20M\"\nregen_floor = \"30M\"\nmanager = ",
+            "line 6: cluster.regen_floor: \"30M\" is more than regen_rate, 20 MiB",
+        ),
+        (
+            "manager = ",
             "copies = 3\nmanager = ",
             "line 5: cluster.copies: 3 copies are not built yet: leave the field out, or write 2",
         ),
@@ -171,6 +181,19 @@ fn remote_nbd_is_a_decision() {
         1,
     );
     assert!(ClusterFile::parse(&text, "c.toml").is_ok());
+}
+
+#[test]
+fn the_pace_of_copies_has_two_bounds() {
+    let pace = |fields: &str| {
+        let text = GOOD.replacen("manager =", &format!("{fields}\nmanager ="), 1);
+        ClusterFile::parse(&text, "c.toml").unwrap().policy.pace
+    };
+    assert_eq!(pace(""), Pace { rate: None, floor: 10 << 20 });
+    assert_eq!(pace("regen_rate = \"unlimited\"\nregen_floor = \"1G\""), Pace { rate: None, floor: 1 << 30 });
+    assert_eq!(pace("regen_rate = \"200M\""), Pace { rate: Some(200 << 20), floor: 10 << 20 });
+    assert_eq!(pace("regen_rate = \"4M\""), Pace { rate: Some(4 << 20), floor: 4 << 20 });
+    assert_eq!(pace("regen_floor = \"none\""), Pace { rate: None, floor: 0 });
 }
 
 #[test]

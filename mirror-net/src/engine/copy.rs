@@ -5,11 +5,11 @@
 //! its large blocks; of those that differ the small blocks' digests; what differs then is sent. Where all has
 //! differed for a while, pieces are sent as they are ([`Worth`](super::resync::Worth)).
 
-use super::Engine;
 use super::action::{Action, Body, BufferId, BufferRange, OpKey};
 use super::op::{Local, Op};
 use super::view::PeerIndex;
 use super::window::Awaited;
+use super::{Engine, Nanos};
 use crate::planted::{self, Bug};
 use crate::region::digest::{self, COARSE_BYTES, Digest, FINE_BYTES};
 use crate::wire::header::{FLAG_FINE, HEADER_BYTES, Header, Kind, PIECE_BYTES_MAX, Status};
@@ -31,6 +31,8 @@ pub(super) struct Copy {
     compares: bool,
     /// There is nothing valid here, and so nothing to read.
     nothing: bool,
+    /// When it got its range.
+    began: Nanos,
     /// Bytes of frames that were needed.
     moved: u64,
     /// The other copy did not take it, or this one could not be read.
@@ -78,17 +80,22 @@ impl Engine {
             compared: false,
             compares: false,
             nothing: false,
+            began: self.now,
             moved: 0,
             failed: false,
         };
         match self.enqueue(op) {
             Some(key) => drop(self.copies.insert(key, copy)),
-            None => self.copy_buffers.push(buffer),
+            None => {
+                self.copy_buffers.push(buffer);
+                self.pacer.ended(self.now, 0);
+            }
         }
     }
 
     /// It holds its region.
     pub(super) fn start_copy_op(&mut self, key: OpKey) {
+        self.copies[key].began = self.now;
         let op = &self.ops[key];
         let peer = self.copies[key].peer;
         let region = op.offset / self.region_bytes();
@@ -324,6 +331,7 @@ impl Engine {
     pub(super) fn end_copy(&mut self, key: OpKey, op: &Op, status: Status) {
         let Some(copy) = self.copies.remove(key) else { return };
         self.copy_buffers.push(copy.buffer);
+        self.pacer.ended(self.now, self.now.saturating_sub(copy.began));
         let equal = status == Status::Done && !copy.failed;
         self.copy_ended(op, copy.peer, equal, copy.moved, copy.compares);
         self.resync_due = true;

@@ -26,6 +26,7 @@ mod join;
 mod local;
 mod loss;
 mod op;
+mod pace;
 mod primary;
 mod repair;
 mod resync;
@@ -43,6 +44,7 @@ mod window;
 pub use adopt::AdoptError;
 pub use extents::Extent;
 
+use crate::config::Pace;
 use crate::control::SessionReport;
 use crate::format::alloc::Allocator;
 use crate::format::journal::{Journal, Ticket};
@@ -193,8 +195,7 @@ pub struct Engine {
     /// Some resync may go on.
     resync_due: bool,
     surveys: survey::Surveys,
-    /// When the last request of a host came.
-    foreground_at: Nanos,
+    pacer: pace::Pacer,
     clear_every: Nanos,
     next_clear: Nanos,
     actions: VecDeque<Action>,
@@ -249,7 +250,7 @@ impl Engine {
             ended_resyncs: Vec::new(),
             resync_due: false,
             surveys: survey::Surveys::default(),
-            foreground_at: 0,
+            pacer: pace::Pacer::default(),
             clear_every: CLEAR_EVERY,
             next_clear: now + CLEAR_EVERY,
             actions: VecDeque::new(),
@@ -260,6 +261,12 @@ impl Engine {
     /// The manager's number for this process as an exporter; before any request.
     pub fn set_exporter_session(&mut self, session: ExporterSession) {
         self.exporter_session = session;
+    }
+
+    /// How fast to make copies equal from now on.
+    pub fn set_pace(&mut self, pace: Pace) {
+        self.pacer.set(pace);
+        self.resync_due = true;
     }
 
     /// The next thing to do.
@@ -279,12 +286,16 @@ impl Engine {
 
     /// When [`Engine::handle_tick`] wants to be called.
     pub fn next_tick(&self) -> Nanos {
-        self.next_tick
+        self.pacer.next_wake().map_or(self.next_tick, |wake| wake.min(self.next_tick))
     }
 
     /// Time passed: heartbeats, silence, leases, and what has to be tried again.
     pub fn handle_tick(&mut self, now: Nanos) {
         self.now = now;
+        if self.pacer.take_wake(now) {
+            self.resync_due = true;
+            self.settle();
+        }
         if now < self.next_tick {
             return;
         }

@@ -56,7 +56,7 @@ impl Engine {
         self.begin_serving(&op);
         (op.disk, op.slot) = (disk, slot);
         if op.part == Part::Primary && !op.kind.is_upkeep() && op.origin != Origin::Survey {
-            self.foreground_at = self.now;
+            self.pacer.hosts_ask(self.now);
         }
         let mut range = op.offset..op.offset + op.length;
         if planted::is(Bug::ReadEarly) && op.kind == OpKind::Read

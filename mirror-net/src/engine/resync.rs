@@ -21,8 +21,6 @@ use std::collections::VecDeque;
 pub(super) const EXCHANGES: u32 = 32;
 /// Regions that could not be copied are tried again after so long.
 pub(super) const TRY_AGAIN: Nanos = 1_000_000_000;
-/// While hosts' requests were seen within so long, regions are copied one at a time.
-const YIELD: Nanos = 20_000_000;
 
 /// How far another node's copies of a device are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -391,11 +389,6 @@ impl Engine {
         self.retry_unreconciled();
     }
 
-    /// How many regions may be copied at a time now.
-    fn copy_limit(&self) -> usize {
-        if self.now < self.foreground_at + YIELD { 1 } else { usize::MAX }
-    }
-
     /// Whether an operator paused the plan that takes a device's copies to that peer.
     fn is_paused(&self, device: usize, peer: PeerIndex) -> bool {
         let Some(map) = self.map.as_deref().filter(|map| !map.plans.is_empty()) else { return false };
@@ -407,20 +400,19 @@ impl Engine {
     fn start_copies(&mut self, device: usize, peer: PeerIndex) {
         let paused = self.is_paused(device, peer);
         loop {
-            let under_way: u32 = self.resyncs.iter().map(|resync| resync.copies).sum();
-            let limit = self.copy_limit();
             let no_buffer = self.copy_buffers.is_empty();
             let now = self.now;
+            let pace = self.pacer.may_begin(now);
             let Some(resync) = self.find_resync(device, peer) else { return };
             let urgent = resync.urgent.pop_front();
-            if urgent.is_none()
-                && (paused
-                    || resync.left == 0
-                    || under_way as usize >= limit
-                    || no_buffer
-                    || now < resync.not_before)
-            {
-                return;
+            if urgent.is_none() {
+                if paused || resync.left == 0 || no_buffer || now < resync.not_before {
+                    return;
+                }
+                if let Err(again) = pace {
+                    self.pacer.wait(again);
+                    return;
+                }
             }
             if no_buffer {
                 resync.urgent.extend(urgent);
@@ -479,6 +471,7 @@ impl Engine {
             return;
         };
         let bytes = self.region_bytes();
+        self.pacer.began(self.now, bytes);
         if let Some(behind) = self.behind_mut(device, slice, peer) {
             behind.copying |= 1 << region;
         }

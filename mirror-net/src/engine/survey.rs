@@ -17,8 +17,6 @@ use crate::region::masks::REGIONS_PER_SLICE;
 use crate::wire::header::Status;
 use std::collections::VecDeque;
 
-/// After a host's request, a piece is read at every tick only.
-const YIELD: Nanos = 20_000_000;
 /// Between two answers about a long run.
 const TELL_EVERY: Nanos = 1_000_000_000;
 /// Regions that are looked at without a pause.
@@ -344,7 +342,7 @@ impl Engine {
         }
         self.surveys.under_way = None;
         self.surveys.due = true;
-        if self.now >= self.foreground_at + YIELD {
+        if !self.pacer.hosts_are_busy(self.now) {
             self.surveys.not_before = self.now;
         }
         // It may have been withdrawn, or what was read may be somebody else's by now.

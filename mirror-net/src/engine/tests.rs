@@ -2,6 +2,7 @@
 
 use super::action::{Report, RequestError, RequestKind};
 use super::testing::{DEVICE, Rig, claimed, map, next};
+use crate::config::Pace;
 use crate::ids::{MapVersion, SliceEpoch};
 use crate::map::ReplicaState;
 use crate::wire::header::{Header, Kind, Status, Trailer};
@@ -491,6 +492,33 @@ fn a_syncing_copy_without_a_session_is_left_out_and_caught_up() {
     assert_eq!(rig.take(Kind::Write).len(), 1, "what it missed");
     let during = rig.write(8192, 4096);
     assert_eq!(rig.result(during), None, "it has a session: it is waited for");
+}
+
+/// While a host asks again and again, copies go on at the rate that they may, without waiting for a tick.
+#[test]
+fn copies_keep_to_the_pace_while_a_host_writes() {
+    const REGION: u64 = 4096;
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    rig.lane_down(2);
+    for region in 0..60 {
+        rig.write(region * REGION, REGION as u32);
+    }
+    rig.take(Kind::Write);
+    rig.engine.set_pace(Pace { rate: Some(100 * REGION), floor: 10 * REGION });
+    rig.open(2, MapVersion(2));
+    let mut copied = 0;
+    let end = rig.now + 400_000_000;
+    while rig.now < end {
+        rig.now = rig.engine.next_tick().min(rig.now + 5_000_000);
+        rig.tick();
+        rig.write(63 * REGION, 512);
+        for sent in rig.take(Kind::Write) {
+            copied += u32::from(u64::from(sent.header.offset) < 60 * REGION);
+            rig.ack(&sent);
+        }
+    }
+    assert!((40..=51).contains(&copied), "{copied}");
 }
 
 /// For the log, which is to say what a resync cost.

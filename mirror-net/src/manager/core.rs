@@ -264,7 +264,7 @@ impl Manager {
     fn session(&mut self, connection: ConnectionId, session: ExporterSession) {
         let Some((_, entry)) = self.registry.by_connection_mut(connection) else { return };
         entry.session = Some(session);
-        let message = ManagerMessage::Registered { exporter_session: session };
+        let message = ManagerMessage::Registered { exporter_session: session, pace: self.policy.pace };
         self.outputs.push_back(Output::Send { connection, message });
         self.send_map(connection);
     }

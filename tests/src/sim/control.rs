@@ -6,7 +6,7 @@
 //! still happens. Somebody else may change the map in the store. Messages of one connection and
 //! direction arrive in order, after a delay; in silence they wait; with the connection they are lost.
 
-use mirror_net::config::Policy;
+use mirror_net::config::{Pace, Policy};
 use mirror_net::control::{ManagerMessage, NodeMessage, Registration};
 use mirror_net::ids::{ClaimGeneration, DiskId, ExporterSession, MapVersion};
 use mirror_net::manager::{ConnectionId, Manager};
@@ -58,9 +58,16 @@ impl Agent {
     }
 }
 
-/// What the manager does by itself: spares are wanted soon, for schedules are short.
-fn policy() -> Policy {
-    Policy { spare_after: Duration::from_secs(4), ..Policy::default() }
+/// What the manager does by itself: spares are wanted soon, for schedules are short. Of the paces one lets hosts press
+/// resyncs as far as they can, one is slow: a device takes half a second.
+fn policy(seed: u64) -> Policy {
+    let default = Policy::default();
+    let pace = match seed / 7 % 4 {
+        0 => Pace { rate: Some(1 << 20), floor: 256 << 10 },
+        1 => Pace { rate: None, floor: 0 },
+        _ => default.pace,
+    };
+    Policy { spare_after: Duration::from_secs(4), pace, ..default }
 }
 
 /// The manager and its store.
@@ -77,13 +84,14 @@ pub struct Control {
     pub storing: bool,
     /// Connections to this process.
     pub links: BTreeMap<u64, Link>,
+    policy: Policy,
     sessions: u64,
     connections: u64,
 }
 
 impl Control {
-    /// A manager that has just started on a store with that map.
-    pub fn new(map: DistributionMap) -> Self {
+    /// A manager that has just started on a store with that map; the seed decides on its policy.
+    pub fn new(map: DistributionMap, seed: u64) -> Self {
         let mut control = Self {
             history: BTreeMap::from([(map.version.0, Arc::new(map.clone()))]),
             map: Arc::new(map),
@@ -91,6 +99,7 @@ impl Control {
             life: 0,
             storing: false,
             links: BTreeMap::new(),
+            policy: policy(seed),
             sessions: 0,
             connections: 0,
         };
@@ -102,7 +111,7 @@ impl Control {
     pub fn start(&mut self) {
         if self.core.is_none() {
             self.life += 1;
-            self.core = Some(Manager::new(Some((*self.map).clone()), policy()));
+            self.core = Some(Manager::new(Some((*self.map).clone()), self.policy));
         }
     }
 

@@ -8,6 +8,7 @@ use crate::frontend::ublk::export::Export;
 use crate::ring::disk::DiskFile;
 use crate::storage::{Candidate, prepare};
 use anyhow::Context;
+use mirror_net::config::Pace;
 use mirror_net::control::{BroadcastKind, SurveyRun};
 use mirror_net::engine::{Engine, LocalDisk, Me};
 use mirror_net::ids::{DeviceId, ExporterSession, NodeId, ProcessId};
@@ -91,6 +92,11 @@ impl IoHandle {
     /// The manager's number for this process as an exporter.
     pub fn exporter_session(&self, session: ExporterSession) {
         self.handle.send(Command::ExporterSession(session));
+    }
+
+    /// How fast to make copies equal.
+    pub fn pace(&self, pace: Pace) {
+        self.handle.send(Command::Pace(pace));
     }
 
     /// A lane stands.

@@ -23,7 +23,7 @@ use exports::Exports;
 use io::IoHandle;
 use lanes::Lanes;
 use manager::Membership;
-use mirror_net::config::{ClusterFile, Frontend, NodeFile};
+use mirror_net::config::{ClusterFile, Frontend, NodeFile, Pace};
 use mirror_net::control::{
     ExportReport, FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
     SurveyAnswer, SurveyResult,
@@ -113,6 +113,8 @@ struct Agent {
     exports: Exports,
     map: Option<Arc<DistributionMap>>,
     exporter_session: ExporterSession,
+    /// How fast the manager wants copies to be made equal.
+    pace: Pace,
     adopted: MapVersion,
     buffer_bytes: usize,
     /// Disks that failed in this process's life, and why.
@@ -178,6 +180,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         exports,
         map: None,
         exporter_session: ExporterSession(0),
+        pace: Pace::default(),
         adopted,
         buffer_bytes: options.buffer_bytes,
         failed_disks: BTreeMap::new(),
@@ -263,13 +266,14 @@ impl Agent {
 
     async fn manager_said(&mut self, message: ManagerMessage) -> anyhow::Result<()> {
         match message {
-            ManagerMessage::Registered { exporter_session } => {
+            ManagerMessage::Registered { exporter_session, pace } => {
                 tracing::info!(%exporter_session, "registered with the manager");
-                self.exporter_session = exporter_session;
+                (self.exporter_session, self.pace) = (exporter_session, pace);
                 self.registered = true;
                 self.io.iter().for_each(IoHandle::forget_surveys);
                 if let Some(io) = &self.io {
                     io.exporter_session(exporter_session);
+                    io.pace(pace);
                 }
                 // A manager that was restarted does not know what the one before was told; requests for
                 // stale copies are repeated by the engine until the map has them.
@@ -380,6 +384,7 @@ impl Agent {
                 }
                 self.trouble = troubles.into_iter().next();
                 io.exporter_session(self.exporter_session);
+                io.pace(self.pace);
                 self.io = Some(io);
                 Ok(true)
             }

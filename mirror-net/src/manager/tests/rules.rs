@@ -29,7 +29,7 @@ fn a_registration_is_answered_with_a_larger_session_then_the_map_then_exports() 
     bench.sent.clear();
     let first = bench.register(1, incarnation(1));
     let sent: Vec<_> = bench.sent.iter().filter(|(to, _)| *to == first).map(|(_, message)| message).collect();
-    let [ManagerMessage::Registered { exporter_session: one }, ManagerMessage::Map { .. }, rest @ ..] =
+    let [ManagerMessage::Registered { exporter_session: one, .. }, ManagerMessage::Map { .. }, rest @ ..] =
         &sent[..]
     else {
         panic!("{sent:?}")
@@ -39,7 +39,7 @@ fn a_registration_is_answered_with_a_larger_session_then_the_map_then_exports() 
     bench.sent.clear();
     bench.register(1, incarnation(1));
     assert_eq!(bench.closed, [first], "the newer connection replaces the older");
-    let ManagerMessage::Registered { exporter_session } = bench.sent[0].1 else { panic!() };
+    let ManagerMessage::Registered { exporter_session, .. } = bench.sent[0].1 else { panic!() };
     assert!(exporter_session > one);
     assert_eq!(bench.exports(1), ["n1-d1", "n1-d1-unmirrored"], "said again to the new connection");
 }

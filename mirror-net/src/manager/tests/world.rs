@@ -176,7 +176,7 @@ impl World {
             return;
         };
         match message {
-            ManagerMessage::Registered { exporter_session } => {
+            ManagerMessage::Registered { exporter_session, .. } => {
                 assert!(exporter_session > node.session, "exporter sessions grow");
                 node.session = exporter_session;
             }

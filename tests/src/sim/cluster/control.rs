@@ -251,9 +251,10 @@ impl Cluster {
             return;
         }
         match message {
-            ManagerMessage::Registered { exporter_session } => {
+            ManagerMessage::Registered { exporter_session, pace } => {
                 if let Some(process) = self.process(node) {
                     process.engine.set_exporter_session(exporter_session);
+                    process.engine.set_pace(pace);
                 }
                 for (disk, reason) in self.agents[index].failed.clone() {
                     self.tell(node, Word::Message(NodeMessage::DiskFailed { disk, reason }));

@@ -154,7 +154,7 @@ impl Cluster {
             now: 0,
             random: Random::new(seed),
             checker: Checker::new(devices, SLICES as usize, sectors),
-            manager: Control::new(map),
+            manager: Control::new(map, seed),
             agents: nodes.iter().map(|_| Agent::default()).collect(),
             network: Network::default(),
             late_frames: 0,
