@@ -67,7 +67,13 @@ fn failed_over() -> ClusterStatus {
         });
     let report = NodeReport {
         adopted: map.version,
-        sessions: vec![SessionReport { peer: NodeId(1), open: false, last_error: Some("no answer".into()) }],
+        sessions: vec![SessionReport {
+            peer: NodeId(1),
+            open: false,
+            last_error: Some("no answer".into()),
+            slow_ms: None,
+            held_ms: None,
+        }],
         exports: exports.collect(),
         ..NodeReport::default()
     };
@@ -123,7 +129,8 @@ fn rejoining() -> ClusterStatus {
         node.adopted = map.version;
         let report = node.report.get_or_insert_with(NodeReport::default);
         report.adopted = map.version;
-        report.sessions = vec![SessionReport { peer, open: true, last_error: None }];
+        report.sessions =
+            vec![SessionReport { peer, open: true, last_error: None, slow_ms: None, held_ms: None }];
     }
     let resync = ResyncReport {
         device,

@@ -4,7 +4,7 @@
 //! [`Purpose::Control`](crate::wire::handshake::Purpose::Control). A node's agent and `mirrorctl`
 //! connect to the manager; the first message names which of the two it is by its type.
 
-use crate::config::Pace;
+use crate::config::NodePolicy;
 use crate::format::alloc::Segment;
 use crate::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, PlanId,
@@ -153,8 +153,8 @@ pub enum ManagerMessage {
     Registered {
         /// Larger than in any registration before; fences requests of earlier processes.
         exporter_session: ExporterSession,
-        /// How fast the node is to make copies equal.
-        pace: Pace,
+        /// What the node is to carry out of the manager's policy.
+        policy: NodePolicy,
     },
     /// Check all named disks, then format them; answered with [`NodeMessage::Formatted`].
     Format(FormatOrder),
@@ -276,6 +276,12 @@ pub struct SessionReport {
     pub open: bool,
     /// The last reason why it was not open.
     pub last_error: Option<String>,
+    /// For how long the peer owes the answer to a write or flush, if that is long, in milliseconds.
+    #[serde(default)]
+    pub slow_ms: Option<u64>,
+    /// It was lost again and again: its copies are not taken back for so long, in milliseconds, and so often of late.
+    #[serde(default)]
+    pub held_ms: Option<(u64, u32)>,
 }
 
 /// A device being exported.

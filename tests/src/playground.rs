@@ -229,10 +229,6 @@ impl Drop for Playground {
         if let Err(error) = self.stop() {
             eprintln!("ending the playground: {error:#}");
         }
-        let left = ublk_devices();
-        if !left.is_empty() && !std::thread::panicking() {
-            eprintln!("LEFT BEHIND {left:?}: {}", self.logs());
-        }
     }
 }
 

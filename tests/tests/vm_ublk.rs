@@ -5,7 +5,7 @@ use anyhow::{Context, ensure};
 use mirror_net::ids::DeviceId;
 use mirror_tests::contents::slices;
 use mirror_tests::fio::{Fio, fio};
-use mirror_tests::playground::{Playground, signal};
+use mirror_tests::playground::{Playground, signal, ublk_devices};
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP, SIGTERM};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -22,6 +22,8 @@ const MIB: u64 = 1 << 20;
 
 /// Two nodes, each with its own devices as the layout wants it. Nodes of an emulated machine may be silent for long.
 fn start(frontend: &str, disk_size: &str) -> anyhow::Result<Playground> {
+    let left = ublk_devices();
+    ensure!(left.is_empty(), "an earlier playground left {left:?} behind");
     let play = Playground::start_like(2, frontend, disk_size, &["--fail-after", "20s"])?;
     healthy(&play)?;
     ensure!(primary(&play)? == "n1", "n1's data is not at home: {}", play.logs());
@@ -253,7 +255,7 @@ fn flush_discard_and_zeroes() -> anyhow::Result<()> {
     std::fs::write(mount.file("gone"), vec![4; 10 << 20])?;
     File::open(mount.file("gone"))?.sync_all()?;
     std::fs::remove_file(mount.file("gone"))?;
-    run("sync", &[])?;
+    run("sync", &["--file-system", text(&mount.0)])?;
     let trimmed = run("fstrim", &["--verbose", text(&mount.0)])?;
     ensure!(!trimmed.contains(" 0 B "), "{trimmed}");
     mount.unmount()?;

@@ -9,6 +9,7 @@ use ublk_server::agent::{self, Options};
 use ublk_server::driver::BUFFER_BYTES;
 use ublk_server::frontend::ublk::control::Control;
 use ublk_server::frontend::ublk::process::prepare_process;
+use ublk_server::frontend::ublk::removal::remove_devices as remove_devices_of;
 use ublk_server::frontend::ublk::{UblkId, names};
 
 /// Exit code for a command line that makes no sense (EX_USAGE).
@@ -27,6 +28,9 @@ enum Command {
     Run(Run),
     /// Print the name in the map of a ublk device of this machine; for udev. Fails if it is none of ours.
     DeviceName(DeviceName),
+    /// Remove the ublk devices that this node's daemon left behind because they were in use, where it will not be started
+    /// again; whatever waits on them fails.
+    RemoveDevices(RemoveDevices),
 }
 
 #[derive(Parser)]
@@ -34,6 +38,16 @@ struct DeviceName {
     /// The block device, such as /dev/ublkb0.
     device: PathBuf,
     /// The `--run-dir` of its daemon [default: all that are in /run/ublk-mirror].
+    #[arg(long)]
+    run_dir: Option<PathBuf>,
+}
+
+#[derive(Parser)]
+struct RemoveDevices {
+    /// The node's name in the cluster file [default: the host's name].
+    #[arg(long)]
+    node: Option<String>,
+    /// The `--run-dir` of its daemon [default: /run/ublk-mirror/NODE].
     #[arg(long)]
     run_dir: Option<PathBuf>,
 }
@@ -84,6 +98,7 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Run(run) => start(run),
         Command::DeviceName(asked) => device_name(asked),
+        Command::RemoveDevices(asked) => remove_devices(asked),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -103,16 +118,36 @@ fn device_name(asked: DeviceName) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start(run: Run) -> anyhow::Result<()> {
-    let node = match run.node {
+/// The node that is meant if none is named, and its run directory.
+fn node_and_run_dir(node: Option<String>, run_dir: Option<PathBuf>) -> anyhow::Result<(String, PathBuf)> {
+    let node = match node {
         Some(node) => node,
         None => nix::unistd::gethostname()?.to_string_lossy().into_owned(),
     };
+    let run_dir = run_dir.unwrap_or_else(|| PathBuf::from("/run/ublk-mirror").join(&node));
+    Ok((node, run_dir))
+}
+
+fn remove_devices(asked: RemoveDevices) -> anyhow::Result<()> {
+    let (node, run_dir) = node_and_run_dir(asked.node, asked.run_dir)?;
+    anyhow::ensure!(
+        run_dir.is_dir(),
+        "{} is not there: no daemon of {node} ran on this machine since it was booted, or name its --run-dir",
+        run_dir.display()
+    );
+    for (name, id) in remove_devices_of(&node, &run_dir)? {
+        println!("{name}: {} is removed, what waited on it has failed", id.block_path().display());
+    }
+    Ok(())
+}
+
+fn start(run: Run) -> anyhow::Result<()> {
+    let (node, run_dir) = node_and_run_dir(run.node, run.run_dir)?;
     let options = Options {
         config: run.config,
         frontend: run.frontend,
         state_dir: run.state_dir.unwrap_or_else(|| PathBuf::from("/var/lib/ublk-mirror").join(&node)),
-        run_dir: run.run_dir.unwrap_or_else(|| PathBuf::from("/run/ublk-mirror").join(&node)),
+        run_dir,
         buffer_bytes: run.buffers << 20,
         node,
     };

@@ -21,7 +21,7 @@ const START_MAX: Duration = Duration::from_secs(30);
 /// How long devices may take to appear.
 const EXPORT_MAX: Duration = Duration::from_secs(60);
 /// How long a process may take to end.
-const STOP_MAX: Duration = Duration::from_secs(15);
+const STOP_MAX: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(50);
 const MANAGER: &str = "manager";
 
@@ -295,6 +295,18 @@ impl Playground {
         status.nodes.iter().find(|node| node.name == name && node.up)?.process
     }
 
+    async fn remove_devices(&self) {
+        let Ok(server) = server_program() else { return };
+        for node in &self.nodes {
+            let run = place(self.directory.path(), &node.name).join("run");
+            if run.is_dir()
+                && let Err(error) = remove_devices_of(&server, &node.name, &run).await
+            {
+                eprintln!("mirrorctl: devices of {} are left behind: {error}", node.name);
+            }
+        }
+    }
+
     /// Ends everything, nodes before the manager, and takes the files away.
     pub(super) async fn down(&mut self) {
         for node in &mut self.nodes {
@@ -306,9 +318,23 @@ impl Playground {
         }
         self.manager.terminate();
         self.manager.wait(STOP_MAX).await;
+        self.remove_devices().await;
         self.listener = None;
         self.directory.remove();
     }
+}
+
+/// What somebody still used, a mounted file system or a program, would wait for ever: nobody serves it any more.
+async fn remove_devices_of(server: &Path, node: &str, run: &Path) -> Result<(), String> {
+    let mut command = tokio::process::Command::new(server);
+    command.args(["remove-devices", "--node", node, "--run-dir"]).arg(run).kill_on_drop(true);
+    let output = tokio::time::timeout(STOP_MAX, command.output()).await;
+    let output = output.map_err(|_| "no answer".to_owned())?.map_err(|error| error.to_string())?;
+    eprint!("{}", String::from_utf8_lossy(&output.stdout));
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
 /// Whether every device is to be found somewhere; an error names one that cannot be exported.

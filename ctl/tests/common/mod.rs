@@ -163,7 +163,15 @@ impl FakeNode {
         let peers = self.map.iter().flat_map(|map| &map.nodes).map(|node| node.id).filter(|id| *id != me);
         NodeReport {
             adopted: self.kept.adopted,
-            sessions: peers.map(|peer| SessionReport { peer, open: true, last_error: None }).collect(),
+            sessions: peers
+                .map(|peer| SessionReport {
+                    peer,
+                    open: true,
+                    last_error: None,
+                    slow_ms: None,
+                    held_ms: None,
+                })
+                .collect(),
             exports: self.exports.clone(),
             ..NodeReport::default()
         }

@@ -13,7 +13,7 @@ mod store;
 mod tests;
 
 pub use error::ConfigError;
-pub use policy::{Pace, Policy};
+pub use policy::{NodePolicy, Pace, Policy, Tolerance};
 pub use size::{format_bytes, parse_bytes};
 pub use store::{EtcdFile, StoreFile, TlsFile};
 

@@ -2,8 +2,8 @@
 
 use super::store::{RawStore, StoreFile};
 use super::{
-    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, Pace, Policy,
-    SLICE_BYTES_DEFAULT, Segments, format_bytes, parse_bytes,
+    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, NodePolicy, Pace,
+    Policy, SLICE_BYTES_DEFAULT, Segments, Tolerance, format_bytes, parse_bytes,
 };
 use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
 use core::net::{IpAddr, SocketAddr};
@@ -46,6 +46,9 @@ struct RawCluster {
     spare_after: Option<Text>,
     regen_rate: Option<Text>,
     regen_floor: Option<Text>,
+    slow_after: Option<Text>,
+    slow_stale_after: Option<Text>,
+    rejoin_hold_max: Option<Text>,
     // Known words of things to come: refused with a better sentence than "unknown field".
     commit: Option<Text>,
     copies: Option<Spanned<i64>>,
@@ -241,7 +244,7 @@ impl Reader<'_> {
             spare_after: self
                 .duration(cluster.spare_after.as_ref(), "cluster.spare_after")?
                 .unwrap_or(default.spare_after),
-            pace: self.pace(cluster)?,
+            node: NodePolicy { pace: self.pace(cluster)?, tolerance: self.tolerance(cluster)? },
         };
         match &cluster.fail_after {
             Some(at) if policy.fail_after < Policy::FAIL_AFTER_MIN => Err(self.error(
@@ -255,6 +258,29 @@ impl Reader<'_> {
             )),
             _ => Ok(policy),
         }
+    }
+
+    fn tolerance(&self, cluster: &RawCluster) -> Result<Tolerance, ConfigError> {
+        let default = Tolerance::default();
+        let never = cluster.slow_stale_after.as_ref().is_some_and(|text| text.get_ref() == "never");
+        let stale_after = match never {
+            true => None,
+            false => self
+                .duration(cluster.slow_stale_after.as_ref(), "cluster.slow_stale_after")?
+                .or(default.stale_after),
+        };
+        let least = Tolerance::STALE_AFTER_MIN;
+        if let (Some(at), Some(_)) = (&cluster.slow_stale_after, stale_after.filter(|after| *after < least)) {
+            let what = format!("{:?} is shorter than {least:?}", at.get_ref());
+            return Err(self.error(at, "cluster.slow_stale_after", what));
+        }
+        let duration = |text: &Option<Text>, field| self.duration(text.as_ref(), field);
+        Ok(Tolerance {
+            slow_after: duration(&cluster.slow_after, "cluster.slow_after")?.unwrap_or(default.slow_after),
+            stale_after,
+            hold_max: duration(&cluster.rejoin_hold_max, "cluster.rejoin_hold_max")?
+                .unwrap_or(default.hold_max),
+        })
     }
 
     fn pace(&self, cluster: &RawCluster) -> Result<Pace, ConfigError> {

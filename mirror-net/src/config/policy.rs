@@ -15,8 +15,39 @@ pub struct Policy {
     /// A disk is made again on a spare once it, or its node, has been gone for so long: long enough that
     /// a reboot starts nothing.
     pub spare_after: Duration,
-    /// How fast each node makes copies equal.
+    /// What every node is told of it.
+    pub node: NodePolicy,
+}
+
+/// The part of the policy that nodes carry out.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct NodePolicy {
+    /// How fast a node makes copies equal.
     pub pace: Pace,
+    /// How it bears with other nodes.
+    pub tolerance: Tolerance,
+}
+
+/// How a node bears with a partner that is slow, or that comes and goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Tolerance {
+    /// A partner that owes the answer to a write or flush for so long is told of as slow.
+    pub slow_after: Duration,
+    /// One that owes it for so long is gone on without; `None` for never.
+    pub stale_after: Option<Duration>,
+    /// One that is lost again and again is left out for longer each time, at most for so long.
+    pub hold_max: Duration,
+}
+
+impl Tolerance {
+    /// The shortest `stale_after`: a session that is silent for a second is lost anyway.
+    pub const STALE_AFTER_MIN: Duration = Duration::from_secs(2);
+}
+
+impl Default for Tolerance {
+    fn default() -> Self {
+        Policy::MANUAL.node.tolerance
+    }
 }
 
 /// How fast one node makes other nodes' copies equal to its own: bytes looked at in a second, of all copies together.
@@ -36,7 +67,7 @@ impl Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Policy::MANUAL.pace
+        Policy::MANUAL.node.pace
     }
 }
 
@@ -50,7 +81,15 @@ impl Policy {
         auto_spare: false,
         fail_after: Duration::from_secs(2),
         spare_after: Duration::from_secs(60),
-        pace: Pace { rate: None, floor: Pace::FLOOR_DEFAULT },
+        node: NodePolicy {
+            pace: Pace { rate: None, floor: Pace::FLOOR_DEFAULT },
+            // What SCSI and NVMe drivers give one command is 30 s as well.
+            tolerance: Tolerance {
+                slow_after: Duration::from_secs(2),
+                stale_after: Some(Duration::from_secs(30)),
+                hold_max: Duration::from_secs(60),
+            },
+        },
     };
 }
 

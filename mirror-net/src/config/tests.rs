@@ -187,7 +187,7 @@ fn remote_nbd_is_a_decision() {
 fn the_pace_of_copies_has_two_bounds() {
     let pace = |fields: &str| {
         let text = GOOD.replacen("manager =", &format!("{fields}\nmanager ="), 1);
-        ClusterFile::parse(&text, "c.toml").unwrap().policy.pace
+        ClusterFile::parse(&text, "c.toml").unwrap().policy.node.pace
     };
     assert_eq!(pace(""), Pace { rate: None, floor: 10 << 20 });
     assert_eq!(pace("regen_rate = \"unlimited\"\nregen_floor = \"1G\""), Pace { rate: None, floor: 1 << 30 });

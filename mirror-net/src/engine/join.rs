@@ -48,18 +48,28 @@ impl Engine {
             || entry.lost.is_some()
             || entry.adopted() < version
             || entry.ask_syncing_after > self.now
+            || entry.hold.left(self.now) > 0
         {
             return;
         }
-        let stale = self.devices.iter().any(|device| {
-            let mut spans = device.view.spans.iter();
-            spans.any(|span| span.serves() && span.stale.contains(&peer))
-        });
-        if stale {
+        if self.leaves_out(peer) {
             self.peers[peer].ask_syncing_after = self.now + ASK_AGAIN;
             let peer = self.peers[peer].node;
             self.actions.push_back(Action::Report(Report::AskSyncing { peer, version }));
         }
+    }
+
+    /// Whether this node is primary of something that the peer has a stale copy of.
+    fn leaves_out(&self, peer: PeerIndex) -> bool {
+        let mut spans = self.devices.iter().flat_map(|device| &device.view.spans);
+        spans.any(|span| span.serves() && span.stale.contains(&peer))
+    }
+
+    /// The losses of a peer that is there, and is left out for having been lost so often.
+    pub(super) fn is_held_out(&self, peer: PeerIndex) -> Option<super::hold::Hold> {
+        let entry = &self.peers[peer];
+        let held = entry.is_open() && entry.hold.left(self.now) > 0 && self.leaves_out(peer);
+        held.then_some(entry.hold)
     }
 
     /// Nothing is left that differs on that peer's copies of a device: on to the next stage.

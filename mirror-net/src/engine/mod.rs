@@ -22,6 +22,7 @@ mod copy;
 mod exporter;
 mod extents;
 mod flush;
+mod hold;
 mod join;
 mod local;
 mod loss;
@@ -44,7 +45,7 @@ mod window;
 pub use adopt::AdoptError;
 pub use extents::Extent;
 
-use crate::config::Pace;
+use crate::config::{NodePolicy, Tolerance};
 use crate::control::SessionReport;
 use crate::format::alloc::Allocator;
 use crate::format::journal::{Journal, Ticket};
@@ -196,6 +197,7 @@ pub struct Engine {
     resync_due: bool,
     surveys: survey::Surveys,
     pacer: pace::Pacer,
+    tolerance: Tolerance,
     clear_every: Nanos,
     next_clear: Nanos,
     actions: VecDeque<Action>,
@@ -251,6 +253,7 @@ impl Engine {
             resync_due: false,
             surveys: survey::Surveys::default(),
             pacer: pace::Pacer::default(),
+            tolerance: Tolerance::default(),
             clear_every: CLEAR_EVERY,
             next_clear: now + CLEAR_EVERY,
             actions: VecDeque::new(),
@@ -263,9 +266,10 @@ impl Engine {
         self.exporter_session = session;
     }
 
-    /// How fast to make copies equal from now on.
-    pub fn set_pace(&mut self, pace: Pace) {
-        self.pacer.set(pace);
+    /// How to treat other nodes' copies from now on.
+    pub fn set_policy(&mut self, policy: NodePolicy) {
+        self.pacer.set(policy.pace);
+        self.tolerance = policy.tolerance;
         self.resync_due = true;
     }
 
@@ -330,7 +334,8 @@ impl Engine {
     pub fn session_reports(&self) -> Vec<SessionReport> {
         self.peers
             .iter()
-            .map(|peer| SessionReport {
+            .enumerate()
+            .map(|(index, peer)| SessionReport {
                 peer: peer.node,
                 open: peer.is_open(),
                 last_error: peer
@@ -338,6 +343,8 @@ impl Engine {
                     .as_ref()
                     .map(|lost| lost.cause.clone())
                     .or_else(|| peer.last_error().map(str::to_owned)),
+                slow_ms: peer.slow_for(self.now, self.tolerance.slow_after).map(|slow| slow / 1_000_000),
+                held_ms: self.is_held_out(index).map(|hold| (hold.left(self.now) / 1_000_000, hold.losses)),
             })
             .collect()
     }

@@ -5,6 +5,7 @@
 //! side sends `Open` when it is ready and nothing else before the other's `Open` has arrived.
 
 use super::action::{Action, Body, BufferId, OpKey, Report};
+use super::hold::Hold;
 use super::op::{LegState, OpKind, Origin, Part};
 use super::view::PeerIndex;
 use super::window::{Awaited, Window};
@@ -13,6 +14,7 @@ use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
 use crate::planted::{self, Bug};
 use crate::wire::header::{BadFrame, Header, Kind, Trailer};
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// How long a grantor stands still for a reader, in nanoseconds.
 pub const LEASE: Nanos = 1_000_000_000;
@@ -28,6 +30,10 @@ pub const UNREACHED: Nanos = 5_000_000_000;
 pub const ASK_AGAIN: Nanos = 1_000_000_000;
 /// Pings whose answer is still awaited, at most.
 const PINGS_MAX: usize = 8;
+
+fn nanos(time: Duration) -> Nanos {
+    time.as_nanos().min(Nanos::MAX.into()) as Nanos
+}
 
 #[derive(Debug)]
 struct Session {
@@ -82,6 +88,8 @@ pub(super) struct Peer {
     ask_after: Nanos,
     /// When it may be asked for that its stale copies be filled.
     pub ask_syncing_after: Nanos,
+    /// Its losses.
+    pub hold: Hold,
     /// Since when it has not adopted what we need it to.
     lags_since: Option<Nanos>,
     /// The newest lease that it granted.
@@ -103,6 +111,7 @@ impl Peer {
             missed_since: None,
             ask_after: 0,
             ask_syncing_after: 0,
+            hold: Hold::default(),
             lags_since: None,
             lease: Lease::default(),
             // After a start a node assumes that it had just granted a lease to everybody (rule 13).
@@ -136,6 +145,12 @@ impl Peer {
 
     pub fn granted_until(&self) -> Nanos {
         self.granted_until + LEASE_MARGIN
+    }
+
+    /// For how long it has owed us the answer to a write or flush, if for longer than that.
+    pub fn slow_for(&self, now: Nanos, longer_than: Duration) -> Option<Nanos> {
+        let since = self.session.as_ref()?.window.owed_since()?;
+        Some(now.saturating_sub(since)).filter(|owed| *owed >= nanos(longer_than))
     }
 
     /// Why it is not open, for people.
@@ -337,6 +352,9 @@ impl Engine {
     }
 
     fn note_lost(&mut self, peer: PeerIndex, lost: Lost) {
+        if self.peers[peer].lost.is_none() {
+            self.peers[peer].hold.lost(self.now, nanos(self.tolerance.hold_max));
+        }
         self.peers[peer].lost = Some(lost);
         self.peers[peer].ask_after = 0;
         self.ask_if_due(peer);
@@ -428,7 +446,8 @@ impl Engine {
             return false;
         }
         let data = matches!(body, Body::Buffer(_)) || header.kind.asks_for_data();
-        session.window.put(session.next_sequence, awaited, if data { header.length } else { 0 });
+        let bytes = if data { header.length } else { 0 };
+        session.window.put(session.next_sequence, awaited, bytes, self.now);
         self.push_frame(peer, header, trailer, body);
         true
     }
@@ -591,6 +610,7 @@ impl Engine {
             self.ping_if_due(peer);
             self.miss(peer);
             self.lag(peer);
+            self.owe(peer);
             self.ask_if_due(peer);
             self.ask_syncing_if_due(peer);
         }
@@ -626,6 +646,19 @@ impl Engine {
         if since + UNREACHED <= self.now {
             self.lose(peer, format!("it has not adopted {} yet", self.adopted_version()));
         }
+    }
+
+    /// A peer's disk may hang while its session lives: writes must not wait for it for ever.
+    fn owe(&mut self, peer: PeerIndex) {
+        let Some(after) = self.tolerance.stale_after else { return };
+        let owes = self.peers[peer].slow_for(self.now, after);
+        if owes.is_none() || !self.gets_writes(peer) {
+            return;
+        }
+        let cause = format!("it has not answered a write for {} s", after.as_secs_f64());
+        self.lose(peer, cause.clone());
+        // What hangs there belongs to this session: there is no other before it has come to its end (rule 10).
+        self.end_session(peer, cause, true);
     }
 
     /// Gives a frame's buffer back.

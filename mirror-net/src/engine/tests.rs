@@ -2,7 +2,7 @@
 
 use super::action::{Report, RequestError, RequestKind};
 use super::testing::{DEVICE, Rig, claimed, map, next};
-use crate::config::Pace;
+use crate::config::{NodePolicy, Pace};
 use crate::ids::{MapVersion, SliceEpoch};
 use crate::map::ReplicaState;
 use crate::wire::header::{Header, Kind, Status, Trailer};
@@ -505,7 +505,8 @@ fn copies_keep_to_the_pace_while_a_host_writes() {
         rig.write(region * REGION, REGION as u32);
     }
     rig.take(Kind::Write);
-    rig.engine.set_pace(Pace { rate: Some(100 * REGION), floor: 10 * REGION });
+    let pace = Pace { rate: Some(100 * REGION), floor: 10 * REGION };
+    rig.engine.set_policy(NodePolicy { pace, ..NodePolicy::default() });
     rig.open(2, MapVersion(2));
     let mut copied = 0;
     let end = rig.now + 400_000_000;

@@ -1,5 +1,6 @@
 //! What was sent on a session and is not answered yet.
 
+use super::Nanos;
 use super::action::{FlushKey, OpKey};
 use super::copy::CopyMessage;
 use super::exporter::{ExportFlushKey, PartKey};
@@ -45,12 +46,20 @@ impl Awaited {
     }
 }
 
+/// A message that was sent.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    awaited: Awaited,
+    /// Of data that it sent or asked for.
+    bytes: u32,
+    at: Nanos,
+}
+
 /// Messages that wait for their answers, by sequence.
 #[derive(Default, Debug)]
 pub(super) struct Window {
     base: u64,
-    /// With the bytes of data that it sent or asked for.
-    awaited: VecDeque<Option<(Awaited, u32)>>,
+    awaited: VecDeque<Option<Sent>>,
     /// Places that are taken.
     count: usize,
     /// Bytes of all of them.
@@ -63,7 +72,7 @@ impl Window {
         self.count < WINDOW && self.bytes < WINDOW_BYTES && self.awaited.len() < 16 * WINDOW
     }
 
-    pub fn put(&mut self, sequence: u64, awaited: Awaited, bytes: u32) {
+    pub fn put(&mut self, sequence: u64, awaited: Awaited, bytes: u32, now: Nanos) {
         if self.awaited.is_empty() {
             self.base = sequence;
         }
@@ -71,7 +80,7 @@ impl Window {
         while self.base + (self.awaited.len() as u64) < sequence {
             self.awaited.push_back(None);
         }
-        self.awaited.push_back(Some((awaited, bytes)));
+        self.awaited.push_back(Some(Sent { awaited, bytes, at: now }));
         self.count += 1;
         self.bytes += u64::from(bytes);
     }
@@ -85,7 +94,7 @@ impl Window {
     pub fn take_answered(&mut self, header: &Header, body: &[u8]) -> Result<Awaited, BadFrame> {
         let index = header.sequence.checked_sub(self.base).and_then(|index| usize::try_from(index).ok());
         let place = index.and_then(|index| self.awaited.get_mut(index));
-        let Some((place, (awaited, bytes))) =
+        let Some((place, Sent { awaited, bytes, .. })) =
             place.and_then(|place| Some((*place)?).map(|taken| (place, taken)))
         else {
             return Err(BadFrame::Content("an answer to nothing"));
@@ -103,9 +112,15 @@ impl Window {
         Ok(awaited)
     }
 
+    /// Since when the answer to a write or flush of a copy is awaited, the oldest of them.
+    pub fn owed_since(&self) -> Option<Nanos> {
+        let owed = |sent: &&Sent| matches!(sent.awaited, Awaited::Leg(_) | Awaited::FlushLeg(_));
+        self.awaited.iter().flatten().find(owed).map(|sent| sent.at)
+    }
+
     /// All that is still awaited, in the order in which it was sent.
     pub fn into_awaited(self) -> impl Iterator<Item = Awaited> {
-        self.awaited.into_iter().flatten().map(|(awaited, _)| awaited)
+        self.awaited.into_iter().flatten().map(|sent| sent.awaited)
     }
 }
 
@@ -127,7 +142,7 @@ mod tests {
         let mut sequence = 0;
         while window.has_room() {
             sequence += 1;
-            window.put(sequence, flush(), 1 << 20);
+            window.put(sequence, flush(), 1 << 20, 0);
         }
         assert_eq!(sequence, 32);
         let ack = answer(Kind::Ack, 7);
@@ -137,7 +152,7 @@ mod tests {
         let mut window = Window::default();
         for sequence in 1..=WINDOW as u64 {
             assert!(window.has_room());
-            window.put(sequence, flush(), 0);
+            window.put(sequence, flush(), 0, 0);
         }
         assert!(!window.has_room());
     }
@@ -152,7 +167,7 @@ mod tests {
         ];
         for (awaited, kind, body) in fits {
             let mut window = Window::default();
-            window.put(1, awaited, 0);
+            window.put(1, awaited, 0, 0);
             for wrong in [Kind::Ack, Kind::Masks, Kind::Digests, Kind::Reply] {
                 if wrong != kind {
                     assert!(window.take_answered(&answer(wrong, 1), body).is_err(), "{awaited:?} {wrong:?}");
@@ -161,7 +176,7 @@ mod tests {
             assert_eq!(window.take_answered(&answer(kind, 1), body), Ok(awaited));
         }
         let mut window = Window::default();
-        window.put(1, copy, 0);
+        window.put(1, copy, 0, 0);
         assert!(window.take_answered(&answer(Kind::Digests, 1), &[0; 17]).is_err(), "half a digest");
         assert_eq!(window.into_awaited().collect::<Vec<_>>(), [copy]);
     }

@@ -3,6 +3,7 @@
 use super::ask::{Ask, Asks, Wish};
 use super::broadcast::Broadcasts;
 use super::create::{Creation, Progress};
+use super::findings::slow_lines;
 use super::rebuild::{self, Rebuild};
 use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
@@ -264,7 +265,7 @@ impl Manager {
     fn session(&mut self, connection: ConnectionId, session: ExporterSession) {
         let Some((_, entry)) = self.registry.by_connection_mut(connection) else { return };
         entry.session = Some(session);
-        let message = ManagerMessage::Registered { exporter_session: session, pace: self.policy.pace };
+        let message = ManagerMessage::Registered { exporter_session: session, policy: self.policy.node };
         self.outputs.push_back(Output::Send { connection, message });
         self.send_map(connection);
     }
@@ -296,7 +297,12 @@ impl Manager {
             }
             NodeMessage::Report(report) => {
                 let theirs = report.adopted;
-                entry.report = Some(report);
+                let before = entry.report.replace(report.clone());
+                let before = before.map_or_else(Vec::new, |before| before.sessions);
+                let map = self.map.as_ref();
+                let lines =
+                    map.map_or_else(Vec::new, |map| slow_lines(map, &name, &before, &report.sessions));
+                self.outputs.extend(lines.into_iter().map(|line| Output::Event(EventKind::Node, line)));
                 if theirs <= newest {
                     entry.adopted = entry.adopted.max(theirs);
                 } else if self.map.is_some() {

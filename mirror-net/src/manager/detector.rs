@@ -8,6 +8,7 @@
 //! more (docs/protocol.md rules 1 and 2). It is needed so that a link that comes and goes does not move
 //! everything with it.
 
+use super::findings::seconds;
 use super::registry::Registry;
 use crate::config::Policy;
 use crate::map::{DistributionMap, Node};
@@ -37,7 +38,6 @@ pub fn failed(
     now_ms: u64,
 ) -> Option<String> {
     let fail_after = policy.fail_after.as_millis() as u64;
-    let seconds = |ms: u64| format!("{}.{} s", ms / 1_000, ms % 1_000 / 100);
     let why = match registry.get(&node.name) {
         Some(entry) => {
             let silent = now_ms.saturating_sub(entry.heard_ms);

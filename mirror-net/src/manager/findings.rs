@@ -2,7 +2,7 @@
 
 use super::registry::{Registered, Registry};
 use super::{export, failover};
-use crate::control::{DiskContent, Finding, Severity};
+use crate::control::{DiskContent, Finding, SessionReport, Severity};
 use crate::map::{Device, DistributionMap, Node};
 use std::collections::BTreeMap;
 
@@ -63,6 +63,45 @@ fn member_of_another(name: &str, entry: &Registered) -> Option<Finding> {
                create --force"
             .into(),
     })
+}
+
+/// `3.4 s`.
+pub(super) fn seconds(ms: u64) -> String {
+    format!("{}.{} s", ms / 1_000, ms % 1_000 / 100)
+}
+
+/// What has changed about partners that are slow, or left out for having come and gone, for people: of what a node says
+/// now, as against what it said before.
+pub(super) fn slow_lines(
+    map: &DistributionMap,
+    name: &str,
+    before: &[SessionReport],
+    now: &[SessionReport],
+) -> Vec<String> {
+    let mut lines = Vec::new();
+    for session in now {
+        let earlier = before.iter().find(|earlier| earlier.peer == session.peer);
+        let peer = map.node_name(session.peer);
+        match (earlier.and_then(|earlier| earlier.slow_ms), session.slow_ms) {
+            (None, Some(owed)) => {
+                lines.push(format!(
+                    "node {peer} is slow: it owes {name} the answer to a write for {}",
+                    seconds(owed)
+                ));
+            }
+            (Some(_), None) if session.open => {
+                lines.push(format!("node {peer} answers {name} in time again"))
+            }
+            _ => {}
+        }
+        if let (None, Some((left, losses))) = (earlier.and_then(|earlier| earlier.held_ms), session.held_ms) {
+            lines.push(format!(
+                "node {name} leaves the copies of {peer} out for {}: it was lost {losses} times of late",
+                seconds(left)
+            ));
+        }
+    }
+    lines
 }
 
 /// What findings are made from.
@@ -202,6 +241,23 @@ impl View<'_> {
                 let why = session.last_error.as_deref().map_or_else(String::new, |why| format!(": {why}"));
                 let todo = format!("check the network between {name} and {peer}");
                 push(Severity::Degraded, format!("node {name} has no session with {peer}{why}"), todo);
+            }
+        }
+        for session in &report.sessions {
+            let peer = self.map.node_name(session.peer);
+            if let Some(owed) = session.slow_ms {
+                let what = format!(
+                    "node {peer} is slow: it owes {name} the answer to a write for {}",
+                    seconds(owed)
+                );
+                push(Severity::Note, what, format!("look at the disks of {peer}, and at the network to it"));
+            }
+            if let Some((left, losses)) = session.held_ms {
+                let what = format!(
+                    "node {name} takes the copies of {peer} back in {}: it was lost {losses} times of late",
+                    seconds(left)
+                );
+                push(Severity::Note, what, format!("check the network between {name} and {peer}"));
             }
         }
         for line in &report.waiting {

@@ -6,7 +6,7 @@
 //! still happens. Somebody else may change the map in the store. Messages of one connection and
 //! direction arrive in order, after a delay; in silence they wait; with the connection they are lost.
 
-use mirror_net::config::{Pace, Policy};
+use mirror_net::config::{NodePolicy, Pace, Policy, Tolerance};
 use mirror_net::control::{ManagerMessage, NodeMessage, Registration};
 use mirror_net::ids::{ClaimGeneration, DiskId, ExporterSession, MapVersion};
 use mirror_net::manager::{ConnectionId, Manager};
@@ -65,9 +65,15 @@ fn policy(seed: u64) -> Policy {
     let pace = match seed / 7 % 4 {
         0 => Pace { rate: Some(1 << 20), floor: 256 << 10 },
         1 => Pace { rate: None, floor: 0 },
-        _ => default.pace,
+        _ => default.node.pace,
     };
-    Policy { spare_after: Duration::from_secs(4), pace, ..default }
+    let tolerance = Tolerance {
+        slow_after: Duration::from_millis(500),
+        stale_after: (seed / 31 % 2 == 0).then_some(Tolerance::STALE_AFTER_MIN),
+        hold_max: Duration::from_secs(2),
+    };
+    let node = NodePolicy { pace, tolerance };
+    Policy { spare_after: Duration::from_secs(4), node, ..default }
 }
 
 /// The manager and its store.

@@ -8,7 +8,7 @@ use crate::frontend::ublk::export::Export;
 use crate::ring::disk::DiskFile;
 use crate::storage::{Candidate, prepare};
 use anyhow::Context;
-use mirror_net::config::Pace;
+use mirror_net::config::NodePolicy;
 use mirror_net::control::{BroadcastKind, SurveyRun};
 use mirror_net::engine::{Engine, LocalDisk, Me};
 use mirror_net::ids::{DeviceId, ExporterSession, NodeId, ProcessId};
@@ -94,9 +94,9 @@ impl IoHandle {
         self.handle.send(Command::ExporterSession(session));
     }
 
-    /// How fast to make copies equal.
-    pub fn pace(&self, pace: Pace) {
-        self.handle.send(Command::Pace(pace));
+    /// How to treat other nodes' copies.
+    pub fn policy(&self, policy: NodePolicy) {
+        self.handle.send(Command::Policy(policy));
     }
 
     /// A lane stands.

@@ -23,7 +23,7 @@ use exports::Exports;
 use io::IoHandle;
 use lanes::Lanes;
 use manager::Membership;
-use mirror_net::config::{ClusterFile, Frontend, NodeFile, Pace};
+use mirror_net::config::{ClusterFile, Frontend, NodeFile, NodePolicy};
 use mirror_net::control::{
     ExportReport, FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
     SurveyAnswer, SurveyResult,
@@ -41,6 +41,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+
+/// For devices to be written back and stopped when the daemon ends.
+const STOP_PATIENCE: Duration = Duration::from_secs(15);
 
 /// How a daemon was started.
 #[derive(Clone, Debug)]
@@ -113,8 +116,8 @@ struct Agent {
     exports: Exports,
     map: Option<Arc<DistributionMap>>,
     exporter_session: ExporterSession,
-    /// How fast the manager wants copies to be made equal.
-    pace: Pace,
+    /// How the manager wants other nodes' copies to be treated.
+    policy: NodePolicy,
     adopted: MapVersion,
     buffer_bytes: usize,
     /// Disks that failed in this process's life, and why.
@@ -180,7 +183,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         exports,
         map: None,
         exporter_session: ExporterSession(0),
-        pace: Pace::default(),
+        policy: NodePolicy::default(),
         adopted,
         buffer_bytes: options.buffer_bytes,
         failed_disks: BTreeMap::new(),
@@ -266,14 +269,14 @@ impl Agent {
 
     async fn manager_said(&mut self, message: ManagerMessage) -> anyhow::Result<()> {
         match message {
-            ManagerMessage::Registered { exporter_session, pace } => {
+            ManagerMessage::Registered { exporter_session, policy } => {
                 tracing::info!(%exporter_session, "registered with the manager");
-                (self.exporter_session, self.pace) = (exporter_session, pace);
+                (self.exporter_session, self.policy) = (exporter_session, policy);
                 self.registered = true;
                 self.io.iter().for_each(IoHandle::forget_surveys);
                 if let Some(io) = &self.io {
                     io.exporter_session(exporter_session);
-                    io.pace(pace);
+                    io.policy(policy);
                 }
                 // A manager that was restarted does not know what the one before was told; requests for
                 // stale copies are repeated by the engine until the map has them.
@@ -384,7 +387,7 @@ impl Agent {
                 }
                 self.trouble = troubles.into_iter().next();
                 io.exporter_session(self.exporter_session);
-                io.pace(self.pace);
+                io.policy(self.policy);
                 self.io = Some(io);
                 Ok(true)
             }
@@ -516,7 +519,7 @@ impl Agent {
         if self.io.is_none() {
             return Ok(());
         }
-        let patience = tokio::time::sleep(Duration::from_secs(10));
+        let patience = tokio::time::sleep(STOP_PATIENCE);
         tokio::pin!(patience);
         let mut stopped = false;
         loop {

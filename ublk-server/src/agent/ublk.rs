@@ -28,9 +28,10 @@ use tokio::sync::mpsc;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// For writing a device's page cache back; the agent waits for all of its devices a little longer.
 const SYNC_PATIENCE: Duration = Duration::from_secs(8);
-/// For programs that have a device open to be done with it, all devices together: udev looks at a device when
-/// somebody who wrote to it has closed it.
+/// For programs that have a device open to be done with it, all devices together.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+/// For udev to be done with it: it always is, soon or on a slow machine late.
+const UDEV_PATIENCE: Duration = Duration::from_secs(6);
 /// Between two looks at who has a device open.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Hardware queues of a device, at most: one thread serves them all.
@@ -89,8 +90,8 @@ struct Worker {
     control: Control,
     records: Records,
     running: BTreeMap<DeviceId, (UblkId, String)>,
-    /// Until when programs may close what is to be stopped unless it is in use.
-    close_by: Option<Instant>,
+    /// Since when what nobody has open is to be stopped.
+    stopping: Option<Instant>,
     inputs: mpsc::UnboundedSender<Input>,
 }
 
@@ -100,7 +101,7 @@ impl UblkThread {
         let control = Control::open()?;
         let records = Records::open(run_dir, node).context("ublk records")?;
         let (orders, received) = blocking::channel();
-        let mut worker = Worker { control, records, running: BTreeMap::new(), close_by: None, inputs };
+        let mut worker = Worker { control, records, running: BTreeMap::new(), stopping: None, inputs };
         std::thread::Builder::new().name("ublk-control".into()).spawn(move || {
             prepare_thread_or_warn();
             while let Ok(order) = received.recv() {
@@ -259,8 +260,8 @@ impl Worker {
     fn stop_unused(&mut self, device: DeviceId) {
         let Some((id, name)) = self.running.get(&device) else { return self.tell(Done::Gone { device }) };
         let (id, name) = (*id, name.clone());
-        let stop_by = *self.close_by.get_or_insert_with(|| Instant::now() + CLOSE_PATIENCE);
-        if let Some(hindrance) = self.stop_if_unused(id, stop_by).err() {
+        let since = *self.stopping.get_or_insert_with(Instant::now);
+        if let Some(hindrance) = self.stop_if_unused(id, since).err() {
             let path = id.block_path();
             tracing::warn!(device = name, path = %path.display(), "left to the next start: {hindrance:#}");
             self.running.remove(&device);
@@ -268,22 +269,24 @@ impl Worker {
         }
     }
 
-    /// Stops a device that nobody has open; why it does not otherwise.
-    fn stop_if_unused(&mut self, id: UblkId, stop_by: Instant) -> anyhow::Result<()> {
+    /// Stops a device that nobody has open, or nobody for long after `since`; why it does not otherwise.
+    fn stop_if_unused(&mut self, id: UblkId, since: Instant) -> anyhow::Result<()> {
         let in_use = |users: &[User]| {
             let users: Vec<String> = users.iter().map(ToString::to_string).collect();
             anyhow::anyhow!("in use by {}", users.join(", "))
         };
         // First, since writing back what is used would never end.
-        let users = users_until(id, stop_by)?;
+        let users = users_after(id, since)?;
         anyhow::ensure!(users.is_empty(), in_use(&users));
         // Stopped before it would lose what is in the page cache.
         sync_block_device(id, SYNC_PATIENCE).context("cannot be written back")?;
         loop {
-            let users = users_until(id, stop_by)?;
+            let users = users_after(id, since)?;
             anyhow::ensure!(users.is_empty(), in_use(&users));
             match self.control.try_stop_dev(id, PATIENCE) {
-                Err(ControlError::Busy { .. }) if Instant::now() < stop_by => std::thread::sleep(LOOK_EVERY),
+                Err(ControlError::Busy { .. }) if since.elapsed() < UDEV_PATIENCE => {
+                    std::thread::sleep(LOOK_EVERY)
+                }
                 Err(error @ ControlError::Busy { .. }) => return Err(error).context("in use"),
                 // Before 7.0 whoever opens it between the look and this is cut off.
                 Err(ControlError::Unsupported { .. }) => return Ok(self.control.stop_dev(id, PATIENCE)?),
@@ -334,12 +337,18 @@ impl Worker {
     }
 }
 
-/// Who uses a device; if only programs that may be done soon, those that have not closed it in time.
-fn users_until(id: UblkId, close_by: Instant) -> anyhow::Result<Vec<User>> {
+/// Who uses a device, and is not done with it in time after `since`.
+fn users_after(id: UblkId, since: Instant) -> anyhow::Result<Vec<User>> {
     loop {
         let users = users_of(id).context("cannot see who uses it")?;
-        let waits = !users.is_empty() && users.iter().all(|user| matches!(user, User::Process { .. }));
-        if !waits || Instant::now() >= close_by {
+        let patience = if users.iter().all(User::is_udev) {
+            UDEV_PATIENCE
+        } else if users.iter().all(|user| matches!(user, User::Process { .. })) {
+            CLOSE_PATIENCE
+        } else {
+            Duration::ZERO
+        };
+        if users.is_empty() || since.elapsed() >= patience {
             return Ok(users);
         }
         std::thread::sleep(LOOK_EVERY);

@@ -2,7 +2,7 @@
 
 use crate::frontend::nbd;
 use crate::frontend::ublk::export::Export;
-use mirror_net::config::Pace;
+use mirror_net::config::NodePolicy;
 use mirror_net::control::{BroadcastKind, ResyncReport, SessionReport, SurveyAnswer, SurveyRun};
 use mirror_net::engine::action::Report;
 use mirror_net::ids::{DeviceId, ExporterSession, MapVersion, NodeId, ProcessId};
@@ -18,8 +18,8 @@ pub enum Command {
     Map(Arc<DistributionMap>),
     /// The manager's number for this process as an exporter.
     ExporterSession(ExporterSession),
-    /// How fast to make copies equal.
-    Pace(Pace),
+    /// How to treat other nodes' copies.
+    Policy(NodePolicy),
     /// A lane stands.
     Lane {
         /// The node at its other end.

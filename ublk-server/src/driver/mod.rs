@@ -247,7 +247,7 @@ impl IoThread {
                 }
             }
             Command::ExporterSession(session) => self.engine.set_exporter_session(session),
-            Command::Pace(pace) => self.engine.set_pace(pace),
+            Command::Policy(policy) => self.engine.set_policy(policy),
             Command::Lane { peer, session, process, socket } => {
                 let index = self.lanes.insert(Lane::new(peer, session, socket, self.keys.seed));
                 self.engine.handle_lane_up(now(), peer, session, process);

@@ -26,7 +26,7 @@ fn report(bench: &mut Bench, index: u64, open: bool) {
         .collect();
     let peer = NodeId(3 - index as u16);
     let last_error = (!open).then(|| "connection refused".to_owned());
-    let sessions = vec![SessionReport { peer, open, last_error }];
+    let sessions = vec![SessionReport { peer, open, last_error, slow_ms: None, held_ms: None }];
     let report = NodeReport { adopted: map.version, sessions, exports, ..NodeReport::default() };
     bench.say(index, NodeMessage::Report(report));
 }
@@ -72,6 +72,32 @@ fn after_a_restart_of_the_manager_unknown_is_not_down() {
     let found = findings(&bench);
     assert!(found[0].what.contains("has not registered since the manager started"), "{found:?}");
     assert_eq!(found[0].todo, "start ublk-server on n1");
+}
+
+/// An event when it begins and one when it is over, and no word in between; the verdict stays as it is.
+#[test]
+fn a_slow_partner_is_told_of_once_and_makes_nothing_worse() {
+    let mut bench = Bench::up(&map_of(2));
+    report(&mut bench, 1, true);
+    report(&mut bench, 2, true);
+    let say = |bench: &mut Bench, slow_ms, held_ms| {
+        let sessions =
+            vec![SessionReport { peer: NodeId(2), open: true, last_error: None, slow_ms, held_ms }];
+        let before = bench.manager.registry().get("n1").and_then(|node| node.report.clone()).unwrap();
+        bench.log.clear();
+        bench.say(1, NodeMessage::Report(NodeReport { sessions, ..before }));
+        (std::mem::take(&mut bench.log), findings(bench))
+    };
+    let (events, found) = say(&mut bench, Some(3_400), None);
+    assert_eq!(events, ["node n2 is slow: it owes n1 the answer to a write for 3.4 s"]);
+    assert_eq!((found.len(), found[0].severity), (1, Severity::Note));
+    assert_eq!(found[0].todo, "look at the disks of n2, and at the network to it");
+    assert_eq!(say(&mut bench, Some(3_900), None).0, [""; 0]);
+    let (events, found) = say(&mut bench, None, Some((8_000, 5)));
+    let held = "node n1 leaves the copies of n2 out for 8.0 s: it was lost 5 times of late";
+    assert_eq!(events, ["node n2 answers n1 in time again", held]);
+    assert_eq!(found[0].what, "node n1 takes the copies of n2 back in 8.0 s: it was lost 5 times of late");
+    assert_eq!(say(&mut bench, None, Some((7_500, 5))).0, [""; 0]);
 }
 
 #[test]

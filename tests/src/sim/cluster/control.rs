@@ -251,10 +251,10 @@ impl Cluster {
             return;
         }
         match message {
-            ManagerMessage::Registered { exporter_session, pace } => {
+            ManagerMessage::Registered { exporter_session, policy } => {
                 if let Some(process) = self.process(node) {
                     process.engine.set_exporter_session(exporter_session);
-                    process.engine.set_pace(pace);
+                    process.engine.set_policy(policy);
                 }
                 for (disk, reason) in self.agents[index].failed.clone() {
                     self.tell(node, Word::Message(NodeMessage::DiskFailed { disk, reason }));

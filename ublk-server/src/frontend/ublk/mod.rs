@@ -27,6 +27,7 @@ pub mod params;
 pub mod process;
 pub mod queue;
 pub mod recovery;
+pub mod removal;
 pub mod users;
 
 /// The number of a device in the kernel: the N of `/dev/ublkbN`. It says nothing about whose device it is.

@@ -29,6 +29,13 @@ pub enum User {
     Loop(String),
 }
 
+impl User {
+    /// Whether it is only udev, which looks at a device when it appears or somebody who wrote to it has closed it.
+    pub fn is_udev(&self) -> bool {
+        matches!(self, Self::Process { name, .. } if name == "(udev-worker)" || name == "systemd-udevd")
+    }
+}
+
 impl fmt::Display for User {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
