@@ -69,7 +69,7 @@ fn policy(seed: u64) -> Policy {
     };
     let tolerance = Tolerance {
         slow_after: Duration::from_millis(500),
-        stale_after: (seed / 31 % 2 == 0).then_some(Tolerance::STALE_AFTER_MIN),
+        stale_after: (seed / 31).is_multiple_of(2).then_some(Tolerance::STALE_AFTER_MIN),
         hold_max: Duration::from_secs(2),
     };
     let node = NodePolicy { pace, tolerance };
