@@ -34,6 +34,16 @@ pub enum NodeMessage {
         /// What was observed, for people.
         cause: String,
     },
+    /// As primary: the peer's node lives, and owes the answer to a write for so long that its disks count as hanging:
+    /// record its copies stale, and let this node go first where it has a copy in sync of what the peer is primary of.
+    AskSlow {
+        /// The node whose copies are meant.
+        peer: NodeId,
+        /// The map version on which the asker acts.
+        version: MapVersion,
+        /// What was observed, for people.
+        cause: String,
+    },
     /// As primary: the peer is reachable and has adopted this version; its stale copies are to get
     /// every new write again, and to be made equal. Said only while a session with it is open.
     AskSyncing {

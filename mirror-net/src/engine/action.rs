@@ -159,6 +159,8 @@ pub enum Report {
     Adopted { version: MapVersion },
     /// As primary: that node's copies miss writes or cannot be reached.
     AskStale { peer: NodeId, version: MapVersion, cause: String },
+    /// As primary: that node lives and owes the answer to a write for too long.
+    AskSlow { peer: NodeId, version: MapVersion, cause: String },
     /// As primary: that node's stale copies can be reached, let them be filled.
     AskSyncing { peer: NodeId, version: MapVersion },
     /// As primary: that node's syncing copies of the device are equal to this node's.

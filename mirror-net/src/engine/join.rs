@@ -49,6 +49,7 @@ impl Engine {
             || entry.adopted() < version
             || entry.ask_syncing_after > self.now
             || entry.hold.left(self.now) > 0
+            || entry.slow_for(self.now, self.tolerance.slow_after).is_some()
         {
             return;
         }

@@ -71,6 +71,8 @@ pub(super) struct Lost {
     /// Only its session was lost: if it opens another with the same disks before the map says anything,
     /// nothing was missed. What it did not acknowledge is sent again.
     by_session: bool,
+    /// It lives, and its disks hang.
+    slow: bool,
 }
 
 /// Another node.
@@ -340,14 +342,14 @@ impl Engine {
     pub(super) fn lose(&mut self, peer: PeerIndex, cause: String) {
         let lost_before = self.peers[peer].lost.as_ref();
         if self.gets_writes(peer) && lost_before.is_none_or(|lost| lost.by_session) {
-            self.note_lost(peer, Lost { cause, by_session: false });
+            self.note_lost(peer, Lost { cause, by_session: false, slow: false });
         }
     }
 
     /// The peer cannot be reached. Copies that are not counted on are left out without a word (rule 1).
     fn lose_session(&mut self, peer: PeerIndex, cause: String) {
         if self.counts_on(peer) && self.peers[peer].lost.is_none() {
-            self.note_lost(peer, Lost { cause, by_session: true });
+            self.note_lost(peer, Lost { cause, by_session: true, slow: false });
         }
     }
 
@@ -367,8 +369,11 @@ impl Engine {
         entry.ask_after = self.now + ASK_AGAIN;
         let node = entry.node;
         let version = self.adopted_version();
-        let cause = lost.cause;
-        self.actions.push_back(Action::Report(Report::AskStale { peer: node, version, cause }));
+        let Lost { cause, slow, .. } = lost;
+        self.actions.push_back(Action::Report(match slow {
+            true => Report::AskSlow { peer: node, version, cause },
+            false => Report::AskStale { peer: node, version, cause },
+        }));
     }
 
     /// Ends the peer's session; with `close` the lane has to be closed too.
@@ -648,17 +653,23 @@ impl Engine {
         }
     }
 
-    /// A peer's disk may hang while its session lives: writes must not wait for it for ever.
+    /// A peer's disk may hang while its node lives: writes must not wait for it for ever.
     fn owe(&mut self, peer: PeerIndex) {
         let Some(after) = self.tolerance.stale_after else { return };
-        let owes = self.peers[peer].slow_for(self.now, after);
-        if owes.is_none() || !self.gets_writes(peer) {
+        if self.peers[peer].slow_for(self.now, after).is_none() {
             return;
         }
         let cause = format!("it has not answered a write for {} s", after.as_secs_f64());
-        self.lose(peer, cause.clone());
-        // What hangs there belongs to this session: there is no other before it has come to its end (rule 10).
-        self.end_session(peer, cause, true);
+        if self.gets_writes(peer) {
+            if self.peers[peer].lost.is_none() {
+                self.note_lost(peer, Lost { cause, by_session: false, slow: true });
+            }
+        } else {
+            // Its copies are on record as stale. What it owes holds its range here until the session ends, for only
+            // then it cannot land there after what is written next (rule 10). Not before: the peer would go on
+            // without the copies here, which are well.
+            self.end_session(peer, cause, true);
+        }
     }
 
     /// Gives a frame's buffer back.

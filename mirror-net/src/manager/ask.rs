@@ -2,7 +2,7 @@
 
 use super::join::{ask_in_sync, ask_syncing};
 use super::registry::Registry;
-use super::stale::ask_stale;
+use super::stale::{ask_slow, ask_stale};
 use super::{Change, ConnectionId};
 use crate::ids::{DeviceId, MapVersion, NodeId};
 use crate::map::DistributionMap;
@@ -13,6 +13,8 @@ use std::collections::VecDeque;
 pub(super) enum Wish {
     /// To go on without the peer, and why.
     Stale { cause: String },
+    /// To go on without the peer, whose disks hang, and why.
+    Slow { cause: String },
     /// To have the peer's stale copies back.
     Syncing,
     /// To count the peer's copies of a device as members.
@@ -33,7 +35,7 @@ impl Ask {
     /// Whether it is the same question, asked again.
     fn repeats(&self, other: &Self) -> bool {
         let same = match (&self.wish, &other.wish) {
-            (Wish::Stale { .. }, Wish::Stale { .. }) => true,
+            (Wish::Stale { .. }, Wish::Stale { .. }) | (Wish::Slow { .. }, Wish::Slow { .. }) => true,
             (wish, other) => wish == other,
         };
         same && (self.connection, self.peer) == (other.connection, other.peer)
@@ -50,6 +52,7 @@ impl Ask {
         let (peer, version) = (self.peer, self.version);
         match &self.wish {
             Wish::Stale { .. } => ask_stale(map, registry, now_ms, asker, peer, version),
+            Wish::Slow { .. } => ask_slow(map, registry, now_ms, asker, peer, version),
             Wish::Syncing => ask_syncing(map, registry, now_ms, asker, peer, version),
             Wish::InSync { device } => ask_in_sync(map, registry, now_ms, asker, (peer, *device), version),
         }
@@ -60,6 +63,7 @@ impl Ask {
         let peer = map.node_name(self.peer);
         match &self.wish {
             Wish::Stale { cause } => format!("to have {peer}'s copies recorded stale: {cause}"),
+            Wish::Slow { cause } => format!("to go on without {peer}: {cause}"),
             Wish::Syncing => format!("to have {peer}'s stale copies synced"),
             Wish::InSync { device } => {
                 let device = map.device(*device).map_or_else(|| device.to_string(), |it| it.name.clone());

@@ -312,6 +312,9 @@ impl Manager {
             NodeMessage::AskStale { peer, version, cause } => {
                 self.asks.push(Ask { connection, peer, version, wish: Wish::Stale { cause } });
             }
+            NodeMessage::AskSlow { peer, version, cause } => {
+                self.asks.push(Ask { connection, peer, version, wish: Wish::Slow { cause } });
+            }
             NodeMessage::AskSyncing { peer, version } => {
                 self.asks.push(Ask { connection, peer, version, wish: Wish::Syncing });
             }
@@ -523,7 +526,7 @@ impl Manager {
         if change.is_empty() {
             // It acts on an old map, or is not what the map says: the newest tells it so. One who
             // asks for a copy under the newest knows all that there is to know, and asks again.
-            if matches!(ask.wish, Wish::Stale { .. }) || ask.version < map.version {
+            if matches!(ask.wish, Wish::Stale { .. } | Wish::Slow { .. }) || ask.version < map.version {
                 self.send_map(ask.connection);
             }
             let line = format!("node {name} asks under map {} {text}: there is nothing to do", ask.version);

@@ -2,7 +2,7 @@
 //! is merely unreachable becomes stale.
 
 use super::registry::{Registry, Standing};
-use super::{Change, Lines, run_of};
+use super::{Change, Lines, promotion, run_of};
 use crate::ids::{MapVersion, NodeId};
 use crate::map::verbs::Verb;
 use crate::map::{Device, DistributionMap, ReplicaState, Span};
@@ -58,6 +58,42 @@ pub fn ask_stale(
                     );
                 }
             }
+        }
+        change.why.extend(lines.finish(&device.name, device.slices));
+    }
+    change
+}
+
+/// The same for a peer whose node lives and whose disks hang. What it is primary of hangs as well, and it may yet come to
+/// report a copy as lost that is well: so `asker` goes first wherever it has a copy in sync. Exporters stay.
+///
+/// Empty if nothing becomes stale by it: a question that comes late moves no role.
+pub fn ask_slow(
+    map: &DistributionMap,
+    registry: &Registry,
+    now_ms: u64,
+    asker: NodeId,
+    peer: NodeId,
+    version: MapVersion,
+) -> Change {
+    let mut change = ask_stale(map, registry, now_ms, asker, peer, version);
+    if change.is_empty() {
+        return change;
+    }
+    for device in &map.devices {
+        let mut lines = Lines::default();
+        for span in device.spans.iter().filter(|span| map.node_of(span.primary().disk) == Some(peer)) {
+            let own = span.replicas[1..].iter().find(|replica| {
+                map.node_of(replica.disk) == Some(asker)
+                    && replica.state == ReplicaState::InSync
+                    && registry.standing(map, span, replica, now_ms) == Standing::Intact
+            });
+            let Some(own) = own else { continue };
+            let (run, old) = (run_of(device.id, span), span.primary().disk);
+            change.batch.extend(promotion(map, registry, now_ms, span, run, own.disk));
+            let state = ReplicaState::Stale;
+            change.batch.push(Verb::Mark { run, disk: old, state, incarnation: None });
+            lines.add(span, format!("primary {} -> {}", map.disk_name(old), map.disk_name(own.disk)));
         }
         change.why.extend(lines.finish(&device.name, device.slices));
     }

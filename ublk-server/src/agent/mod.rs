@@ -425,6 +425,14 @@ impl Agent {
                 );
                 self.tell_manager(NodeMessage::AskStale { peer, version, cause });
             }
+            Event::Report(Report::AskSlow { peer, version, cause }) => {
+                tracing::warn!(
+                    node = self.node_name(peer),
+                    cause,
+                    "its disks hang: asking the manager to go on without its copies"
+                );
+                self.tell_manager(NodeMessage::AskSlow { peer, version, cause });
+            }
             Event::Report(Report::AskSyncing { peer, version }) => {
                 tracing::info!(
                     node = self.node_name(peer),

@@ -8,6 +8,7 @@ mod plans;
 mod rebuild;
 mod rejoin;
 mod rules;
+mod slow;
 mod status;
 mod world;
 

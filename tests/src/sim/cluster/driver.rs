@@ -150,6 +150,9 @@ impl Cluster {
                         Report::AskStale { peer, version, cause } => {
                             NodeMessage::AskStale { peer, version, cause }
                         }
+                        Report::AskSlow { peer, version, cause } => {
+                            NodeMessage::AskSlow { peer, version, cause }
+                        }
                         Report::AskSyncing { peer, version } => NodeMessage::AskSyncing { peer, version },
                         Report::AskInSync { peer, device, version } => {
                             NodeMessage::AskInSync { peer, device, version }
