@@ -13,19 +13,30 @@ from rivals import make_image
 
 
 def intents(play_in, rounds):
-    """Pairs of passes on fresh clusters: a cold region needs its dirty bit on the disk first."""
-    results = {"cold": [], "warm": []}
-    for _ in range(rounds):
-        with Playground(play_in, "24G") as play:
-            for name in results:
-                job = play.fio("--rw=randwrite", "--bs=4k", "--blockalign=1m", "--iodepth=32", "--size=10G",
-                               "--randseed=1")
-                results[name].append(job["write"]["iops"])
-    cold, warm = (statistics.median(results[name]) for name in ("cold", "warm"))
-    ratios = [a / b for a, b in zip(results["cold"], results["warm"])]
-    yield "4k random writes, QD32, warm", warm, "IOPS"
-    yield "4k random writes, QD32, every region new", cold, "IOPS"
-    yield "cold beside warm", statistics.median(ratios), "ratio"
+    """Pairs of fresh clusters, with and without intents, of one build. A cold region needs its dirty bit on the disk first,
+    a warm one has it there."""
+    job = ["--rw=randwrite", "--bs=4k", "--blockalign=1m", "--iodepth=32", "--size=6G", "--randseed=1"]
+    results = {(kind, mistake): [] for kind in ("cold", "warm") for mistake in ("", "dirty-skipped")}
+    for index in range(rounds):
+        # Whoever goes first finds another machine than who goes second.
+        for mistake in ("", "dirty-skipped") if index % 2 == 0 else ("dirty-skipped", ""):
+            environment = {"UBLK_MIRROR_PLANTED": mistake}
+            with Playground(play_in, "14G", programs="target/planted/release", environment=environment) as play:
+                results["cold", mistake].append(play.fio(*job)["write"]["iops"])
+                play.fio(*job, "--time_based", "--runtime=1")
+                warm = play.fio(*job, "--time_based", "--runtime=6", "--randrepeat=0")
+                results["warm", mistake].append(warm["write"]["iops"])
+    middle = {key: statistics.median(values) for key, values in results.items()}
+
+    def ratio(of, beside):
+        return statistics.median(a / b for a, b in zip(results[of], results[beside]))
+
+    yield "4k random writes, QD32, warm", middle["warm", ""], "IOPS"
+    yield "the same without intents", middle["warm", "dirty-skipped"], "IOPS"
+    yield "4k random writes, QD32, every region new", middle["cold", ""], "IOPS"
+    yield "the same without intents", middle["cold", "dirty-skipped"], "IOPS"
+    yield "warm, with beside without intents", ratio(("warm", ""), ("warm", "dirty-skipped")), "ratio"
+    yield "cold beside warm", ratio(("cold", ""), ("warm", "")), "ratio"
 
 
 def pause(play_in, rounds):

@@ -12,9 +12,10 @@ DEVICE = "n1-d1"
 class Playground:
     """`mirrorctl playground`, for as long as the block lasts."""
 
-    def __init__(self, parent, size, *options, programs=""):
+    def __init__(self, parent, size, *options, programs="", environment=None):
         self.parent, self.size, self.options = parent, size, options
         self.mirrorctl = os.path.join(programs, "mirrorctl")
+        self.environment = {**os.environ, **(environment or {})}
 
     def __enter__(self):
         self.dir = tempfile.TemporaryDirectory(dir=self.parent, prefix="p-")
@@ -22,7 +23,7 @@ class Playground:
         self.process = subprocess.Popen(
             [self.mirrorctl, "playground", "--json", "--frontend", "nbd", "--nodes", "2",
              "--disk-size", self.size, "--dir", self.play, *self.options],
-            stdout=subprocess.PIPE)
+            stdout=subprocess.PIPE, env=self.environment)
         self.wait(lambda status: status is not None and status["verdict"] == "healthy")
         return self
 

@@ -20,6 +20,17 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
+/// The mistake that UBLK_MIRROR_PLANTED names, if any: for measurements, and in no build of the product.
+#[cfg(feature = "planted-bugs")]
+fn make_planted_mistake() {
+    use mirror_net::planted::{Bug, set};
+    let name = std::env::var("UBLK_MIRROR_PLANTED").unwrap_or_default();
+    let bug = Bug::named(&name);
+    assert!(bug.is_some() || name.is_empty(), "UBLK_MIRROR_PLANTED: there is no mistake called {name:?}");
+    tracing::warn!(bug = name, "a build that makes mistakes on purpose");
+    set(bug);
+}
+
 /// The I/O thread, as the agent sees it.
 pub struct IoHandle {
     handle: Handle,
@@ -62,6 +73,8 @@ impl IoHandle {
             if serves_ublk {
                 super::ublk::prepare_thread_or_warn();
             }
+            #[cfg(feature = "planted-bugs")]
+            make_planted_mistake();
             // The ring belongs to the thread that made it.
             match IoThread::new(engine, files, keys, inbox, events, buffer_bytes) {
                 Ok(thread) => {
