@@ -540,8 +540,9 @@ impl Engine {
     /// A new map: if acknowledged writes may be lost, every flush fails until its caller knows.
     /// Those that run begin anew with the map, and so cover everything acknowledged until now.
     pub(super) fn note_losses(&mut self, device: usize) {
+        let sum = self.loss_sum(device);
         let Device { view, unflushed, .. } = &mut self.devices[device];
-        if !unflushed.forget_lost(|slice| view.span(slice).loss) || planted::is(Bug::LossUnreported) {
+        if !unflushed.forget_lost(|slice| view.span(slice).loss, sum) || planted::is(Bug::LossUnreported) {
             return;
         }
         unflushed.owe();
@@ -551,6 +552,27 @@ impl Engine {
         for request in self.requests.values_mut().filter(|request| request.device == device) {
             request.lossy = true;
         }
+    }
+
+    /// A device that outlived the process which exported it is served again; before any request. `told` is what
+    /// [`Self::loss_told`] said in that process last.
+    pub fn resume_export(&mut self, device: crate::ids::DeviceId, told: u64) {
+        if let Some(index) = self.by_device.get(&device).copied() {
+            self.devices[index].unflushed.inherit(told);
+            self.note_losses(index);
+        }
+    }
+
+    /// The sum of the generations of all slices of a device, as its users know of it; `None` while they have still to
+    /// be told.
+    pub fn loss_told(&self, device: crate::ids::DeviceId) -> Option<u64> {
+        let index = *self.by_device.get(&device)?;
+        (!self.devices[index].unflushed.is_owed()).then(|| self.loss_sum(index))
+    }
+
+    fn loss_sum(&self, device: usize) -> u64 {
+        let spans = self.devices[device].view.spans.iter();
+        spans.map(|span| u64::from(span.loss.0) * u64::from(span.end - span.first)).sum()
     }
 
     /// Requests of a device that have not completed.

@@ -14,6 +14,16 @@ pub(super) struct Unflushed {
     clock: u64,
     /// Since when a flush that begins later has to fail, so that whoever wrote hears of a loss.
     owed: Option<u64>,
+    inherited: Option<Inherited>,
+}
+
+/// What the process before this one acknowledged on a device that outlived it: nobody knows what of it was flushed.
+#[derive(Debug)]
+struct Inherited {
+    /// The sum of all slices' generations as it was last told of, or found when the device was made.
+    told: u64,
+    /// When it was taken over.
+    at: u64,
 }
 
 #[derive(Debug)]
@@ -32,6 +42,12 @@ impl Unflushed {
         let entry = self.slices.entry(slice).or_insert(Entry { loss, last });
         entry.loss = entry.loss.min(loss);
         entry.last = last;
+    }
+
+    /// The device outlived its process, which knew of losses up to that sum of generations.
+    pub fn inherit(&mut self, told: u64) {
+        self.clock += 1;
+        self.inherited = Some(Inherited { told, at: self.clock });
     }
 
     /// A flush that begins now covers everything up to here.
@@ -59,13 +75,16 @@ impl Unflushed {
     /// A flush that began at `since` succeeded.
     pub fn flushed(&mut self, since: u64) {
         self.slices.retain(|_, entry| entry.last > since);
+        self.inherited.take_if(|inherited| inherited.at <= since);
     }
 
-    /// Whether a slice's generation passed that of its unflushed writes; they are forgotten.
-    pub fn forget_lost(&mut self, loss_of: impl Fn(u32) -> LossGeneration) -> bool {
+    /// Whether a slice's generation passed that of its unflushed writes, or `sum`, that of all slices, what the process
+    /// before knew; they are forgotten.
+    pub fn forget_lost(&mut self, loss_of: impl Fn(u32) -> LossGeneration, sum: u64) -> bool {
         let before = self.slices.len();
         self.slices.retain(|slice, entry| entry.loss >= loss_of(*slice));
-        self.slices.len() < before
+        let inherited = self.inherited.take_if(|inherited| inherited.told < sum).is_some();
+        self.slices.len() < before || inherited
     }
 }
 
@@ -92,9 +111,9 @@ mod tests {
         unflushed.note(2, LossGeneration(0));
         unflushed.flushed(since);
         let loss_of = |lost: u32| move |slice: u32| LossGeneration(u32::from(slice == lost));
-        assert!(!unflushed.forget_lost(loss_of(1)));
-        assert!(unflushed.forget_lost(loss_of(2)));
-        assert!(!unflushed.forget_lost(loss_of(2)), "once");
+        assert!(!unflushed.forget_lost(loss_of(1), 1));
+        assert!(unflushed.forget_lost(loss_of(2), 1));
+        assert!(!unflushed.forget_lost(loss_of(2), 1), "once");
     }
 
     #[test]
@@ -104,6 +123,23 @@ mod tests {
         let since = unflushed.now();
         unflushed.note(1, LossGeneration(0));
         unflushed.flushed(since);
-        assert!(unflushed.forget_lost(|_| LossGeneration(1)));
+        assert!(unflushed.forget_lost(|_| LossGeneration(1), 1));
+    }
+
+    #[test]
+    fn what_an_earlier_process_acknowledged_is_lost_with_any_slice_until_a_flush() {
+        let lost = |unflushed: &mut Unflushed, sum| unflushed.forget_lost(|_| LossGeneration(0), sum);
+        let mut unflushed = Unflushed::default();
+        unflushed.inherit(3);
+        assert!(!lost(&mut unflushed, 3));
+        assert!(lost(&mut unflushed, 4));
+        assert!(!lost(&mut unflushed, 5), "once");
+        let before = unflushed.now();
+        unflushed.inherit(5);
+        unflushed.flushed(before);
+        assert!(lost(&mut unflushed, 6), "the flush began before");
+        unflushed.inherit(6);
+        unflushed.flushed(unflushed.now());
+        assert!(!lost(&mut unflushed, 7));
     }
 }

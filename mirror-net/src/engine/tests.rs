@@ -380,6 +380,40 @@ fn an_exporter_that_survives_hears_of_lost_writes_from_one_flush() {
     assert_eq!(flush(&mut rig), Some(Ok(())));
 }
 
+/// Rule 16, for a ublk device whose process was killed: nobody knows what it had acknowledged and not flushed.
+#[test]
+fn a_device_that_outlived_its_process_hears_of_a_loss_meanwhile_or_later() {
+    let flush = |rig: &mut Rig| {
+        let token = rig.flush();
+        let sent = rig.take(Kind::ForwardFlush);
+        rig.answer(&sent[0], Kind::Reply, Status::Done);
+        rig.result(token)
+    };
+    let first = next(&map(3, 2, 3), |span| span.loss.0 = 4);
+    let told = Rig::new(3, &first).engine.loss_told(DEVICE);
+    assert_eq!(told, Some(4));
+
+    // Meanwhile.
+    let second = next(&first, |span| span.loss.0 += 1);
+    let mut rig = Rig::new(3, &second);
+    rig.engine.resume_export(DEVICE, 4);
+    assert_eq!(rig.engine.loss_told(DEVICE), None, "the next process has to know that it was not told");
+    assert_eq!(flush(&mut rig), Some(Err(RequestError::Io)));
+    assert_eq!((flush(&mut rig), rig.engine.loss_told(DEVICE)), (Some(Ok(())), Some(5)));
+
+    // Later; but not once a flush has covered everything.
+    for flushed in [false, true] {
+        let mut rig = Rig::new(3, &first);
+        rig.engine.resume_export(DEVICE, 4);
+        if flushed {
+            assert_eq!(flush(&mut rig), Some(Ok(())));
+        }
+        rig.adopted(1, second.version.0);
+        rig.adopt(&second);
+        assert_eq!(flush(&mut rig).unwrap().is_ok(), flushed);
+    }
+}
+
 #[test]
 fn an_acknowledgement_that_arrives_after_the_loss_is_none() {
     let first = map(3, 2, 3);

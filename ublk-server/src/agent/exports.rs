@@ -54,6 +54,11 @@ impl Server {
                     block_bytes: entry.block_bytes,
                     region_bytes: map.slice_bytes / REGIONS_PER_SLICE,
                     generation: entry.claim.generation.0,
+                    losses: entry
+                        .spans
+                        .iter()
+                        .map(|span| u64::from(span.loss.0) * u64::from(span.count))
+                        .sum(),
                     serve: Box::new(io.ublk_starter()),
                 }));
                 State::Starting
@@ -79,6 +84,8 @@ struct Export {
     state: State,
     /// What went wrong the last time, until it is exported.
     retry: Option<Retry>,
+    /// What its users know of lost writes, as was last noted.
+    losses: Option<u64>,
 }
 
 /// The devices that this node exports.
@@ -168,7 +175,7 @@ impl Exports {
             if due {
                 let retry = export.and_then(|export| export.retry.clone());
                 let state = self.server.start(device, map, io);
-                self.exports.insert(*id, Export { generation: *generation, state, retry });
+                self.exports.insert(*id, Export { generation: *generation, state, retry, losses: None });
             }
         }
     }
@@ -260,6 +267,18 @@ impl Exports {
                 Some(export) if export.retry.is_some() => export.state = State::Failed,
                 _ => drop(self.exports.remove(&device)),
             },
+        }
+    }
+
+    /// What a device's users know of lost writes is noted for the process after this one; `None` while they have still
+    /// to be told.
+    pub fn losses(&mut self, device: DeviceId, told: Option<u64>) {
+        let Some(export) = self.exports.get_mut(&device) else { return };
+        if let (Server::Ublk(thread), Some(losses)) = (&self.server, told)
+            && matches!(export.state, State::Exported { .. })
+            && export.losses.replace(losses) != Some(losses)
+        {
+            thread.order(Order::Told { device, losses });
         }
     }
 

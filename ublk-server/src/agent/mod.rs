@@ -25,8 +25,7 @@ use lanes::Lanes;
 use manager::Membership;
 use mirror_net::config::{ClusterFile, Frontend, NodeFile, NodePolicy};
 use mirror_net::control::{
-    ExportReport, FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
-    SurveyAnswer, SurveyResult,
+    FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration, SurveyAnswer, SurveyResult,
 };
 use mirror_net::engine::Me;
 use mirror_net::engine::action::Report;
@@ -507,11 +506,12 @@ impl Agent {
             && let Some(thread) = io.report().await
         {
             for export in &mut report.exports {
-                let found = thread.devices.iter().find(|(device, ..)| *device == export.device);
-                if let Some((_, completed, pending)) = found {
-                    ExportReport { requests: *completed, pending: *pending, ..export.clone() }
-                        .clone_into(export);
+                if let Some(found) = thread.devices.iter().find(|found| found.device == export.device) {
+                    (export.requests, export.pending) = (found.completed, found.pending);
                 }
+            }
+            for found in &thread.devices {
+                self.exports.losses(found.device, found.loss_told);
             }
             report.sessions = thread.sessions;
             report.waiting = thread.waiting;

@@ -52,6 +52,8 @@ pub(super) enum Order {
     StopUnused { device: DeviceId },
     /// The I/O thread has let go of it: delete it.
     Delete { device: DeviceId },
+    /// The device's users know of losses up to there.
+    Told { device: DeviceId, losses: u64 },
     /// Stop devices that an earlier process left behind and whose claim is not ours any more.
     Fence { ours: Vec<String> },
 }
@@ -67,6 +69,8 @@ pub(super) struct Start {
     pub region_bytes: u32,
     /// The claim's.
     pub generation: u64,
+    /// The sum of its slices' loss generations now: whoever uses a new device has lost nothing yet.
+    pub losses: u64,
     /// Takes the queues.
     pub serve: Serve,
 }
@@ -156,6 +160,11 @@ impl Worker {
             Order::Stop { device } => self.stop(device),
             Order::StopUnused { device } => self.stop_unused(device),
             Order::Delete { device } => self.delete(device),
+            Order::Told { device, losses } => {
+                if let Err(error) = self.told(device, losses) {
+                    tracing::warn!(error = format!("{error:#}"), "a restart may tell of a loss once more");
+                }
+            }
             Order::Fence { ours } => {
                 if let Err(error) = self.fence(&ours) {
                     tracing::error!(
@@ -168,7 +177,8 @@ impl Worker {
     }
 
     fn start(&mut self, start: &Start) -> anyhow::Result<UblkId> {
-        let Start { device, ref name, size, block_bytes, region_bytes, generation, ref serve } = *start;
+        let Start { device, ref name, size, block_bytes, region_bytes, generation, losses, ref serve } =
+            *start;
         if let Some(record) = self.record(name)? {
             for survivor in survey(&mut self.control, vec![record])? {
                 match survivor {
@@ -185,7 +195,8 @@ impl Worker {
                             }
                             Err(error) => return Err(error.into()),
                         };
-                        serve(Box::new(Export::new(device, orphan.device())?));
+                        let export = Export::new(device, orphan.device())?;
+                        serve(Box::new(export.resumed(orphan.record().loss_told)));
                         let record = orphan.end(&mut self.control, &self.records, PATIENCE)?;
                         tracing::info!(device = name, "recovered: its I/O goes on");
                         return record.id.context("a recovered device has a number");
@@ -205,6 +216,7 @@ impl Worker {
         params.discard = Some(DiscardParams { granularity_bytes: region_bytes, length_bytes_max: 64 << 20 });
         params.write_zeroes_bytes_max = 64 << 20;
         let mut record = DeviceRecord::new(name, cookie, params);
+        record.loss_told = losses;
         // Before the device: one whose record is missing could not be found again.
         self.records.save(&record)?;
         let info = self.control.add_dev(&new)?;
@@ -305,6 +317,16 @@ impl Worker {
             tracing::error!(device = name, %error, "forgetting its record");
         }
         self.tell(Done::Gone { device });
+    }
+
+    /// Notes what a device's users know of lost writes, for the next process.
+    fn told(&mut self, device: DeviceId, losses: u64) -> anyhow::Result<()> {
+        let Some((_, name)) = self.running.get(&device) else { return Ok(()) };
+        if let Some(mut record) = self.record(name)?.filter(|record| record.loss_told != losses) {
+            record.loss_told = losses;
+            self.records.save(&record)?;
+        }
+        Ok(())
     }
 
     fn fence(&mut self, ours: &[String]) -> anyhow::Result<()> {

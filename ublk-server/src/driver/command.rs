@@ -102,8 +102,21 @@ pub struct ThreadReport {
     pub waiting: Vec<String>,
     /// Copies that are being made equal.
     pub resyncs: Vec<ResyncReport>,
-    /// Device, requests completed, requests pending.
-    pub devices: Vec<(DeviceId, u64, u64)>,
+    /// Devices that are exported, or were.
+    pub devices: Vec<DeviceReport>,
+}
+
+/// An exported device, as the I/O thread sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceReport {
+    /// The device.
+    pub device: DeviceId,
+    /// Requests completed.
+    pub completed: u64,
+    /// Requests pending.
+    pub pending: u64,
+    /// What its users know of lost writes; `None` while they have still to be told.
+    pub loss_told: Option<u64>,
 }
 
 /// The control thread's end.

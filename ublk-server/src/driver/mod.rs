@@ -17,7 +17,7 @@ use crate::ring::buffers::{AlignedBlock, Buffers};
 use crate::ring::disk::{DiskFile, DiskIo, DiskOutcome};
 use crate::ring::stream::Sent;
 use crate::ring::{Completion, Ring};
-use command::{Command, Event, Inbox, ThreadReport};
+use command::{Command, DeviceReport, Event, Inbox, ThreadReport};
 use io_uring::{opcode, types};
 use mirror_net::engine::action::{Action, Io, OpKey, Request, RequestError, RequestToken};
 use mirror_net::engine::{Engine, Nanos};
@@ -273,6 +273,9 @@ impl IoThread {
                 let entry = self.exports.vacant_entry();
                 let number = entry.key();
                 let export = entry.insert(*export);
+                if let Some(told) = export.loss_told {
+                    self.engine.resume_export(export.device, told);
+                }
                 let token = |queue, tag| Token::Tag { export: number, queue, tag }.encode();
                 export.start(&mut self.ring, &mut self.buffers, token)?;
             }
@@ -297,16 +300,18 @@ impl IoThread {
         devices.extend(self.clients.iter().map(|(_, client)| client.device));
         devices.sort_unstable();
         devices.dedup();
-        let count = |device: DeviceId| {
-            let completed = self.completed.get(&device).copied().unwrap_or(0);
-            (device, completed, self.engine.pending_requests(device) as u64)
+        let report = |device: DeviceId| DeviceReport {
+            device,
+            completed: self.completed.get(&device).copied().unwrap_or(0),
+            pending: self.engine.pending_requests(device) as u64,
+            loss_told: self.engine.loss_told(device),
         };
         ThreadReport {
             adopted: self.engine.adopted_version(),
             sessions: self.engine.session_reports(),
             waiting: self.engine.waiting(),
             resyncs: self.engine.resync_reports(),
-            devices: devices.into_iter().map(count).collect(),
+            devices: devices.into_iter().map(report).collect(),
         }
     }
 

@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub struct Export {
     /// The device.
     pub device: DeviceId,
+    /// If the device outlived the process that exported it: what its users know of lost writes.
+    pub loss_told: Option<u64>,
     queues: Vec<Lent>,
 }
 
@@ -53,7 +55,12 @@ impl Export {
         let queues = (0..file.info().queues)
             .map(|index| Ok(Lent { queue: Queue::new(file, index)?, buffers: Vec::new(), late: Vec::new() }))
             .collect::<Result<_, QueueError>>()?;
-        Ok(Self { device, queues })
+        Ok(Self { device, loss_told: None, queues })
+    }
+
+    /// The device outlived the process that exported it, which had told its users of losses up to there.
+    pub fn resumed(self, loss_told: u64) -> Self {
+        Self { loss_told: Some(loss_told), ..self }
     }
 
     /// Lends every tag to the kernel; on the thread that serves them.

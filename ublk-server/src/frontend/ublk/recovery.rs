@@ -56,6 +56,9 @@ pub struct DeviceRecord {
     pub params: DeviceParams,
     /// A recovery was begun and has not ended: kernels before 6.16 do not survive a second one.
     pub reattaching: bool,
+    /// What its users know of lost writes: [`Engine::loss_told`](mirror_net::engine::Engine::loss_told).
+    #[serde(default)]
+    pub loss_told: u64,
 }
 
 impl DeviceRecord {
@@ -68,6 +71,7 @@ impl DeviceRecord {
             id: None,
             params,
             reattaching: false,
+            loss_told: 0,
         }
     }
 }
@@ -382,6 +386,11 @@ pub struct Reattaching {
 }
 
 impl Reattaching {
+    /// What the last server recorded.
+    pub fn record(&self) -> &DeviceRecord {
+        &self.record
+    }
+
     /// The open device, for the queues.
     pub fn device(&self) -> &Arc<CharDevice> {
         &self.device
