@@ -299,7 +299,9 @@ impl Playground {
         let Ok(server) = server_program() else { return };
         for node in &self.nodes {
             let run = place(self.directory.path(), &node.name).join("run");
-            if run.is_dir()
+            // A daemon keeps a record of each ublk device until that is gone.
+            let mut records = std::fs::read_dir(run.join(&node.name)).into_iter().flatten().flatten();
+            if records.any(|entry| entry.path().extension().is_some_and(|extension| extension == "json"))
                 && let Err(error) = remove_devices_of(&server, &node.name, &run).await
             {
                 eprintln!("mirrorctl: devices of {} are left behind: {error}", node.name);
