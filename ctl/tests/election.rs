@@ -2,12 +2,12 @@
 
 mod common;
 
-use common::etcd::{Etcd, free_addresses, wait_for};
 use common::{mirrorctl, runtime};
 use ctl::key;
-use mirror_net::control::{OperatorReply, OperatorRequest};
+use mirror_net::control::{Event, OperatorReply, OperatorRequest};
 use mirror_net::wire::handshake::Role;
 use mirror_net::wire::transport;
+use mirror_tests::etcd::{Etcd, free_addresses, wait_for};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -201,6 +201,61 @@ fn a_killed_leader_is_replaced_and_the_map_goes_on() {
     lab.kill(second);
     assert_eq!(lab.leader(), first);
     assert_eq!(lab.map()["version"], after["version"]);
+}
+
+/// What `mirrorctl events --json` printed.
+fn parsed(text: &str) -> Vec<Event> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn events_go_on_after_a_change_of_leader() {
+    let mut lab = Lab::new(2);
+    lab.start(0);
+    lab.start(1);
+    lab.create();
+    let events = |lab: &Lab| {
+        let (code, out, err) = lab.run(&["events", "--json"]);
+        assert_eq!(code, 0, "{err}");
+        parsed(&out)
+    };
+    let out = lab.path("followed");
+    let mut following = Command::new(MIRRORCTL)
+        .args(["events", "--follow", "--json", "--dir"])
+        .arg(lab.dir.path())
+        .stdout(std::fs::File::create(&out).unwrap())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let followed = || {
+        let text = std::fs::read_to_string(&out).unwrap();
+        // The last line may be on its way.
+        parsed(text.rsplit_once('\n').map_or("", |(whole, _)| whole))
+    };
+    let before = events(&lab);
+    assert!(before.iter().any(|event| event.map.is_some()), "{before:?}");
+    wait_for("the follower", || (followed().len() >= before.len()).then_some(()));
+
+    let mut newest = before.clone();
+    for node in ["n1", "n2"] {
+        let first = lab.leader();
+        lab.kill(first);
+        lab.start(first);
+        lab.healthy();
+        let (code, _, err) = lab.run(&["node", "failover", node]);
+        assert_eq!(code, 0, "{err}");
+        // What the failover did is told when it is done.
+        let after = events(&lab);
+        assert_eq!(after[..newest.len()], newest, "the next one has all that the first one told");
+        let told = |event: &Event| event.map.is_some() && event.text.contains(node);
+        assert!(after[newest.len()..].iter().any(told), "{after:?}");
+        newest = after;
+    }
+    assert!(newest.iter().map(|event| event.number).eq(1..=newest.len() as u64), "{newest:?}");
+    wait_for("the follower", || (followed().len() >= newest.len()).then_some(()));
+    assert_eq!(followed()[..newest.len()], newest, "nothing is missing, nothing is told twice");
+    following.kill().unwrap();
+    following.wait().unwrap();
 }
 
 #[test]

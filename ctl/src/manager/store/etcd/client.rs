@@ -216,6 +216,22 @@ impl Etcd {
 
     /// All keys that begin so, without the store's prefix, in order.
     pub async fn keys(&mut self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let options = GetOptions::new().with_keys_only().with_limit(PAGE * 16);
+        let found = self.range(prefix, CALL_MAX, options).await?;
+        Ok(found.into_iter().map(|(key, _)| key).collect())
+    }
+
+    /// The same with their values, which are small.
+    pub async fn small_values(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        self.range(prefix, LOAD_MAX, GetOptions::new().with_limit(PAGE * 8)).await
+    }
+
+    async fn range(
+        &mut self,
+        prefix: &str,
+        limit: Duration,
+        options: GetOptions,
+    ) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
         let end = {
             let mut end = self.key(prefix).into_bytes();
             // The first key behind all those that begin so: every prefix here ends with ASCII.
@@ -224,23 +240,25 @@ impl Etcd {
             }
             end
         };
-        let (mut from, mut keys) = (self.key(prefix).into_bytes(), Vec::new());
+        let options = options.with_range(end);
+        let (mut from, mut found) = (self.key(prefix).into_bytes(), Vec::new());
         loop {
-            let options = GetOptions::new().with_range(end.clone()).with_keys_only().with_limit(PAGE * 16);
             let call = |mut member: Member| {
                 let (from, options) = (from.clone(), options.clone());
                 async move { member.kv.get(from, Some(options)).await }
             };
-            let mut answer = self.ask(CALL_MAX, call).await?;
+            let mut answer = self.ask(limit, call).await?;
             self.check(answer.header())?;
             let more = answer.more();
-            let page: Vec<Vec<u8>> = answer.take_kvs().into_iter().map(|kv| kv.into_key_value().0).collect();
-            let Some(last) = page.last() else { return Ok(keys) };
-            from = last.iter().copied().chain([0]).collect();
-            let ours = page.iter().filter_map(|key| std::str::from_utf8(key).ok());
-            keys.extend(ours.filter_map(|key| key.strip_prefix(&self.file.prefix)).map(str::to_owned));
+            let page = answer.take_kvs();
+            let Some(last) = page.last() else { return Ok(found) };
+            from = last.key().iter().copied().chain([0]).collect();
+            for (key, value) in page.into_iter().map(|kv| kv.into_key_value()) {
+                let ours = std::str::from_utf8(&key).ok().and_then(|key| key.strip_prefix(&self.file.prefix));
+                found.extend(ours.map(|key| (key.to_owned(), value)));
+            }
             if !more {
-                return Ok(keys);
+                return Ok(found);
             }
         }
     }

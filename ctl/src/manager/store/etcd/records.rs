@@ -1,9 +1,11 @@
-//! What the leader keeps: the map in pieces, its history, and the exporter sessions.
+//! What the leader keeps: the map in pieces, its history, the exporter sessions, and what happened.
 
 use super::super::pieces::{self, Entry, HEAD, Head, Places};
 use super::super::{Store, StoreError, Swapped, Tenure};
 use super::client::Etcd;
+use super::events;
 use etcd_client::{Compare, DeleteOptions, Txn, TxnOp};
+use mirror_net::control::Event;
 use mirror_net::ids::{ExporterSession, MapVersion};
 use mirror_net::map::DistributionMap;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -194,6 +196,7 @@ impl Store for EtcdStore {
         base: Option<MapVersion>,
         next: &DistributionMap,
         why: &[String],
+        events: &[Event],
     ) -> Result<Swapped, StoreError> {
         if self.newest() != base {
             return Ok(Swapped::Conflict(self.read_head().await?.map(Box::new)));
@@ -202,8 +205,9 @@ impl Store for EtcdStore {
         self.write_pieces(entries).await?;
         let head = places.head.to_text();
         let unwritten = self.etcd.unwritten_since(HEAD, self.head_written);
-        let put = TxnOp::put(self.etcd.key(HEAD), head.clone(), None);
-        let (held, revision) = self.fenced(Some(unwritten), vec![put]).await?;
+        let (events, mut ops) = events::puts(&self.etcd, events);
+        ops.push(TxnOp::put(self.etcd.key(HEAD), head.clone(), None));
+        let (held, revision) = self.fenced(Some(unwritten), ops).await?;
         let mut written = revision;
         if !held {
             if !self.leads().await? {
@@ -217,7 +221,7 @@ impl Store for EtcdStore {
         }
         self.history.push_back(next.version);
         (self.places, self.head_written) = (Some(places), written);
-        Ok(Swapped::Stored)
+        Ok(Swapped::Stored { events })
     }
 
     async fn exporter_session(&mut self) -> Result<ExporterSession, StoreError> {
@@ -228,6 +232,16 @@ impl Store for EtcdStore {
         self.fenced_all(vec![put]).await?;
         self.last_session = session;
         Ok(ExporterSession(session))
+    }
+
+    async fn events(&mut self) -> Result<Vec<Event>, StoreError> {
+        events::read(&mut self.etcd).await
+    }
+
+    async fn keep_events(&mut self, events: &[Event]) -> Result<usize, StoreError> {
+        let (count, puts) = events::puts(&self.etcd, events);
+        self.fenced_all(puts).await?;
+        Ok(count)
     }
 
     async fn tidy(&mut self) {
