@@ -103,7 +103,10 @@ async fn elected(
         };
         let (map, events) = match found(&mut store).await {
             Ok(found) => found,
-            Err(error @ (StoreError::Deposed(_) | StoreError::Unreachable { .. })) => {
+            Err(
+                error
+                @ (StoreError::Deposed(_) | StoreError::Unreachable { .. } | StoreError::Refused { .. }),
+            ) => {
                 tracing::warn!("elected, but {error}");
                 continue;
             }

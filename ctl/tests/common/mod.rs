@@ -1,6 +1,8 @@
 //! A node daemon for tests: speaks to the manager as a real one does, and stores nothing.
 #![allow(dead_code)] // Not every test uses all of it.
 
+pub mod lab;
+
 use ctl::key;
 use mirror_net::config::ClusterFile;
 use mirror_net::control::{

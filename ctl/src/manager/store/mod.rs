@@ -35,6 +35,9 @@ pub enum StoreError {
     CorruptKey { etcd: String, key: String, why: String },
     #[error("{etcd}: {why}")]
     Unreachable { etcd: String, why: String },
+    /// Every member turns us away, until somebody corrects something.
+    #[error("{etcd}: {why}")]
+    Refused { etcd: String, why: String },
     #[error("{etcd}: {why}")]
     OtherCluster { etcd: String, why: String },
     #[error("{0}")]

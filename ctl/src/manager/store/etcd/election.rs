@@ -53,6 +53,8 @@ pub struct Candidate {
     /// The members that have said which etcd they belong to, and when the others are asked again.
     seen: BTreeMap<String, u64>,
     check_at: Instant,
+    /// It has answered us once.
+    accepted: bool,
 }
 
 /// How a look at the election ended.
@@ -83,6 +85,7 @@ impl Candidate {
             me: Leader { address: address.into(), process },
             seen: BTreeMap::new(),
             check_at: Instant::now(),
+            accepted: false,
         }
     }
 
@@ -97,9 +100,17 @@ impl Candidate {
             Some(etcd) => etcd,
             None => Etcd::new(&self.file)?,
         };
-        let seat = self.look_with(&mut etcd).await;
-        self.etcd = Some(etcd);
-        seat
+        match self.look_with(&mut etcd).await {
+            // A manager that began well goes on trying. What it read from files may have been corrected there.
+            Err(StoreError::Refused { etcd, why }) if self.accepted => {
+                Err(StoreError::Unreachable { etcd, why })
+            }
+            seat => {
+                self.accepted |= seat.is_ok();
+                self.etcd = Some(etcd);
+                seat
+            }
+        }
     }
 
     async fn look_with(&mut self, etcd: &mut Etcd) -> Result<Seat, StoreError> {

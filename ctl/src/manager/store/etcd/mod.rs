@@ -14,6 +14,7 @@
 //! made: a manager that was deposed, whether it knows that or not, can write nothing. The pieces of a
 //! map are written first; the transaction on `head` makes them valid, and compares that as well.
 
+mod access;
 mod client;
 mod election;
 mod events;

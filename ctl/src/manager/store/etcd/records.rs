@@ -10,7 +10,7 @@ use mirror_net::ids::{ExporterSession, MapVersion};
 use mirror_net::map::DistributionMap;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 /// Maps kept in the history.
 const HISTORY_MAX: usize = 100;
@@ -19,6 +19,8 @@ const OPERATIONS_MAX: usize = 100;
 const REQUEST_BYTES_MAX: usize = 1 << 20;
 /// Between two attempts at a request that got no answer.
 const AGAIN: Duration = Duration::from_millis(100);
+/// After so long without an answer a leader gives up: its lease may live on where it cannot write.
+const TRY_MAX: Duration = Duration::from_secs(2);
 
 const SESSION: &str = "exporter-session";
 
@@ -114,19 +116,22 @@ impl EtcdStore {
         self.places.as_ref().map(|places| places.head.version())
     }
 
-    /// Tries a transaction until it is answered or our time is over: whether its comparisons held, that of
-    /// our leading included.
+    /// Tries a transaction until it is answered, our time is over, or it takes too long: whether its comparisons held,
+    /// that of our leading included.
     async fn fenced(&mut self, compare: Option<Compare>, ops: Vec<TxnOp>) -> Result<(bool, i64), StoreError> {
         let mut when = vec![self.etcd.made_at(self.leader.0, self.leader.1)];
         when.extend(compare);
+        let begun = Instant::now();
         loop {
             if !self.tenure.holds() {
                 return Err(self.deposed());
             }
             match self.etcd.txn(Txn::new().when(when.clone()).and_then(ops.clone())).await {
                 Ok((held, _, revision)) => return Ok((held, revision)),
-                Err(StoreError::Unreachable { etcd, why }) => {
-                    tracing::warn!("{etcd}: {why}; trying on");
+                Err(error @ (StoreError::Unreachable { .. } | StoreError::Refused { .. }))
+                    if begun.elapsed() < TRY_MAX =>
+                {
+                    tracing::warn!("{error}; trying on");
                     sleep(AGAIN).await;
                 }
                 Err(error) => return Err(error),
@@ -163,35 +168,8 @@ impl EtcdStore {
         Ok(held)
     }
 
-    async fn remove_oldest(&mut self) -> Result<(), StoreError> {
-        while self.history.len() > HISTORY_MAX {
-            let (oldest, next) = (self.history[0], self.history[1]);
-            let mut spans = [BTreeSet::new(), BTreeSet::new()];
-            for (version, spans) in [oldest, next].into_iter().zip(&mut spans) {
-                let prefix = pieces::history_prefix(version);
-                let keys = self.etcd.keys(&prefix).await?;
-                let base = self.etcd.need_all(&keys).await?.concat();
-                // Already half removed: then the rest goes as well.
-                *spans = Places::of_history(&base).unwrap_or_default();
-            }
-            let [old, new] = spans;
-            let all = Some(DeleteOptions::new().with_prefix());
-            let unused = old.difference(&new).map(|place| pieces::spans_prefix(*place));
-            let prefixes = unused.chain([pieces::history_prefix(oldest)]);
-            let ops = prefixes.map(|prefix| TxnOp::delete(self.etcd.key(&prefix), all.clone())).collect();
-            self.fenced_all(ops).await?;
-            self.history.pop_front();
-        }
-        Ok(())
-    }
-}
-
-impl Store for EtcdStore {
-    async fn map(&mut self) -> Result<Option<DistributionMap>, StoreError> {
-        self.read_head().await
-    }
-
-    async fn swap(
+    /// See [`Store::swap`].
+    async fn replace(
         &mut self,
         base: Option<MapVersion>,
         next: &DistributionMap,
@@ -224,12 +202,58 @@ impl Store for EtcdStore {
         Ok(Swapped::Stored { events })
     }
 
+    async fn remove_oldest(&mut self) -> Result<(), StoreError> {
+        while self.history.len() > HISTORY_MAX {
+            let (oldest, next) = (self.history[0], self.history[1]);
+            let mut spans = [BTreeSet::new(), BTreeSet::new()];
+            for (version, spans) in [oldest, next].into_iter().zip(&mut spans) {
+                let prefix = pieces::history_prefix(version);
+                let keys = self.etcd.keys(&prefix).await?;
+                let base = self.etcd.need_all(&keys).await?.concat();
+                // Already half removed: then the rest goes as well.
+                *spans = Places::of_history(&base).unwrap_or_default();
+            }
+            let [old, new] = spans;
+            let all = Some(DeleteOptions::new().with_prefix());
+            let unused = old.difference(&new).map(|place| pieces::spans_prefix(*place));
+            let prefixes = unused.chain([pieces::history_prefix(oldest)]);
+            let ops = prefixes.map(|prefix| TxnOp::delete(self.etcd.key(&prefix), all.clone())).collect();
+            self.fenced_all(ops).await?;
+            self.history.pop_front();
+        }
+        Ok(())
+    }
+}
+
+/// What a leader is that cannot do what it has to: nobody knows what is stored, and another one may be able to.
+fn resigned(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Unreachable { .. } | StoreError::Refused { .. } => StoreError::Deposed(error.to_string()),
+        error => error,
+    }
+}
+
+impl Store for EtcdStore {
+    async fn map(&mut self) -> Result<Option<DistributionMap>, StoreError> {
+        self.read_head().await
+    }
+
+    async fn swap(
+        &mut self,
+        base: Option<MapVersion>,
+        next: &DistributionMap,
+        why: &[String],
+        events: &[Event],
+    ) -> Result<Swapped, StoreError> {
+        self.replace(base, next, why, events).await.map_err(resigned)
+    }
+
     async fn exporter_session(&mut self) -> Result<ExporterSession, StoreError> {
         // The clock keeps it growing even when an old snapshot of the etcd was brought back.
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let session = clock.max(self.last_session + 1);
         let put = TxnOp::put(self.etcd.key(SESSION), session.to_string(), None);
-        self.fenced_all(vec![put]).await?;
+        self.fenced_all(vec![put]).await.map_err(resigned)?;
         self.last_session = session;
         Ok(ExporterSession(session))
     }
