@@ -28,6 +28,10 @@ pub fn free_addresses(count: usize) -> Vec<String> {
     held.iter().map(|listener| listener.local_addr().unwrap().to_string()).collect()
 }
 
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
 /// What its members ask their clients for a certificate with.
 struct Tls {
     authority: Authority,
@@ -72,7 +76,7 @@ impl Etcd {
         let none = (0..members).map(|_| None).collect();
         let mut etcd = Self { dir, clients: addresses, peers, members: none, further, tls };
         (0..members).for_each(|member| etcd.start_member(member));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = runtime();
         for endpoint in etcd.endpoints() {
             let options = etcd.options();
             wait_for("an etcd member", || {
@@ -168,6 +172,20 @@ impl Etcd {
     /// A client of our own.
     pub async fn client(&self) -> Client {
         Client::connect(self.endpoints(), Some(self.options())).await.unwrap()
+    }
+
+    /// The value of the key that begins and ends so, if there is one and most members answer.
+    pub fn value(&self, prefix: &str, ending: &str) -> Option<Vec<u8>> {
+        runtime().block_on(async {
+            let answer = async {
+                let options = etcd_client::GetOptions::new().with_prefix();
+                let found = self.client().await.get(prefix, Some(options)).await.ok()?;
+                let mut found = found.kvs().iter();
+                let kv = found.find(|kv| kv.key().ends_with(ending.as_bytes()))?;
+                Some(kv.value().to_vec())
+            };
+            tokio::time::timeout(Duration::from_secs(1), answer).await.ok().flatten()
+        })
     }
 
     /// From now on it asks for a name and a password: `root` has `root`, and `user` may read and write what begins
