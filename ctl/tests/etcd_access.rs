@@ -196,6 +196,12 @@ fn a_manager_that_led_waits_for_its_password_to_be_right_again() {
         (code == 3 && err.contains("authentication failed")).then_some(err)
     });
     says(&error, &["no manager leads", "correct `user` in [store]", "the password in"]);
+    // Nor does it end while the file is being replaced.
+    std::fs::remove_file(password_file(&lab.etcd)).unwrap();
+    wait_for("a manager that misses its file", || {
+        let (code, _, err) = lab.run(&["status"]);
+        (code == 3 && err.contains("cannot read")).then_some(())
+    });
     write_secret(&password_file(&lab.etcd), "changed");
     wait_for("a leader", || lab.leads(0).then_some(()));
     lab.healthy();

@@ -44,12 +44,17 @@ pub(super) async fn keep<S: Store>(
     kept: u64,
 ) {
     let mut keeper = Keeper { store, orders, done, unkept: Unkept::new(kept) };
-    let result = keeper.run().await;
-    if !keeper.unkept.all().is_empty() {
-        tracing::warn!("the last {} events are told in this log only", keeper.unkept.all().len());
-    }
-    if let Err(error) = result {
+    if let Err(error) = keeper.run().await {
         let _ = keeper.done.send(Err(error));
+    }
+}
+
+impl<S> Drop for Keeper<S> {
+    /// Also where it is given up in the middle of something.
+    fn drop(&mut self) {
+        if !self.unkept.all().is_empty() {
+            tracing::warn!("the last {} events are told in this log only", self.unkept.all().len());
+        }
     }
 }
 

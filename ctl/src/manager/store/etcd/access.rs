@@ -130,7 +130,7 @@ fn todo(why: &str, file: &EtcdFile) -> Option<String> {
     } else if says("authentication is not enabled") {
         "leave `user` and `password_file` out of the cluster file, or enable authentication in the etcd"
             .into()
-    } else if says("permission denied") {
+    } else if says("etcdserver: permission denied") {
         let who = user.map_or("the user of our certificate", |(name, _)| name);
         format!("give a role of {who} the right to read and write all that begins with {}", file.prefix)
     } else if says("invalid peer certificate") {

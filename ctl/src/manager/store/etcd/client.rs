@@ -73,6 +73,18 @@ impl Etcd {
         })
     }
 
+    /// Connects to that member only.
+    fn alone(&self, endpoint: &str) -> Self {
+        Self {
+            name: format!("etcd {endpoint}"),
+            file: EtcdFile { endpoints: vec![endpoint.to_owned()], ..self.file.clone() },
+            options: self.options.clone(),
+            members: vec![None],
+            current: Arc::default(),
+            cluster: None,
+        }
+    }
+
     async fn member(&mut self, index: usize) -> Result<Member, Trouble> {
         if let Some(member) = &self.members[index] {
             return Ok(member.clone());
@@ -141,20 +153,19 @@ impl Etcd {
 
     /// Asks the members alone that are not in `seen` which etcd they belong to: two in one list would be two
     /// truths. One that is away, or has lost the others, is asked the next time.
-    pub async fn check_members(file: &EtcdFile, seen: &mut BTreeMap<String, u64>) -> Result<(), StoreError> {
-        for endpoint in &file.endpoints {
+    pub async fn check_members(&self, seen: &mut BTreeMap<String, u64>) -> Result<(), StoreError> {
+        for endpoint in &self.file.endpoints {
             if seen.contains_key(endpoint) {
                 continue;
             }
-            let one = EtcdFile { endpoints: vec![endpoint.clone()], ..file.clone() };
-            let mut etcd = Self::new(&one)?;
+            let mut etcd = self.alone(endpoint);
             let (true, Some(cluster)) = (etcd.get("identity").await.is_ok(), etcd.cluster) else { continue };
             if let Some((other, theirs)) = seen.iter().find(|(_, theirs)| **theirs != cluster) {
                 let why = format!(
                     "{other} and {endpoint} belong to different etcds ({theirs:x} and {cluster:x}): correct \
                      `endpoints` in the cluster file"
                 );
-                return Err(StoreError::OtherCluster { etcd: etcd.name, why });
+                return Err(StoreError::OtherCluster { etcd: self.name.clone(), why });
             }
             seen.insert(endpoint.clone(), cluster);
         }
