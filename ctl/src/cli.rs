@@ -145,7 +145,7 @@ pub enum ClusterVerb {
 pub enum ManagerVerb {
     /// Run the system manager
     Run {
-        /// Where the map is kept, unless the cluster file says in an etcd, and what happened
+        /// Where the map and what happened are kept, unless the cluster file says in an etcd
         #[arg(long, value_name = "DIR", default_value = "/var/lib/ublk-mirror/manager")]
         state_dir: PathBuf,
         /// Which of the cluster file's manager addresses this one is [default: the first that this

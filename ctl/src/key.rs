@@ -57,13 +57,18 @@ pub fn load(path: &Path) -> Result<ClusterKey, Failure> {
         )),
         _ => Failure::new(format!("cannot read the cluster key {shown}: {error}")),
     })?;
-    let mode = std::fs::metadata(path).map(|metadata| metadata.mode()).unwrap_or(0);
-    if mode & 0o006 != 0 {
-        return Err(Failure::new(format!(
-            "{shown}: everybody on this machine can use the cluster key; type: chmod 600 {shown}"
-        )));
-    }
+    refuse_public(path, "use the cluster key")?;
     ClusterKey::parse(&text).map_err(|error| Failure::new(format!("{shown}: {error}")))
+}
+
+/// Refuses a secret file that everybody can read or write; `what` they could do with it.
+pub fn refuse_public(path: &Path, what: &str) -> Result<(), Failure> {
+    let mode = std::fs::metadata(path).map(|metadata| metadata.mode()).unwrap_or(0);
+    if mode & 0o006 == 0 {
+        return Ok(());
+    }
+    let shown = path.display();
+    Err(Failure::new(format!("{shown}: everybody on this machine can {what}; type: chmod 600 {shown}")))
 }
 
 #[cfg(test)]

@@ -2,167 +2,12 @@
 
 mod common;
 
-use common::etcd::{Etcd, free_addresses, wait_for};
-use common::{mirrorctl, runtime};
+use common::lab::{Lab, MIRRORCTL};
 use ctl::key;
-use mirror_net::control::{OperatorReply, OperatorRequest};
-use mirror_net::wire::handshake::Role;
-use mirror_net::wire::transport;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
-const MIRRORCTL: &str = env!("CARGO_BIN_EXE_mirrorctl");
-
-struct Lab {
-    dir: tempfile::TempDir,
-    etcd: Etcd,
-    managers: Vec<String>,
-    children: Vec<Option<Child>>,
-    /// Fake nodes on a thread of their own.
-    stop: Arc<AtomicBool>,
-    nodes: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        (0..self.children.len()).for_each(|manager| self.kill(manager));
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(nodes) = self.nodes.take() {
-            let _ = nodes.join();
-        }
-    }
-}
-
-impl Lab {
-    /// A cluster file, a key and an etcd; no manager runs.
-    fn new(managers: usize) -> Self {
-        let (etcd, dir) = (Etcd::start(3), tempfile::tempdir().unwrap());
-        let mut addresses = free_addresses(managers + 2);
-        let nodes = addresses.split_off(managers);
-        let path = dir.path().display();
-        let mut text = format!(
-            "[cluster]\nname = \"lab\"\nkey_file = \"{path}/key\"\nmanager = {addresses:?}\n{}",
-            etcd.table()
-        );
-        for (index, node) in (1..).zip(&nodes) {
-            text += &format!(
-                "[[node]]\nname = \"n{index}\"\naddress = \"{node}\"\n[[node.disk]]\npath = \"{path}/n{index}.img\"\n\
-                 size = \"1G\"\n"
-            );
-            std::fs::create_dir(dir.path().join(format!("n{index}"))).unwrap();
-        }
-        std::fs::write(dir.path().join("cluster.toml"), text).unwrap();
-        key::write_new(&dir.path().join("key")).unwrap();
-        let children = addresses.iter().map(|_| None).collect();
-        Self { dir, etcd, managers: addresses, children, stop: Arc::default(), nodes: None }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn run(&self, arguments: &[&str]) -> (i32, String, String) {
-        let dir = self.dir.path().to_str().unwrap();
-        mirrorctl(Path::new(MIRRORCTL), &[arguments, &["--dir", dir]].concat())
-    }
-
-    fn start(&mut self, manager: usize) {
-        let log = std::fs::File::create(self.path(&format!("m{manager}.log"))).unwrap();
-        let child = Command::new(MIRRORCTL)
-            .args(["manager", "run", "--address", &self.managers[manager], "--dir"])
-            .arg(self.dir.path())
-            .arg("--state-dir")
-            .arg(self.path(&format!("m{manager}")))
-            .stderr(Stdio::from(log))
-            .spawn();
-        self.children[manager] = Some(child.unwrap());
-    }
-
-    fn kill(&mut self, manager: usize) {
-        if let Some(mut child) = self.children[manager].take() {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
-    }
-
-    /// Two nodes that register with whoever leads.
-    fn start_nodes(&mut self) {
-        let (config, stop) = (self.path("cluster.toml"), Arc::clone(&self.stop));
-        let states = [self.path("n1"), self.path("n2")];
-        self.nodes = Some(std::thread::spawn(move || {
-            runtime().block_on(async {
-                let [one, two] = &states;
-                let stopped = async {
-                    while !stop.load(Ordering::Relaxed) {
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                };
-                tokio::select! {
-                    () = common::fake_node(&config, "n1", one) => {}
-                    () = common::fake_node(&config, "n2", two) => {}
-                    () = stopped => {}
-                }
-            });
-        }));
-    }
-
-    /// What a manager says to somebody who asks it alone.
-    fn ask(&self, manager: usize) -> Option<OperatorReply> {
-        let key = key::load(&self.path("key")).unwrap();
-        runtime().block_on(async {
-            let address = &self.managers[manager];
-            let mut stream = common::connect(address, &key, Role::Operator, "test", None).await.ok()?;
-            transport::send(&mut stream, &OperatorRequest::Map).await.ok()?;
-            transport::receive(&mut stream).await.ok()
-        })
-    }
-
-    fn leads(&self, manager: usize) -> bool {
-        matches!(self.ask(manager), Some(OperatorReply::Map { .. }))
-    }
-
-    /// The one that leads; there is never more than one.
-    fn leader(&self) -> usize {
-        wait_for("a leader", || {
-            let leaders: Vec<usize> =
-                (0..self.managers.len()).filter(|manager| self.leads(*manager)).collect();
-            assert!(leaders.len() <= 1, "managers {leaders:?} lead at the same time");
-            leaders.first().copied()
-        })
-    }
-
-    fn map(&self) -> serde_json::Value {
-        let (code, out, err) = self.run(&["map", "show", "--json"]);
-        assert_eq!(code, 0, "{err}");
-        serde_json::from_str(&out).unwrap()
-    }
-
-    fn healthy(&self) {
-        let mut last = String::new();
-        wait_for("a healthy cluster", || {
-            let (code, out, err) = self.run(&["status"]);
-            let new = out + &err;
-            if new != last {
-                println!("{new}");
-                last = new;
-            }
-            (code == 0).then_some(())
-        });
-    }
-
-    fn create(&mut self) {
-        self.start_nodes();
-        wait_for("a cluster", || {
-            let (code, _, err) = self.run(&["cluster", "create"]);
-            println!("{err}");
-            (code == 0).then_some(())
-        });
-        self.healthy();
-    }
-}
+use mirror_net::control::{Event, OperatorReply};
+use mirror_tests::etcd::wait_for;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 #[test]
 fn a_killed_leader_is_replaced_and_the_map_goes_on() {
@@ -201,6 +46,61 @@ fn a_killed_leader_is_replaced_and_the_map_goes_on() {
     lab.kill(second);
     assert_eq!(lab.leader(), first);
     assert_eq!(lab.map()["version"], after["version"]);
+}
+
+/// What `mirrorctl events --json` printed.
+fn parsed(text: &str) -> Vec<Event> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn events_go_on_after_a_change_of_leader() {
+    let mut lab = Lab::new(2);
+    lab.start(0);
+    lab.start(1);
+    lab.create();
+    let events = |lab: &Lab| {
+        let (code, out, err) = lab.run(&["events", "--json"]);
+        assert_eq!(code, 0, "{err}");
+        parsed(&out)
+    };
+    let out = lab.path("followed");
+    let mut following = Command::new(MIRRORCTL)
+        .args(["events", "--follow", "--json", "--dir"])
+        .arg(lab.dir.path())
+        .stdout(std::fs::File::create(&out).unwrap())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let followed = || {
+        let text = std::fs::read_to_string(&out).unwrap();
+        // The last line may be on its way.
+        parsed(text.rsplit_once('\n').map_or("", |(whole, _)| whole))
+    };
+    let before = events(&lab);
+    assert!(before.iter().any(|event| event.map.is_some()), "{before:?}");
+    wait_for("the follower", || (followed().len() >= before.len()).then_some(()));
+
+    let mut newest = before.clone();
+    for node in ["n1", "n2"] {
+        let first = lab.leader();
+        lab.kill(first);
+        lab.start(first);
+        lab.healthy();
+        let (code, _, err) = lab.run(&["node", "failover", node]);
+        assert_eq!(code, 0, "{err}");
+        // What the failover did is told when it is done.
+        let after = events(&lab);
+        assert_eq!(after[..newest.len()], newest, "the next one has all that the first one told");
+        let told = |event: &Event| event.map.is_some() && event.text.contains(node);
+        assert!(after[newest.len()..].iter().any(told), "{after:?}");
+        newest = after;
+    }
+    assert!(newest.iter().map(|event| event.number).eq(1..=newest.len() as u64), "{newest:?}");
+    wait_for("the follower", || (followed().len() >= newest.len()).then_some(()));
+    assert_eq!(followed()[..newest.len()], newest, "nothing is missing, nothing is told twice");
+    following.kill().unwrap();
+    following.wait().unwrap();
 }
 
 #[test]

@@ -2,14 +2,15 @@
 
 mod common;
 
-use common::etcd::Etcd;
 use common::{random, runtime};
 use ctl::manager::store::{Candidate, EtcdStore, Seat, Store, StoreError, Swapped, Tenure};
 use mirror_net::config::EtcdFile;
+use mirror_net::control::{Event, EventKind};
 use mirror_net::ids::{AttachId, ClusterId, Incarnation, MapVersion, ProcessId, SliceEpoch, SliceIndex};
 use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
 use mirror_net::map::{DistributionMap, SegmentSlots, Span};
 use mirror_net::wire::handshake::ClusterKey;
+use mirror_tests::etcd::Etcd;
 use std::time::Duration;
 
 const LEADER_KEY: &str = "/ublk-mirror/lab/leader";
@@ -69,7 +70,7 @@ fn map(version: u64, slices: u32) -> DistributionMap {
 }
 
 async fn swap(store: &mut EtcdStore, base: Option<u64>, next: &DistributionMap) -> Swapped {
-    store.swap(base.map(MapVersion), next, &["because".into()]).await.unwrap()
+    store.swap(base.map(MapVersion), next, &["because".into()], &[]).await.unwrap()
 }
 
 #[test]
@@ -80,7 +81,7 @@ fn a_leader_that_was_deposed_without_knowing_stores_nothing() {
         let (mut old, old_tenure) = elected(&mut first).await;
         assert!(matches!(second.look().await, Ok(Seat::Theirs(address)) if address == "a:1"));
         assert_eq!(old.map().await.unwrap(), None);
-        assert!(matches!(swap(&mut old, None, &map(1, 3)).await, Swapped::Stored));
+        assert!(matches!(swap(&mut old, None, &map(1, 3)).await, Swapped::Stored { .. }));
         let session = old.exporter_session().await.unwrap();
 
         // What its lease's end does; it has not noticed.
@@ -88,12 +89,12 @@ fn a_leader_that_was_deposed_without_knowing_stores_nothing() {
         let (mut new, _tenure) = elected(&mut second).await;
         assert_eq!(new.map().await.unwrap(), Some(map(1, 3)));
         assert!(old_tenure.holds(), "it believes that it leads");
-        let refused = old.swap(Some(MapVersion(1)), &map(2, 3), &[]).await;
+        let refused = old.swap(Some(MapVersion(1)), &map(2, 3), &[], &[]).await;
         assert!(matches!(refused, Err(StoreError::Deposed(_))), "{refused:?}");
         let refused = old.exporter_session().await;
         assert!(matches!(refused, Err(StoreError::Deposed(_))), "{refused:?}");
 
-        assert!(matches!(swap(&mut new, Some(1), &map(2, 3)).await, Swapped::Stored));
+        assert!(matches!(swap(&mut new, Some(1), &map(2, 3)).await, Swapped::Stored { .. }));
         assert!(new.exporter_session().await.unwrap() > session);
         let conflict = swap(&mut new, Some(1), &map(2, 3)).await;
         assert!(matches!(conflict, Swapped::Conflict(Some(newest)) if *newest == map(2, 3)));
@@ -101,6 +102,68 @@ fn a_leader_that_was_deposed_without_knowing_stores_nothing() {
         drop((new, _tenure));
         let (mut again, _tenure) = elected(&mut first).await;
         assert_eq!(again.map().await.unwrap(), Some(map(2, 3)));
+    });
+}
+
+fn event(number: u64) -> Event {
+    let (at, map) = ("2026-01-01T00:00:00.000Z".into(), None);
+    Event { number, at, kind: EventKind::Node, map, text: format!("event {number}") }
+}
+
+fn numbers(events: &[Event]) -> Vec<u64> {
+    events.iter().map(|event| event.number).collect()
+}
+
+#[test]
+fn events_go_from_leader_to_leader_and_a_deposed_one_adds_none() {
+    let etcd = Etcd::start(1);
+    runtime().block_on(async {
+        let (mut first, mut second) = (candidate(&etcd, "lab", 1, "a:1"), candidate(&etcd, "lab", 1, "b:1"));
+        let (mut old, _old_tenure) = elected(&mut first).await;
+        assert_eq!(old.events().await.unwrap(), []);
+        assert_eq!(old.keep_events(&[event(1)]).await.unwrap(), 1);
+        // An answer was lost: the same again changes nothing.
+        assert_eq!(old.keep_events(&[event(1), event(2)]).await.unwrap(), 2);
+        // With a map, and not without it.
+        let (map, because) = (map(1, 3), ["because".into()]);
+        let stored = old.swap(None, &map, &because, &[event(3)]).await.unwrap();
+        assert!(matches!(stored, Swapped::Stored { events: 1 }), "{stored:?}");
+        let conflict = old.swap(None, &map, &because, &[event(4)]).await.unwrap();
+        assert!(matches!(conflict, Swapped::Conflict(_)), "{conflict:?}");
+
+        etcd.client().await.delete(LEADER_KEY, None).await.unwrap();
+        let (mut new, _tenure) = elected(&mut second).await;
+        let refused = old.keep_events(&[event(4)]).await;
+        assert!(matches!(refused, Err(StoreError::Deposed(_))), "{refused:?}");
+        assert_eq!(new.events().await.unwrap(), [event(1), event(2), event(3)]);
+        // One that nobody can read is left out; nothing is decided by it.
+        etcd.client().await.put("/ublk-mirror/lab/event/000000000002", "{", None).await.unwrap();
+        assert_eq!(numbers(&new.events().await.unwrap()), [1, 3]);
+    });
+}
+
+#[test]
+fn the_last_two_thousand_events_are_kept() {
+    let etcd = Etcd::start(1);
+    runtime().block_on(async {
+        let mut first = candidate(&etcd, "lab", 1, "a:1");
+        let (mut store, mut tenure) = elected(&mut first).await;
+        let all: Vec<Event> = (1..=2345).map(event).collect();
+        let mut left = &all[..];
+        while !left.is_empty() {
+            // A busy machine may let a lease run out.
+            match store.keep_events(left).await {
+                Ok(count) => left = &left[count..],
+                Err(StoreError::Deposed(_)) => {
+                    drop((store, tenure));
+                    (store, tenure) = elected(&mut first).await;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+        drop((store, tenure));
+        let (mut store, _tenure) = elected(&mut candidate(&etcd, "lab", 1, "b:1")).await;
+        assert_eq!(store.events().await.unwrap(), all[345..]);
     });
 }
 
@@ -112,7 +175,7 @@ fn a_large_map_and_a_long_history_are_kept() {
         let (mut store, mut tenure) = elected(&mut first).await;
         // Some four megabytes, in spans of every slice.
         let mut newest = map(1, 5000);
-        assert!(matches!(swap(&mut store, None, &newest).await, Swapped::Stored));
+        assert!(matches!(swap(&mut store, None, &newest).await, Swapped::Stored { .. }));
         for version in 2..=105u64 {
             newest.version = MapVersion(version);
             newest.devices[0].spans[1].epoch = SliceEpoch(version);
@@ -122,8 +185,8 @@ fn a_large_map_and_a_long_history_are_kept() {
             }
             // A busy machine may let a lease run out: then it is elected anew, and goes on from what is stored.
             while store.map().await.unwrap().is_some_and(|map| map.version < newest.version) {
-                match store.swap(Some(MapVersion(version - 1)), &newest, &["because".into()]).await {
-                    Ok(swapped) => assert!(matches!(swapped, Swapped::Stored)),
+                match store.swap(Some(MapVersion(version - 1)), &newest, &["because".into()], &[]).await {
+                    Ok(swapped) => assert!(matches!(swapped, Swapped::Stored { .. })),
                     Err(StoreError::Deposed(_)) => {
                         drop((store, tenure));
                         (store, tenure) = elected(&mut first).await;
@@ -156,7 +219,7 @@ fn what_a_leader_left_half_written_is_removed() {
     let etcd = Etcd::start(1);
     runtime().block_on(async {
         let (mut store, tenure) = elected(&mut candidate(&etcd, "lab", 1, "a:1")).await;
-        assert!(matches!(swap(&mut store, None, &map(1, 3)).await, Swapped::Stored));
+        assert!(matches!(swap(&mut store, None, &map(1, 3)).await, Swapped::Stored { .. }));
         drop((store, tenure));
         let mut client = etcd.client().await;
         for key in ["base@000000000002/0000", "device/00000001@000000000002/0000"] {

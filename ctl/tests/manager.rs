@@ -94,6 +94,9 @@ fn every_failure_is_one_line_with_its_exit_code() {
     assert!(err.starts_with("mirrorctl: unrecognized subcommand 'frobnicate'"), "{err}");
     let (code, _, err) = mirrorctl(Path::new(MIRRORCTL), &["playground"]);
     assert_eq!(code, 64, "{err}");
+    let several = ["playground", "--managers", "2", "--dir", "/nowhere"];
+    let (code, _, err) = mirrorctl(Path::new(MIRRORCTL), &several);
+    assert_eq!((code, err.contains("several managers share an etcd: add --etcd")), (64, true), "{err}");
     let (code, _, err) = mirrorctl(Path::new(MIRRORCTL), &["status", "--config", "/nowhere.toml"]);
     assert_eq!((code, err.contains("/nowhere.toml")), (1, true), "{err}");
 

@@ -33,7 +33,7 @@ need_build_packages() {
 
 need_test_packages() {
     need_packages fio:fio nbdinfo:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils sqlite3:sqlite3 \
-        shellcheck:shellcheck ip:iproute2 etcd:etcd-server
+        shellcheck:shellcheck ip:iproute2 etcd:etcd-server openssl:openssl
 }
 
 # need_cargo_program NAME - a program that cargo installs, by the name of its package.

@@ -1,7 +1,10 @@
 //! What tests share: the simulator of whole clusters, and for tests across real processes a
-//! playground or a lab, a small NBD client, fio, a workload that knows what it may lose, and the content of disks.
+//! playground or a lab, a small NBD client, fio, a workload that knows what it may lose,
+//! an etcd, and the content of disks.
 
+pub mod certificates;
 pub mod contents;
+pub mod etcd;
 pub mod fio;
 pub mod lab;
 pub mod machines;

@@ -129,6 +129,12 @@ impl Playground {
         Ok(found["pid"].as_i64().context("no pid")? as i32)
     }
 
+    /// The name of the manager that listens at that address.
+    pub fn manager_at(&self, address: &str) -> Option<&str> {
+        let managers = self.description["managers"].as_array()?;
+        managers.iter().find(|manager| manager["address"] == address)?["name"].as_str()
+    }
+
     /// The manager's process id.
     pub fn manager_pid(&self) -> anyhow::Result<i32> {
         Ok(self.description["manager"]["pid"].as_i64().context("no pid")? as i32)

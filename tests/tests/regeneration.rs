@@ -3,6 +3,7 @@
 use anyhow::{Context, ensure};
 use mirror_net::ids::DeviceId;
 use mirror_tests::contents::slices;
+use mirror_tests::etcd::Etcd;
 use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::{Playground, signal};
 use mirror_tests::sim::scheduler::Random;
@@ -15,14 +16,24 @@ const MIB: u64 = 1 << 20;
 const N1_D1: DeviceId = DeviceId(1);
 const N2_D1: DeviceId = DeviceId(3);
 /// Pieces that each device is filled with.
-const PIECES: u64 = 48;
+const PIECES: u64 = 144;
 
 fn stamp(value: u8) -> Vec<u8> {
     vec![value; MIB as usize]
 }
 
 fn play() -> anyhow::Result<Playground> {
-    let play = Playground::start_like(2, "nbd", "512M", &["--spares", "1", "--spare-after", "3s"])?;
+    play_with(None)
+}
+
+/// With an etcd there are two managers.
+fn play_with(etcd: Option<&Etcd>) -> anyhow::Result<Playground> {
+    let mut further = vec!["--spares", "1", "--spare-after", "3s"];
+    let endpoints = etcd.map(|etcd| etcd.endpoints().join(","));
+    if let Some(endpoints) = &endpoints {
+        further.extend(["--managers", "2", "--etcd", endpoints]);
+    }
+    let play = Playground::start_like(2, "nbd", "512M", &further)?;
     for device in ["n1-d1", "n2-d1"] {
         let mut client = NbdClient::connect(&play.uri(device)?)?;
         for piece in 0..PIECES {
@@ -130,9 +141,83 @@ fn a_dead_nodes_segments_are_made_again_on_the_spare_and_it_comes_back_as_one() 
     copies_are_equal(&mut play)
 }
 
+/// Who takes part in a regeneration, and may die.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    /// Who decides, if there is only one.
+    Manager,
+    Leader,
+    Follower,
+    /// A member of the etcd.
+    Member,
+    /// The node that has the data.
+    Source,
+    /// The one that gets it.
+    Target,
+}
+
+/// Without a store that managers share.
+const ONE_MANAGER: &[Part] = &[Part::Manager, Part::Source, Part::Target];
+const TWO_MANAGERS: &[Part] = &[Part::Leader, Part::Follower, Part::Member, Part::Source, Part::Target];
+
+/// Victims in a random order; everybody's turn comes before anybody's second.
+struct Victims<'a> {
+    of: &'static [Part],
+    left: Vec<Part>,
+    random: &'a mut Random,
+    etcd: Option<Etcd>,
+}
+
+impl<'a> Victims<'a> {
+    fn new(of: &'static [Part], random: &'a mut Random, etcd: Option<Etcd>) -> Self {
+        Self { of, left: Vec::new(), random, etcd }
+    }
+
+    fn pause(&mut self, most_ms: u64) {
+        std::thread::sleep(Duration::from_millis(self.random.below(most_ms)));
+    }
+
+    /// The manager that leads, or not; while nobody does, any.
+    fn manager(&self, play: &Playground, leads: bool) -> &'static str {
+        let value = self.etcd.as_ref().and_then(|etcd| etcd.value("/ublk-mirror/", "/leader"));
+        let leader: Option<Value> = value.and_then(|value| serde_json::from_slice(&value).ok());
+        let leader = leader.and_then(|leader| play.manager_at(leader["address"].as_str()?));
+        if (leader == Some("manager-2")) == leads { "manager-2" } else { "manager" }
+    }
+
+    /// Somebody dies, and is started again a while later.
+    fn strike(&mut self, play: &Playground) -> anyhow::Result<()> {
+        if self.left.is_empty() {
+            self.left = self.of.to_vec();
+        }
+        let victim = self.left.swap_remove(self.random.below(self.left.len() as u64) as usize);
+        let name = match victim {
+            Part::Manager => "manager",
+            Part::Leader => self.manager(play, true),
+            Part::Follower => self.manager(play, false),
+            Part::Source => "n2",
+            Part::Target => "n3",
+            Part::Member => {
+                let pause = Duration::from_millis(self.random.below(600));
+                let etcd = self.etcd.as_mut().context("there is no etcd")?;
+                let member = self.random.below(etcd.members() as u64) as usize;
+                println!("member {member} of the etcd dies");
+                etcd.kill(member);
+                std::thread::sleep(pause);
+                etcd.start_member(member);
+                return Ok(());
+            }
+        };
+        println!("{name} dies: {victim:?}");
+        play.kill(name)?;
+        self.pause(600);
+        play.restart(name)
+    }
+}
+
 /// Ends of a regeneration, and how often somebody died on the way.
-fn regenerate_under_kills(random: &mut Random, most: u32) -> anyhow::Result<u32> {
-    let mut play = play()?;
+fn regenerate_under_kills(victims: &mut Victims, most: u32) -> anyhow::Result<u32> {
+    let mut play = play_with(victims.etcd.as_ref())?;
     play.kill("n1")?;
     let (mut kills, mut begun) = (0, false);
     let over = |play: &Playground, begun: &mut bool| -> anyhow::Result<Option<bool>> {
@@ -143,16 +228,12 @@ fn regenerate_under_kills(random: &mut Random, most: u32) -> anyhow::Result<u32>
     // Before the first plan nothing is under way that a death could disturb.
     play.until("a plan, or its end", || over(&play, &mut begun))?;
     while kills < most {
-        // Of those who take part: who decides, who gives, who takes.
-        let victim = ["manager", "n2", "n3"][random.below(3) as usize];
-        std::thread::sleep(Duration::from_millis(random.below(400)));
+        victims.pause(400);
         // A death after its end would say nothing.
         if play.until("the manager to answer", || over(&play, &mut begun))? {
             break;
         }
-        play.kill(victim)?;
-        std::thread::sleep(Duration::from_millis(random.below(600)));
-        play.restart(victim)?;
+        victims.strike(&play)?;
         kills += 1;
     }
     play.until("n1's segments are on n3 and n2", || {
@@ -163,25 +244,48 @@ fn regenerate_under_kills(random: &mut Random, most: u32) -> anyhow::Result<u32>
         Ok((over && both.iter().all(|nodes| *nodes == expected)).then_some(()))
     })?;
     all_is_there(&play, 1)?;
+    events_have_no_gap(&play)?;
     copies_are_equal(&mut play)?;
     Ok(kills)
 }
 
-#[test]
-fn a_regeneration_goes_on_whoever_dies_meanwhile() -> anyhow::Result<()> {
+/// Whoever wrote them, each has the number after the one before.
+fn events_have_no_gap(play: &Playground) -> anyhow::Result<()> {
+    let text = play.must(&["events", "--json"])?;
+    for (number, line) in (1u64..).zip(text.lines()) {
+        let event: Value = serde_json::from_str(line)?;
+        ensure!(event["number"] == number, "event {number} is {line}");
+    }
+    ensure!(!text.is_empty(), "there are no events");
+    Ok(())
+}
+
+/// `short`: how many deaths there are unless it is to take long.
+fn regenerations_go_on(of: &'static [Part], short: u32, etcd: Option<Etcd>) -> anyhow::Result<()> {
     let (seed, wanted) = match std::env::var("UBLK_MIRROR_LONG").is_ok() {
         true => (std::process::id().into(), 50),
-        false => (3, 4),
+        false => (3, short),
     };
     let mut random = Random::new(seed);
+    let mut victims = Victims::new(of, &mut random, etcd);
     let (mut kills, mut regenerations) = (0, 0);
     while kills < wanted {
-        kills += regenerate_under_kills(&mut random, (wanted - kills).min(6))
+        kills += regenerate_under_kills(&mut victims, (wanted - kills).min(6))
             .with_context(|| format!("seed {seed}, after {kills} kills"))?;
         regenerations += 1;
     }
     println!("seed {seed}: {kills} kills in {regenerations} regenerations");
     Ok(())
+}
+
+#[test]
+fn a_regeneration_goes_on_whoever_dies_meanwhile() -> anyhow::Result<()> {
+    regenerations_go_on(ONE_MANAGER, 4, None)
+}
+
+#[test]
+fn a_regeneration_goes_on_whichever_manager_or_member_of_the_etcd_dies() -> anyhow::Result<()> {
+    regenerations_go_on(TWO_MANAGERS, 5, Some(Etcd::start(3)))
 }
 
 #[test]

@@ -1,89 +1,115 @@
-//! What happened, kept for people: `events.jsonl` in the state directory, a JSON object a line.
+//! What happened, kept for people by the manager that leads.
 //!
-//! Nothing is decided by it, so an event that cannot be written is told to the log and lost.
+//! Nothing is decided by it. An event is told to nobody before the store has it: whoever asks for what came after it
+//! may ask another manager the next time, and must find there what he has seen.
 
 use mirror_net::control::{Event, EventKind};
 use mirror_net::ids::MapVersion;
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// Events that are remembered.
-const REMEMBERED_MAX: usize = 10_000;
+pub(super) const REMEMBERED_MAX: usize = 10_000;
 /// Events in one answer: they fit in a frame.
 const ANSWER_MAX: usize = 2_000;
-/// A file that grew beyond this gives way to a new one, and is kept as `events.1.jsonl`.
-const FILE_BYTES_MAX: u64 = 8 << 20;
+/// Bytes of an event's text; what is longer is cut off.
+const TEXT_BYTES_MAX: usize = 4 << 10;
+/// Events that may wait for the store.
+const UNKEPT_MAX: usize = 2_000;
 
-/// The last events.
+/// An event of this moment; the order in which events are kept gives it its number.
 #[derive(Debug)]
-pub struct EventLog {
-    path: PathBuf,
-    older: PathBuf,
+pub(super) struct Note {
+    at: String,
+    kind: EventKind,
+    map: Option<MapVersion>,
+    text: String,
+}
+
+impl Note {
+    pub(super) fn new(kind: EventKind, map: Option<MapVersion>, mut text: String) -> Self {
+        let at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        if text.len() > TEXT_BYTES_MAX {
+            let end = (0..=TEXT_BYTES_MAX).rev().find(|end| text.is_char_boundary(*end));
+            text.truncate(end.unwrap_or(0));
+            text.push('…');
+        }
+        Self { at, kind, map, text }
+    }
+}
+
+/// The last events that the store has.
+#[derive(Debug)]
+pub(super) struct EventLog {
     remembered: VecDeque<Event>,
-    last: u64,
 }
 
 impl EventLog {
-    /// Reads what is there.
-    pub fn open(dir: &Path) -> Self {
-        let (path, older) = (dir.join("events.jsonl"), dir.join("events.1.jsonl"));
-        let mut log = Self { path, older, remembered: VecDeque::new(), last: 0 };
-        for path in [log.older.clone(), log.path.clone()] {
-            let text = match std::fs::read_to_string(&path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => {
-                    tracing::warn!("cannot read {}: {error}", path.display());
-                    continue;
-                }
-            };
-            // The last line may have been cut off by a crash.
-            let events = text.lines().filter_map(|line| serde_json::from_str::<Event>(line).ok());
-            events.for_each(|event| log.remember(event));
-        }
-        log
+    /// With what the store had when this manager began to lead.
+    pub(super) fn new(events: Vec<Event>) -> Self {
+        Self { remembered: events.into() }
     }
 
-    fn remember(&mut self, event: Event) {
-        self.last = self.last.max(event.number);
-        self.remembered.push_back(event);
-        if self.remembered.len() > REMEMBERED_MAX {
-            self.remembered.pop_front();
-        }
-    }
-
-    /// Notes an event of this moment.
-    pub fn note(&mut self, kind: EventKind, map: Option<MapVersion>, text: String) {
-        let at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
-        let event = Event { number: self.last + 1, at, kind, map, text };
-        if let Err(error) = self.write(&event) {
-            tracing::warn!("cannot write {}: {error}", self.path.display());
-        }
-        self.remember(event);
-    }
-
-    fn write(&self, event: &Event) -> std::io::Result<()> {
-        let mut options = OpenOptions::new();
-        let mut file = options.create(true).append(true).mode(0o600).open(&self.path)?;
-        if file.metadata()?.len() > FILE_BYTES_MAX {
-            std::fs::rename(&self.path, &self.older)?;
-            file = options.open(&self.path)?;
-        }
-        let mut line = serde_json::to_vec(event)?;
-        line.push(b'\n');
-        // In one piece, so that a crash cuts off the last line and no other.
-        file.write_all(&line)
+    /// The store has them.
+    pub(super) fn add(&mut self, events: Vec<Event>) {
+        self.remembered.extend(events);
+        let old = self.remembered.len().saturating_sub(REMEMBERED_MAX);
+        self.remembered.drain(..old);
     }
 
     /// Those with a larger number, the oldest first; the newest of them if there are too many.
-    pub fn after(&self, number: u64) -> Vec<Event> {
+    pub(super) fn after(&self, number: u64) -> Vec<Event> {
         let first = self.remembered.partition_point(|event| event.number <= number);
         let first = first.max(self.remembered.len().saturating_sub(ANSWER_MAX));
         self.remembered.iter().skip(first).cloned().collect()
+    }
+}
+
+/// Events that the store has not, in their order.
+#[derive(Debug)]
+pub(super) struct Unkept {
+    events: Vec<Event>,
+    /// The number of the last event that the store has.
+    kept: u64,
+    /// Some were left out, and that has been told.
+    overflowed: bool,
+}
+
+impl Unkept {
+    /// `kept`: the number of the last event that the store has; 0 for none.
+    pub(super) fn new(kept: u64) -> Self {
+        Self { events: Vec::new(), kept, overflowed: false }
+    }
+
+    pub(super) fn push(&mut self, note: Note) {
+        if self.events.len() >= UNKEPT_MAX {
+            if !std::mem::replace(&mut self.overflowed, true) {
+                tracing::warn!(
+                    "{UNKEPT_MAX} events wait for the store: what happens now is told in this log only"
+                );
+            }
+            return;
+        }
+        let Note { at, kind, map, text } = note;
+        let number = self.events.last().map_or(self.kept, |event| event.number) + 1;
+        self.events.push(Event { number, at, kind, map, text });
+    }
+
+    pub(super) fn all(&self) -> &[Event] {
+        &self.events
+    }
+
+    /// The store has the first `count`.
+    pub(super) fn take(&mut self, count: usize) -> Vec<Event> {
+        self.overflowed &= count == 0;
+        let taken: Vec<Event> = self.events.drain(..count).collect();
+        self.kept = taken.last().map_or(self.kept, |event| event.number);
+        taken
+    }
+
+    /// Forgets all but the first `count`: they have not happened.
+    pub(super) fn truncate(&mut self, count: usize) {
+        self.events.truncate(count);
     }
 }
 
@@ -91,21 +117,40 @@ impl EventLog {
 mod tests {
     use super::*;
 
+    fn note(text: &str) -> Note {
+        Note::new(EventKind::Node, None, text.into())
+    }
+
     #[test]
-    fn events_outlive_the_manager_and_a_line_cut_off() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut log = EventLog::open(dir.path());
-        log.note(EventKind::Node, None, "one".into());
-        log.note(EventKind::Map, Some(MapVersion(7)), "two".into());
-        let mut file = OpenOptions::new().append(true).open(dir.path().join("events.jsonl")).unwrap();
-        file.write_all(b"{\"number\": 3, \"at\"").unwrap();
-        let mut again = EventLog::open(dir.path());
-        let texts = |log: &EventLog, after| {
-            log.after(after).into_iter().map(|event| (event.number, event.text)).collect::<Vec<_>>()
-        };
-        assert_eq!(texts(&again, 0), [(1, "one".to_owned()), (2, "two".to_owned())]);
-        again.note(EventKind::Spare, None, "three".into());
-        assert_eq!(texts(&again, 2), [(3, "three".to_owned())]);
-        assert_eq!(again.after(1)[0].map, Some(MapVersion(7)));
+    fn numbers_follow_each_other_whatever_has_not_happened() {
+        let mut unkept = Unkept::new(7);
+        unkept.push(note("one"));
+        let before = unkept.all().len();
+        unkept.push(note("a map that was not stored"));
+        unkept.truncate(before);
+        unkept.push(note("two"));
+        let numbers: Vec<u64> = unkept.take(1).iter().map(|event| event.number).collect();
+        assert_eq!(numbers, [8]);
+        unkept.take(1);
+        unkept.push(note("three"));
+        assert_eq!((unkept.all()[0].number, unkept.all()[0].text.as_str()), (10, "three"));
+    }
+
+    #[test]
+    fn a_store_that_keeps_nothing_costs_a_bounded_memory() {
+        let mut unkept = Unkept::new(0);
+        (0..UNKEPT_MAX + 5).for_each(|_| unkept.push(note("x")));
+        assert_eq!(unkept.all().len(), UNKEPT_MAX);
+        let mut log = EventLog::new(Vec::new());
+        for _ in 0..2 * REMEMBERED_MAX / UNKEPT_MAX {
+            log.add(unkept.take(UNKEPT_MAX));
+            (0..UNKEPT_MAX).for_each(|_| unkept.push(note("x")));
+        }
+        let events = log.after(0);
+        assert_eq!((events.len(), events[ANSWER_MAX - 1].number), (ANSWER_MAX, 2 * REMEMBERED_MAX as u64));
+        assert_eq!(log.after(events[0].number).len(), ANSWER_MAX - 1);
+        assert_eq!(log.remembered.len(), REMEMBERED_MAX);
+        let long = note(&"ä".repeat(TEXT_BYTES_MAX));
+        assert_eq!(long.text.len(), TEXT_BYTES_MAX + '…'.len_utf8());
     }
 }

@@ -3,15 +3,16 @@
 mod connection;
 mod events;
 mod front;
+mod keeper;
 mod server;
 pub mod store;
 
 use crate::client::load_file;
 use crate::failure::{Failure, OK};
 use crate::key;
-use events::EventLog;
 use front::{Front, Post};
 use mirror_net::config::{ClusterFile, EtcdFile, StoreFile};
+use mirror_net::control::Event;
 use mirror_net::map::DistributionMap;
 use server::{End, Reign};
 use std::future::Future;
@@ -72,14 +73,14 @@ async fn alone(
     address: Option<&str>,
     stop: &mut Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), Failure> {
-    let store = FileStore::open(state_dir).map_err(failed)?;
+    let mut store = FileStore::open(state_dir).map_err(failed)?;
     let map = store.map().map_err(failed)?;
+    let events = store.events().await.map_err(failed)?;
     let mut front = Front::open(&file.managers, address, key::load(&file.key_file)?).await?;
     greet(map.as_ref(), &front.address);
-    let mut events = EventLog::open(state_dir);
     front.post.send_replace(Post::Leads);
     let (policy, tenure) = (file.policy, Tenure::for_ever());
-    let reign = Reign { map, tenure, policy, events: &mut events, cluster: &front.cluster };
+    let reign = Reign { map, tenure, policy, events, cluster: &front.cluster };
     server::lead(store, reign, &mut front.arriving, stop).await.map(drop)
 }
 
@@ -91,19 +92,21 @@ async fn elected(
     address: Option<&str>,
     stop: &mut Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), Failure> {
-    let held = StateDir::open(state_dir).map_err(failed)?;
+    let _held = StateDir::open(state_dir).map_err(failed)?;
     let key = key::load(&file.key_file)?;
     let mut front = Front::open(&file.managers, address, key.clone()).await?;
-    let mut events = EventLog::open(held.path());
     let mut candidate = Candidate::new(etcd, &file.name, &key, &front.address, front.process);
     tracing::info!("listening on {}; the map is kept in etcd {}", front.address, etcd.endpoints.join(", "));
     loop {
         let Some((mut store, tenure)) = follow(&mut candidate, &mut front, stop).await? else {
             return Ok(());
         };
-        let map = match store.map().await {
-            Ok(map) => map,
-            Err(error @ (StoreError::Deposed(_) | StoreError::Unreachable { .. })) => {
+        let (map, events) = match found(&mut store).await {
+            Ok(found) => found,
+            Err(
+                error
+                @ (StoreError::Deposed(_) | StoreError::Unreachable { .. } | StoreError::Refused { .. }),
+            ) => {
                 tracing::warn!("elected, but {error}");
                 continue;
             }
@@ -113,7 +116,7 @@ async fn elected(
         greet(map.as_ref(), &front.address);
         front.post.send_replace(Post::Leads);
         let policy = file.policy;
-        let reign = Reign { map, tenure, policy, events: &mut events, cluster: &front.cluster };
+        let reign = Reign { map, tenure, policy, events, cluster: &front.cluster };
         match server::lead(*store, reign, &mut front.arriving, stop).await? {
             End::Stopped => return Ok(()),
             End::Deposed(why) => {
@@ -122,6 +125,11 @@ async fn elected(
             }
         }
     }
+}
+
+/// What there is when this manager begins to lead.
+async fn found(store: &mut EtcdStore) -> Result<(Option<DistributionMap>, Vec<Event>), StoreError> {
+    Ok((store.map().await?, store.events().await?))
 }
 
 /// Waits until this manager is elected; `None` if it is told to stop before.

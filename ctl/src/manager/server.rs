@@ -1,36 +1,27 @@
 //! The loop around the manager's core, from the moment that this manager leads until it does not.
 
-use super::events::EventLog;
+use super::events::{EventLog, Note};
 use super::front::Event;
+use super::keeper::{Done, Order, keep};
 use super::store::{Store, StoreError, Swapped, Tenure};
 use crate::failure::Failure;
 use mirror_net::config::{ClusterFile, Policy};
-use mirror_net::control::{EventKind, ManagerMessage, OperatorReply, OperatorRequest};
-use mirror_net::ids::{ClusterId, ExporterSession};
+use mirror_net::control::{self, ManagerMessage, OperatorReply, OperatorRequest};
+use mirror_net::ids::ClusterId;
 use mirror_net::manager::watch::WatchClock;
-use mirror_net::manager::{ConnectionId, Input, Manager, Output, Proposal, Ticket};
+use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
 use mirror_net::map::DistributionMap;
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 /// How often the core learns that time has passed.
 const TICK: Duration = Duration::from_millis(250);
-
-/// What the store is to do.
-enum Order {
-    Swap(Box<Proposal>),
-    Session(ConnectionId),
-}
-
-/// What it did.
-enum Done {
-    Swapped(Box<Proposal>, Swapped),
-    Session(ConnectionId, ExporterSession),
-}
+/// How long the store may take to write what is left when the manager is told to stop.
+const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// How a reign ended.
 #[derive(Debug)]
@@ -45,7 +36,7 @@ pub(super) enum End {
 struct Server<'a> {
     manager: Manager,
     orders: mpsc::UnboundedSender<Order>,
-    events: &'a mut EventLog,
+    events: EventLog,
     started: Instant,
     clock: WatchClock,
     senders: HashMap<ConnectionId, mpsc::Sender<ManagerMessage>>,
@@ -59,33 +50,8 @@ pub(super) struct Reign<'a> {
     pub(super) map: Option<DistributionMap>,
     pub(super) tenure: Tenure,
     pub(super) policy: Policy,
-    pub(super) events: &'a mut EventLog,
+    pub(super) events: Vec<control::Event>,
     pub(super) cluster: &'a watch::Sender<Option<ClusterId>>,
-}
-
-/// Carries out the orders, one after the other, so that the core need not wait for the store.
-async fn keep<S: Store>(
-    mut store: S,
-    mut orders: mpsc::UnboundedReceiver<Order>,
-    done: mpsc::UnboundedSender<Result<Done, StoreError>>,
-) {
-    while let Some(order) = orders.recv().await {
-        let result = match order {
-            Order::Swap(proposal) => {
-                let swapped = store.swap(proposal.base, &proposal.next, &proposal.why).await;
-                swapped.map(|swapped| Done::Swapped(proposal, swapped))
-            }
-            Order::Session(connection) => {
-                store.exporter_session().await.map(|session| Done::Session(connection, session))
-            }
-        };
-        // After a failed write nobody knows what is stored.
-        let failed = result.is_err();
-        if done.send(result).is_err() || failed {
-            return;
-        }
-        store.tidy().await;
-    }
 }
 
 /// Leads until `stop` is done, the tenure is over, or the store fails.
@@ -98,12 +64,13 @@ pub(super) async fn lead<S: Store>(
     let Reign { map, tenure, policy, events, cluster } = reign;
     let (orders, received) = mpsc::unbounded_channel();
     let (done, mut results) = mpsc::unbounded_channel();
-    let keeping = tokio::spawn(keep(store, received, done));
+    let kept = events.last().map_or(0, |event| event.number);
+    let mut keeping = tokio::spawn(keep(store, received, done, kept));
     cluster.send_replace(map.as_ref().map(|map| map.cluster));
     let mut server = Server {
         manager: Manager::new(map, policy),
         orders,
-        events,
+        events: EventLog::new(events),
         started: Instant::now(),
         clock: WatchClock::default(),
         senders: HashMap::new(),
@@ -140,6 +107,10 @@ pub(super) async fn lead<S: Store>(
     };
     if let Ok(End::Deposed(_)) = &result {
         server.give_up();
+    }
+    drop(server);
+    if let Ok(End::Stopped) = &result {
+        let _ = timeout(FLUSH_MAX, &mut keeping).await;
     }
     // Whatever is being written is as good as lost: what the store then holds is what counts.
     keeping.abort();
@@ -222,16 +193,19 @@ impl Server<'_> {
     /// What the store did, as the core is to hear it.
     fn done(&mut self, done: Done) -> Option<Input> {
         Some(match done {
-            Done::Swapped(proposal, Swapped::Stored) => {
+            Done::Swapped(proposal, Swapped::Stored { .. }) => {
                 let version = proposal.next.version;
                 for line in &proposal.why {
                     tracing::info!("map {version}: {line}");
-                    self.events.note(EventKind::Map, Some(version), line.clone());
                 }
                 Input::Stored { version }
             }
             Done::Swapped(_, Swapped::Conflict(newest)) => Input::Conflict { newest },
             Done::Session(connection, session) => Input::Session { connection, session },
+            Done::Kept(events) => {
+                self.events.add(events);
+                return None;
+            }
         })
     }
 
@@ -259,7 +233,7 @@ impl Server<'_> {
                 Output::Log(line) => tracing::info!("{line}"),
                 Output::Event(kind, line) => {
                     tracing::info!("{line}");
-                    self.events.note(kind, None, line);
+                    drop(self.orders.send(Order::Note(Note::new(kind, None, line))));
                 }
             }
         }

@@ -105,13 +105,28 @@ fn free_ports(count: usize) -> Result<Vec<u16>, Failure> {
     ports.map_err(failed)
 }
 
-fn cluster_text(wanted: &Wanted, ports: &[u16]) -> String {
+/// The first manager's name, and that of the others with a number behind it.
+pub(super) const MANAGER: &str = "manager";
+
+/// The managers' names, in the order of their addresses in the cluster file.
+pub(super) fn manager_names(count: usize) -> Vec<String> {
+    let name = |index| if index == 1 { MANAGER.to_owned() } else { format!("{MANAGER}-{index}") };
+    (1..=count).map(name).collect()
+}
+
+/// `keys`: what the keys in an etcd begin with.
+fn cluster_text(wanted: &Wanted, keys: &str, ports: &[u16]) -> String {
     let dir = wanted.dir.display();
+    let (managers, ports) = ports.split_at(usize::from(wanted.managers));
+    let managers: Vec<String> = managers.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+    let manager = match managers.as_slice() {
+        [one] => format!("{one:?}"),
+        several => format!("{several:?}"),
+    };
     // Written by hand, not serialised: it is an example to learn from, too.
     let mut text = format!(
         "# Made by `mirrorctl playground`.\n[cluster]\nname = \"playground\"\nkey_file = \"{dir}/cluster.key\"\n\
-         manager = \"127.0.0.1:{}\"\nfrontend = \"{}\"\n",
-        ports[0],
+         manager = {manager}\nfrontend = \"{}\"\n",
         wanted.frontend.as_str()
     );
     for (name, after) in [("fail_after", wanted.fail_after), ("spare_after", wanted.spare_after)] {
@@ -119,18 +134,22 @@ fn cluster_text(wanted: &Wanted, ports: &[u16]) -> String {
             let _ = writeln!(text, "{name} = \"{}\"", humantime::format_duration(after));
         }
     }
+    if !wanted.etcd.is_empty() {
+        let _ =
+            write!(text, "\n[store]\nkind = \"etcd\"\nendpoints = {:?}\nprefix = {keys:?}\n", wanted.etcd);
+    }
     let count = wanted.nodes + wanted.spares;
     for index in 1..=count {
         let spare = if index > wanted.nodes { "spare = true\n" } else { "" };
         let nbd = match wanted.nbd_tcp {
-            true => format!("nbd = \"127.0.0.1:{}\"\n", ports[usize::from(count + index)]),
+            true => format!("nbd = \"127.0.0.1:{}\"\n", ports[usize::from(count + index - 1)]),
             false => String::new(),
         };
         let _ = write!(
             text,
             "\n[[node]]\nname = \"n{index}\"\naddress = \"127.0.0.1:{}\"\n{nbd}{spare}[[node.disk]]\n\
              path = \"{dir}/n{index}/d1.img\"\nsize = \"{}\"\n",
-            ports[usize::from(index)],
+            ports[usize::from(index - 1)],
             wanted.disk_bytes
         );
     }
@@ -164,8 +183,13 @@ impl Directory {
         let (made, old) = claim(dir)?;
         let old = old.unwrap_or_default();
         let ports_per_node = if wanted.nbd_tcp { 2 } else { 1 };
-        let ports = free_ports(1 + ports_per_node * usize::from(wanted.nodes + wanted.spares))?;
-        let text = cluster_text(wanted, &ports);
+        let ports = free_ports(
+            usize::from(wanted.managers) + ports_per_node * usize::from(wanted.nodes + wanted.spares),
+        )?;
+        // Another playground, with another key, may have been there before.
+        let number = u64::from_le_bytes(key::random_bytes()?[..8].try_into().unwrap_or_default());
+        let keys = format!("/ublk-mirror/playground-{number:016x}/");
+        let text = cluster_text(wanted, &keys, &ports);
         let file = ClusterFile::parse(&text, &config_path(dir).display().to_string())
             .map_err(|error| Failure::new(error.to_string()))?;
         let mut directory =
@@ -179,10 +203,14 @@ impl Directory {
     fn fill(&mut self, wanted: &Wanted) -> Result<(), Failure> {
         let names: Vec<String> = self.file.nodes.iter().map(|node| node.name.clone()).collect();
         self.entries = names;
-        self.entries.extend(["manager", "cluster.toml", "cluster.key", "control.sock"].map(str::to_owned));
+        let managers = manager_names(self.file.managers.len());
+        self.entries.extend(managers.iter().cloned());
+        self.entries.extend(["cluster.toml", "cluster.key", "control.sock"].map(str::to_owned));
         self.remember(Vec::new())?;
         let make = |path: PathBuf| std::fs::create_dir_all(&path).map_err(failed("cannot create", &path));
-        make(place(&self.path, "manager").join("state"))?;
+        for manager in &managers {
+            make(place(&self.path, manager).join("state"))?;
+        }
         for node in &self.file.nodes {
             make(place(&self.path, &node.name).join("state"))?;
             make(place(&self.path, &node.name).join("run"))?;
@@ -240,11 +268,13 @@ impl Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mirror_net::config::Frontend;
+    use mirror_net::config::{Frontend, StoreFile};
 
     fn wanted(dir: PathBuf, keep: bool) -> Wanted {
         Wanted {
             dir,
+            managers: 1,
+            etcd: Vec::new(),
             nodes: 2,
             spares: 1,
             fail_after: None,
@@ -272,13 +302,26 @@ mod tests {
     #[test]
     fn exports_over_tcp_have_ports_of_their_own() {
         let wanted = Wanted { nbd_tcp: true, ..wanted(PathBuf::from("/p"), false) };
-        let text = cluster_text(&wanted, &[1, 2, 3, 4, 5, 6, 7]);
+        let text = cluster_text(&wanted, "", &[1, 2, 3, 4, 5, 6, 7]);
         let file = ClusterFile::parse(&text, "cluster.toml").unwrap();
         let nbd: Vec<_> = file.nodes.iter().map(|node| format!("{:?}", node.nbd)).collect();
         assert!(
             nbd.iter().zip(["127.0.0.1:5", "127.0.0.1:6", "127.0.0.1:7"]).all(|(a, b)| a.contains(b)),
             "{nbd:?}"
         );
+    }
+
+    #[test]
+    fn several_managers_share_an_etcd() {
+        let endpoints = vec!["http://127.0.0.1:91".to_owned(), "http://127.0.0.1:92".to_owned()];
+        let wanted = Wanted { managers: 2, etcd: endpoints.clone(), ..wanted(PathBuf::from("/p"), false) };
+        let text = cluster_text(&wanted, "/ublk-mirror/x/", &[1, 2, 3, 4, 5]);
+        let file = ClusterFile::parse(&text, "cluster.toml").unwrap();
+        assert_eq!(file.managers, ["127.0.0.1:1", "127.0.0.1:2"]);
+        assert_eq!(file.nodes[2].address, "127.0.0.1:5");
+        let StoreFile::Etcd(etcd) = file.store else { panic!("{:?}", file.store) };
+        assert_eq!((etcd.endpoints, etcd.prefix.as_str()), (endpoints, "/ublk-mirror/x/"));
+        assert_eq!(manager_names(3), ["manager", "manager-2", "manager-3"]);
     }
 
     #[test]

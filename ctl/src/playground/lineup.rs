@@ -3,7 +3,7 @@
 use super::Wanted;
 use super::children::{Process, ProcessMark, last_line};
 use super::control::{self, Request};
-use super::directory::{Directory, config_path, place, socket_path};
+use super::directory::{Directory, config_path, manager_names, place, socket_path};
 use crate::client::{Client, unexpected};
 use crate::failure::Failure;
 use crate::json::DeviceJson;
@@ -13,7 +13,7 @@ use mirror_net::ids::ProcessId;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::net::UnixListener;
+use tokio::net::{TcpStream, UnixListener};
 use tokio::time::{Instant, sleep};
 
 /// How long the manager may take to answer and nodes to register.
@@ -23,14 +23,13 @@ const EXPORT_MAX: Duration = Duration::from_secs(60);
 /// How long a process may take to end.
 const STOP_MAX: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(50);
-const MANAGER: &str = "manager";
 
 /// A playground that is being brought up, runs, or is being taken down.
 pub(super) struct Playground {
     directory: Directory,
     leftovers: Vec<ProcessMark>,
     client: Client,
-    manager: Process,
+    managers: Vec<Process>,
     nodes: Vec<Process>,
     listener: Option<UnixListener>,
 }
@@ -40,12 +39,14 @@ pub(super) struct Playground {
 pub(super) struct RunningJson {
     dir: PathBuf,
     config: PathBuf,
+    /// The first of `managers`.
     manager: RunningProcessJson,
+    managers: Vec<RunningProcessJson>,
     nodes: Vec<RunningProcessJson>,
     devices: Vec<DeviceJson>,
 }
 
-#[derive(Serialize)]
+#[derive(Clone, Serialize)]
 struct RunningProcessJson {
     name: String,
     pid: u32,
@@ -57,7 +58,7 @@ impl RunningJson {
     pub(super) fn text(&self) -> String {
         let dir = self.dir.display();
         let mut table = crate::output::table(&["NODE", "PID", "ADDRESS", "LOG"], &[1]);
-        for process in std::iter::once(&self.manager).chain(&self.nodes) {
+        for process in self.managers.iter().chain(&self.nodes) {
             table.add_row(vec![
                 process.name.clone(),
                 process.pid.to_string(),
@@ -97,9 +98,16 @@ impl Playground {
         let dir = directory.path();
         let config = text(&config_path(dir));
         let of = |name: &str, inner: &str| text(&place(dir, name).join(inner));
-        let arguments = ["--config", &config, "manager", "run", "--state-dir", &of(MANAGER, "state")];
-        let arguments = arguments.map(str::to_owned).to_vec();
-        let manager = Process::new(MANAGER, &own, arguments, place(dir, MANAGER).join("log"));
+        let addresses = &directory.file.managers;
+        let names = manager_names(addresses.len());
+        let managers = names.iter().zip(addresses).map(|(name, address)| {
+            let state = of(name, "state");
+            let arguments =
+                ["--config", &config, "manager", "run", "--state-dir", &state, "--address", address];
+            let arguments = arguments.map(str::to_owned).to_vec();
+            Process::new(name, &own, arguments, place(dir, name).join("log"))
+        });
+        let managers = managers.collect();
         let nodes = directory.nodes().iter().map(|node| {
             let (state, run) = (of(&node.name, "state"), of(&node.name, "run"));
             let arguments =
@@ -109,7 +117,7 @@ impl Playground {
         });
         let nodes = nodes.collect();
         let client = Client::from_file(&directory.file).inspect_err(|_| directory.remove())?;
-        Ok(Self { directory, leftovers, client, manager, nodes, listener: None })
+        Ok(Self { directory, leftovers, client, managers, nodes, listener: None })
     }
 
     /// Starts everything, makes the cluster, waits for the devices.
@@ -117,7 +125,9 @@ impl Playground {
         for leftover in std::mem::take(&mut self.leftovers) {
             leftover.kill_leftover().await;
         }
-        self.manager.spawn()?;
+        for manager in &mut self.managers {
+            manager.spawn()?;
+        }
         self.remember()?;
         self.status_until(START_MAX, "the manager to answer", |_| Ok(true)).await?;
         for node in &mut self.nodes {
@@ -147,10 +157,13 @@ impl Playground {
         };
         let dir = self.directory.path();
         let nodes = self.nodes.iter().zip(self.directory.nodes());
+        let managers = self.managers.iter().zip(&self.directory.file.managers);
+        let managers: Vec<_> = managers.map(|(manager, address)| process(manager, address)).collect();
         RunningJson {
             dir: dir.to_owned(),
             config: config_path(dir),
-            manager: process(&self.manager, &self.directory.file.managers[0]),
+            manager: managers[0].clone(),
+            managers,
             nodes: nodes.map(|(node, file)| process(node, &file.address)).collect(),
             devices: DeviceJson::of_status(status),
         }
@@ -158,7 +171,7 @@ impl Playground {
 
     fn remember(&self) -> Result<(), Failure> {
         let own = ProcessMark::of("playground", std::process::id());
-        let children = std::iter::once(&self.manager).chain(&self.nodes);
+        let children = self.managers.iter().chain(&self.nodes);
         let marks = children.filter_map(|process| ProcessMark::of(&process.name, process.pid()?));
         self.directory.remember(own.into_iter().chain(marks).collect())
     }
@@ -188,7 +201,7 @@ impl Playground {
                 },
                 Err(failure) => Some(failure.message),
             };
-            for process in std::iter::once(&mut self.manager).chain(&mut self.nodes) {
+            for process in self.managers.iter_mut().chain(&mut self.nodes) {
                 if let Some(line) = process.unexpected_end() {
                     return Err(Failure::new(line));
                 }
@@ -215,7 +228,7 @@ impl Playground {
                 None => return Err(Failure::new("the playground is not up")),
             };
             let dir = self.directory.path().display().to_string();
-            for process in std::iter::once(&mut self.manager).chain(&mut self.nodes) {
+            for process in self.managers.iter_mut().chain(&mut self.nodes) {
                 if let Some(line) = process.unexpected_end() {
                     let name = &process.name;
                     eprintln!(
@@ -248,16 +261,11 @@ impl Playground {
     }
 
     fn process(&mut self, name: &str) -> Result<&mut Process, Failure> {
-        let names: Vec<String> = self.nodes.iter().map(|node| node.name.clone()).collect();
-        std::iter::once(&mut self.manager)
-            .chain(&mut self.nodes)
-            .find(|process| process.name == name)
-            .ok_or_else(|| {
-                Failure::new(format!(
-                    "there is no {name} in this playground, there are {MANAGER}, {}",
-                    names.join(", ")
-                ))
-            })
+        let names = self.managers.iter().chain(&self.nodes);
+        let names: Vec<String> = names.map(|process| process.name.clone()).collect();
+        self.managers.iter_mut().chain(&mut self.nodes).find(|process| process.name == name).ok_or_else(
+            || Failure::new(format!("there is no {name} in this playground, there are {}", names.join(", "))),
+        )
     }
 
     async fn start(&mut self, name: &str) -> Result<String, Failure> {
@@ -270,9 +278,11 @@ impl Playground {
         self.remember()?;
         let started = Instant::now();
         loop {
-            let up = match name {
-                MANAGER => self.status().await.is_ok(),
-                _ => self.process_id(name).await.is_some_and(|process| Some(process) != before),
+            let up = match self.manager_address(name) {
+                // One that does not lead says so; a single one leads.
+                Some(address) if self.managers.len() > 1 => TcpStream::connect(address).await.is_ok(),
+                Some(_) => self.status().await.is_ok(),
+                None => self.process_id(name).await.is_some_and(|process| Some(process) != before),
             };
             let process = self.process(name)?;
             if let Some(line) = process.unexpected_end() {
@@ -287,6 +297,12 @@ impl Playground {
             }
             sleep(POLL).await;
         }
+    }
+
+    /// Where the manager of that name listens.
+    fn manager_address(&self, name: &str) -> Option<&str> {
+        let mut managers = self.managers.iter().zip(&self.directory.file.managers);
+        managers.find(|(manager, _)| manager.name == name).map(|(_, address)| address.as_str())
     }
 
     /// The process under which a node is known to the manager and up.
@@ -318,8 +334,12 @@ impl Playground {
         for node in &mut self.nodes {
             node.wait(deadline.saturating_duration_since(Instant::now())).await;
         }
-        self.manager.terminate();
-        self.manager.wait(STOP_MAX).await;
+        for manager in &mut self.managers {
+            manager.terminate();
+        }
+        for manager in &mut self.managers {
+            manager.wait(STOP_MAX).await;
+        }
         self.remove_devices().await;
         self.listener = None;
         self.directory.remove();

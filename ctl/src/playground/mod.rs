@@ -1,4 +1,4 @@
-//! A whole cluster on this machine: a manager, a few daemons, files for disks.
+//! A whole cluster on this machine: a manager or several, a few daemons, files for disks.
 //!
 //! The playground process is the parent of everything it starts and ends it with itself. `playground
 //! kill` and `start` ask that process over a socket in the directory, so that a daemon started anew
@@ -28,6 +28,12 @@ pub struct PlaygroundArguments {
     /// Nodes that hold data
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=64))]
     nodes: u16,
+    /// Managers; several need --etcd
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=9))]
+    managers: u16,
+    /// Keep the map in this etcd: the client URLs of its members, http:// only; what is written stays there
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    etcd: Vec<String>,
     /// Nodes that hold none
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=64))]
     spares: u16,
@@ -57,7 +63,7 @@ pub struct PlaygroundArguments {
 /// Verbs for a playground that runs.
 #[derive(Subcommand, Debug)]
 pub enum PlaygroundVerb {
-    /// Kill a node's daemon (or the `manager`) with SIGKILL
+    /// Kill a node's daemon (or the `manager`, `manager-2`, …) with SIGKILL
     Kill {
         /// The node
         node: String,
@@ -82,6 +88,8 @@ fn frontend(text: &str) -> Result<Frontend, String> {
 pub(crate) struct Wanted {
     /// Absolute.
     dir: PathBuf,
+    managers: u16,
+    etcd: Vec<String>,
     nodes: u16,
     spares: u16,
     fail_after: Option<Duration>,
@@ -104,19 +112,25 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
             control::ask(&dir, control::Request::Start { name: node }).await
         }
         None => {
-            let arguments @ PlaygroundArguments {
+            let PlaygroundArguments { managers, etcd, nodes, spares, fail_after, spare_after, .. } =
+                arguments;
+            let PlaygroundArguments { frontend, nbd_tcp, keep, json, disk_size: disk_bytes, .. } = arguments;
+            if managers > 1 && etcd.is_empty() {
+                return Err(Failure::usage("several managers share an etcd: add --etcd URL"));
+            }
+            let wanted = Wanted {
+                dir,
+                managers,
+                etcd,
                 nodes,
                 spares,
                 fail_after,
                 spare_after,
+                disk_bytes,
                 frontend,
                 nbd_tcp,
                 keep,
-                ..
-            } = arguments;
-            let (disk_bytes, json) = (arguments.disk_size, arguments.json);
-            let wanted =
-                Wanted { dir, nodes, spares, fail_after, spare_after, disk_bytes, frontend, nbd_tcp, keep };
+            };
             play(wanted, json).await
         }
     }

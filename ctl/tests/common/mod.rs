@@ -1,7 +1,7 @@
 //! A node daemon for tests: speaks to the manager as a real one does, and stores nothing.
 #![allow(dead_code)] // Not every test uses all of it.
 
-pub mod etcd;
+pub mod lab;
 
 use ctl::key;
 use mirror_net::config::ClusterFile;

@@ -20,12 +20,18 @@ pub fn findings(
             device: None,
             node: Some(node.clone()),
             what: what.clone(),
-            todo: "stop the manager and bring back the newest copy of its state directory (or, if the node's state \
-                   directory is of an earlier cluster, empty that)"
+            todo: "this manager's map is an old one: start it with the newest, or with an empty store and type: mirrorctl \
+                   map rebuild --from-nodes (or, if the node's state directory is of an earlier cluster, empty that)"
                 .into(),
         })
         .collect();
     let Some(map) = map else {
+        let lost: Vec<Finding> =
+            registry.iter().filter_map(|(name, entry)| member_of_another(name, entry)).collect();
+        if !lost.is_empty() {
+            found.extend(lost);
+            return found;
+        }
         found.push(Finding {
             severity: Severity::Unavailable,
             device: None,
@@ -33,7 +39,6 @@ pub fn findings(
             what: "no cluster has been created yet".into(),
             todo: "start ublk-server on every node, then type: mirrorctl cluster create --file FILE".into(),
         });
-        found.extend(registry.iter().filter_map(|(name, entry)| member_of_another(name, entry)));
         return found;
     };
     for device in &map.devices {
@@ -59,8 +64,8 @@ fn member_of_another(name: &str, entry: &Registered) -> Option<Finding> {
         device: None,
         node: Some(name.to_owned()),
         what: format!("the disks of {name} belong to cluster {cluster}, which this manager does not know"),
-        todo: "stop the manager and bring back its state directory; only if that cluster is history: mirrorctl cluster \
-               create --force"
+        todo: "start the manager on the store that has its map; if there is none, or this one is to have it from now on: \
+               mirrorctl map rebuild --from-nodes; only if that cluster is history: mirrorctl cluster create --force"
             .into(),
     })
 }

@@ -58,7 +58,8 @@ impl Rebuild {
     ) -> Result<Self, String> {
         if let Some(map) = map {
             return Err(format!(
-                "the manager has a map, of cluster {}, version {}: nothing is to be rebuilt",
+                "the manager has a map, of cluster {}, version {}: nothing is to be rebuilt; if the nodes have a newer one, \
+                 start the manager with an empty store",
                 map.cluster_name, map.version
             ));
         }

@@ -4,7 +4,9 @@
 //! first line carries a checksum of the rest: a bit that flips in a number would leave valid JSON.
 //! `history/` keeps the last maps, for people and for the case that `map.json` is damaged.
 
+use super::event_file::EventFile;
 use super::{Store, StoreError, Swapped};
+use mirror_net::control::Event;
 use mirror_net::ids::{ExporterSession, MapVersion};
 use mirror_net::map::DistributionMap;
 use nix::fcntl::{Flock, FlockArg};
@@ -37,7 +39,6 @@ struct Stored {
 /// A manager's state directory, held by this process alone.
 #[derive(Debug)]
 pub struct StateDir {
-    path: PathBuf,
     _lock: Flock<File>,
 }
 
@@ -50,12 +51,7 @@ impl StateDir {
         let file = file.map_err(failed("cannot open", &lock))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|_| StoreError::InUse { path: path.to_owned() })?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+        Ok(Self { _lock: lock })
     }
 }
 
@@ -70,6 +66,7 @@ pub struct FileStore {
     dir: PathBuf,
     version: Option<MapVersion>,
     last_session: u64,
+    events: EventFile,
     _held: StateDir,
 }
 
@@ -78,7 +75,8 @@ impl FileStore {
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let held = StateDir::open(dir)?;
         make(&dir.join("history"))?;
-        let mut store = Self { dir: dir.to_owned(), version: None, last_session: 0, _held: held };
+        let events = EventFile::new(dir);
+        let mut store = Self { dir: dir.to_owned(), version: None, last_session: 0, events, _held: held };
         store.version = store.map()?.map(|map| map.version);
         store.last_session = store.read_session()?;
         Ok(store)
@@ -180,6 +178,7 @@ impl FileStore {
         base: Option<MapVersion>,
         next: &DistributionMap,
         why: &[String],
+        events: &[Event],
     ) -> Result<Swapped, StoreError> {
         if self.version != base {
             return Ok(Swapped::Conflict(FileStore::map(self)?.map(Box::new)));
@@ -189,7 +188,13 @@ impl FileStore {
         self.replace(&path, text.as_bytes())?;
         self.version = Some(next.version);
         self.remember(next.version, &text);
-        Ok(Swapped::Stored)
+        // What fails here is told when they are written behind.
+        Ok(Swapped::Stored { events: FileStore::keep_events(self, events).unwrap_or(0) })
+    }
+
+    fn keep_events(&self, events: &[Event]) -> Result<usize, StoreError> {
+        self.events.append(events).map_err(failed("cannot write", self.events.path()))?;
+        Ok(events.len())
     }
 
     fn exporter_session(&mut self) -> Result<ExporterSession, StoreError> {
@@ -212,12 +217,21 @@ impl Store for FileStore {
         base: Option<MapVersion>,
         next: &DistributionMap,
         why: &[String],
+        events: &[Event],
     ) -> Result<Swapped, StoreError> {
-        FileStore::swap(self, base, next, why)
+        FileStore::swap(self, base, next, why, events)
     }
 
     async fn exporter_session(&mut self) -> Result<ExporterSession, StoreError> {
         FileStore::exporter_session(self)
+    }
+
+    async fn events(&mut self) -> Result<Vec<Event>, StoreError> {
+        Ok(self.events.read())
+    }
+
+    async fn keep_events(&mut self, events: &[Event]) -> Result<usize, StoreError> {
+        FileStore::keep_events(self, events)
     }
 }
 
@@ -241,8 +255,8 @@ mod tests {
     }
 
     fn swap(store: &mut FileStore, base: Option<u64>, next: u64) -> bool {
-        let swapped = store.swap(base.map(MapVersion), &map(next), &["because".into()]).unwrap();
-        matches!(swapped, Swapped::Stored)
+        let swapped = store.swap(base.map(MapVersion), &map(next), &["because".into()], &[]).unwrap();
+        matches!(swapped, Swapped::Stored { .. })
     }
 
     #[test]
@@ -256,7 +270,8 @@ mod tests {
         drop(store);
         let mut store = FileStore::open(dir.path()).unwrap();
         assert_eq!(store.map().unwrap(), Some(map(2)));
-        let Swapped::Conflict(Some(newest)) = store.swap(Some(MapVersion(1)), &map(2), &[]).unwrap() else {
+        let Swapped::Conflict(Some(newest)) = store.swap(Some(MapVersion(1)), &map(2), &[], &[]).unwrap()
+        else {
             panic!("version 1 is gone");
         };
         assert_eq!(newest.version, MapVersion(2));

@@ -1,12 +1,14 @@
 //! Where the manager keeps what must survive it.
 
 mod etcd;
+mod event_file;
 mod file;
 mod pieces;
 
 pub use etcd::{Candidate, EtcdStore, Seat};
 pub use file::{FileStore, StateDir};
 
+use mirror_net::control::Event;
 use mirror_net::ids::{ExporterSession, MapVersion};
 use mirror_net::map::DistributionMap;
 use std::future::Future;
@@ -33,6 +35,9 @@ pub enum StoreError {
     CorruptKey { etcd: String, key: String, why: String },
     #[error("{etcd}: {why}")]
     Unreachable { etcd: String, why: String },
+    /// Every member turns us away, until somebody corrects something.
+    #[error("{etcd}: {why}")]
+    Refused { etcd: String, why: String },
     #[error("{etcd}: {why}")]
     OtherCluster { etcd: String, why: String },
     #[error("{0}")]
@@ -46,12 +51,15 @@ pub enum StoreError {
 #[derive(Debug)]
 pub enum Swapped {
     /// It is durable.
-    Stored,
+    Stored {
+        /// How many of the events are, from the first.
+        events: usize,
+    },
     /// The store holds another version than was expected: this one.
     Conflict(Option<Box<DistributionMap>>),
 }
 
-/// Keeps the map, by compare-and-swap on its version, and the exporter sessions given.
+/// Keeps the map, by compare-and-swap on its version, the exporter sessions given, and what happened.
 ///
 /// What a method has returned is durable. After an error nothing is known: the manager must stop
 /// and start anew from what the store then holds.
@@ -59,16 +67,25 @@ pub trait Store: Send + 'static {
     /// The newest map.
     fn map(&mut self) -> impl Future<Output = Result<Option<DistributionMap>, StoreError>> + Send;
 
-    /// Replaces version `base` (`None`: nothing) by `next`; `why` is kept with it.
+    /// Replaces version `base` (`None`: nothing) by `next`; `why` is kept with it, and as many of the
+    /// events, from the first, as cost no further request.
     fn swap(
         &mut self,
         base: Option<MapVersion>,
         next: &DistributionMap,
         why: &[String],
+        events: &[Event],
     ) -> impl Future<Output = Result<Swapped, StoreError>> + Send;
 
     /// A number larger than any given before.
     fn exporter_session(&mut self) -> impl Future<Output = Result<ExporterSession, StoreError>> + Send;
+
+    /// The last events that are kept, the oldest first. Asked for once, before any is kept.
+    fn events(&mut self) -> impl Future<Output = Result<Vec<Event>, StoreError>> + Send;
+
+    /// Keeps events, and says how many of them, from the first. Their numbers follow each other and those before. It
+    /// may be given up in the middle; the same events then come again first.
+    fn keep_events(&mut self, events: &[Event]) -> impl Future<Output = Result<usize, StoreError>> + Send;
 
     /// Removes what no map of the history needs any more. Nobody waits for it, and it may fail.
     fn tidy(&mut self) -> impl Future<Output = ()> + Send {

@@ -1,26 +1,25 @@
 //! Requests to an etcd, with a limit on their time, and with errors for people.
 
 use super::super::StoreError;
+use super::access::{self, Trouble};
 use etcd_client::{
-    Certificate, Client, Compare, ConnectOptions, Error, GetOptions, Identity, KvClient, LeaseClient,
-    ResponseHeader, TlsOptions, Txn, TxnOp, TxnOpResponse,
+    Client, Compare, ConnectOptions, Error, GetOptions, KvClient, LeaseClient, ResponseHeader, Txn, TxnOp,
+    TxnOpResponse,
 };
 use mirror_net::config::EtcdFile;
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::timeout;
 
 /// How long a request to one member may take, so that a lease outlives one that says nothing.
-const CALL_MAX: Duration = Duration::from_millis(500);
+pub(super) const CALL_MAX: Duration = Duration::from_millis(500);
+/// How long a member may take to check a password, which costs it a tenth of a second on purpose.
+const LOGIN_MAX: Duration = Duration::from_secs(1);
 /// How long a request for many values may take.
 const LOAD_MAX: Duration = Duration::from_secs(5);
-/// A member that does not answer a ping is not asked any more.
-const PING_EVERY: Duration = Duration::from_millis(500);
-const PING_MAX: Duration = Duration::from_millis(700);
 /// Keys in one answer; each value has at most 512 KiB, so that an answer has at most 32 MiB.
 const PAGE: i64 = 64;
 const ANSWER_BYTES_MAX: usize = 40 << 20;
@@ -40,6 +39,7 @@ pub(super) struct Value {
 /// The clients of one member.
 #[derive(Clone)]
 struct Member {
+    client: Client,
     kv: KvClient,
     lease: LeaseClient,
 }
@@ -60,69 +60,68 @@ pub(super) struct Etcd {
     cluster: Option<u64>,
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, StoreError> {
-    std::fs::read(path).map_err(|error| StoreError::Io { what: "cannot read", path: path.to_owned(), error })
-}
-
-fn options(file: &EtcdFile) -> Result<ConnectOptions, StoreError> {
-    let mut options = ConnectOptions::new()
-        .with_connect_timeout(CALL_MAX)
-        .with_keep_alive(PING_EVERY, PING_MAX)
-        .with_keep_alive_while_idle(true)
-        // A member that has lost the others says so at once.
-        .with_require_leader(true)
-        .with_auto_token_refresh(true);
-    if let Some((user, password)) = &file.user {
-        let text = String::from_utf8(read(password)?);
-        let text = text.map_err(|_| StoreError::Setup(format!("{}: it is not text", password.display())))?;
-        options = options.with_user(user, text.trim_end());
-    }
-    if let Some(tls) = &file.tls {
-        let mut wanted = TlsOptions::new().ca_certificate(Certificate::from_pem(read(&tls.ca)?));
-        if let Some((cert, key)) = &tls.identity {
-            wanted = wanted.identity(Identity::from_pem(read(cert)?, read(key)?));
-        }
-        options = options.with_tls(wanted);
-    }
-    Ok(options)
-}
-
-/// What an error of the client says, for people.
-fn text(error: &Error) -> String {
-    match error {
-        Error::GRpcStatus(status) => {
-            let mut text = status.message().to_owned();
-            let mut cause = std::error::Error::source(status);
-            while let Some(error) = cause {
-                text = error.to_string();
-                cause = error.source();
-            }
-            text
-        }
-        error => error.to_string(),
-    }
-}
-
 impl Etcd {
     /// Prepares to connect to the members, which happens when they are asked.
     pub fn new(file: &EtcdFile) -> Result<Self, StoreError> {
         Ok(Self {
             name: format!("etcd {}", file.endpoints.join(", ")),
             file: file.clone(),
-            options: options(file)?,
+            options: access::options(file)?,
             members: file.endpoints.iter().map(|_| None).collect(),
             current: Arc::default(),
             cluster: None,
         })
     }
 
-    async fn member(&mut self, index: usize) -> Result<Member, Error> {
+    /// Connects to that member only.
+    fn alone(&self, endpoint: &str) -> Self {
+        Self {
+            name: format!("etcd {endpoint}"),
+            file: EtcdFile { endpoints: vec![endpoint.to_owned()], ..self.file.clone() },
+            options: self.options.clone(),
+            members: vec![None],
+            current: Arc::default(),
+            cluster: None,
+        }
+    }
+
+    async fn member(&mut self, index: usize) -> Result<Member, Trouble> {
         if let Some(member) = &self.members[index] {
             return Ok(member.clone());
         }
-        let client = Client::connect([&self.file.endpoints[index]], Some(self.options.clone())).await?;
+        let connect = Client::connect([&self.file.endpoints[index]], Some(self.options.clone()));
+        let client = self.within(LOGIN_MAX, connect).await?;
         let kv = client.kv_client().max_decoding_message_size(ANSWER_BYTES_MAX);
-        Ok(self.members[index].insert(Member { kv, lease: client.lease_client() }).clone())
+        let lease = client.lease_client();
+        Ok(self.members[index].insert(Member { client, kv, lease }).clone())
+    }
+
+    async fn within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Trouble> {
+        match timeout(limit, work).await {
+            Ok(result) => result.map_err(|error| Trouble::of(&error, &self.file)),
+            Err(_) => Err(Trouble::silence(limit)),
+        }
+    }
+
+    /// Asks a member. If it has forgotten who we are, we tell it again.
+    async fn ask_member<T, F: Future<Output = Result<T, Error>>>(
+        &mut self,
+        index: usize,
+        limit: Duration,
+        call: &impl Fn(Member) -> F,
+    ) -> Result<T, Trouble> {
+        let member = self.member(index).await?;
+        match self.within(limit, call(member.clone())).await {
+            Err(trouble) if trouble.forgotten => {
+                self.within(LOGIN_MAX, member.client.refresh_token()).await?;
+                self.within(limit, call(member)).await
+            }
+            answer => answer,
+        }
     }
 
     /// Asks one member after the other until one answers.
@@ -131,17 +130,16 @@ impl Etcd {
         limit: Duration,
         call: impl Fn(Member) -> F,
     ) -> Result<T, StoreError> {
-        let mut reasons = Vec::new();
+        let (mut reasons, mut refused) = (Vec::new(), true);
         for _ in 0..self.members.len() {
             let index = self.current.load(Ordering::Relaxed);
-            let attempt = async { call(self.member(index).await?).await };
-            let reason = match timeout(limit, attempt).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) => text(&error),
-                Err(_) => format!("no answer within {} ms", limit.as_millis()),
+            let trouble = match self.ask_member(index, limit, &call).await {
+                Ok(answer) => return Ok(answer),
+                Err(trouble) => trouble,
             };
-            if !reasons.contains(&reason) {
-                reasons.push(reason);
+            refused &= trouble.refused;
+            if !reasons.contains(&trouble.why) {
+                reasons.push(trouble.why);
             }
             // Unless another clone has turned away from it meanwhile.
             let next = (index + 1) % self.members.len();
@@ -149,25 +147,25 @@ impl Etcd {
         }
         // In one order, so that the same trouble is the same line.
         reasons.sort();
-        Err(StoreError::Unreachable { etcd: self.name.clone(), why: reasons.join("; ") })
+        let (etcd, why) = (self.name.clone(), reasons.join("; "));
+        Err(if refused { StoreError::Refused { etcd, why } } else { StoreError::Unreachable { etcd, why } })
     }
 
     /// Asks the members alone that are not in `seen` which etcd they belong to: two in one list would be two
     /// truths. One that is away, or has lost the others, is asked the next time.
-    pub async fn check_members(file: &EtcdFile, seen: &mut BTreeMap<String, u64>) -> Result<(), StoreError> {
-        for endpoint in &file.endpoints {
+    pub async fn check_members(&self, seen: &mut BTreeMap<String, u64>) -> Result<(), StoreError> {
+        for endpoint in &self.file.endpoints {
             if seen.contains_key(endpoint) {
                 continue;
             }
-            let one = EtcdFile { endpoints: vec![endpoint.clone()], ..file.clone() };
-            let mut etcd = Self::new(&one)?;
+            let mut etcd = self.alone(endpoint);
             let (true, Some(cluster)) = (etcd.get("identity").await.is_ok(), etcd.cluster) else { continue };
             if let Some((other, theirs)) = seen.iter().find(|(_, theirs)| **theirs != cluster) {
                 let why = format!(
                     "{other} and {endpoint} belong to different etcds ({theirs:x} and {cluster:x}): correct \
                      `endpoints` in the cluster file"
                 );
-                return Err(StoreError::OtherCluster { etcd: etcd.name, why });
+                return Err(StoreError::OtherCluster { etcd: self.name.clone(), why });
             }
             seen.insert(endpoint.clone(), cluster);
         }
@@ -216,6 +214,22 @@ impl Etcd {
 
     /// All keys that begin so, without the store's prefix, in order.
     pub async fn keys(&mut self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let options = GetOptions::new().with_keys_only().with_limit(PAGE * 16);
+        let found = self.range(prefix, CALL_MAX, options).await?;
+        Ok(found.into_iter().map(|(key, _)| key).collect())
+    }
+
+    /// The same with their values, which are small.
+    pub async fn small_values(&mut self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        self.range(prefix, LOAD_MAX, GetOptions::new().with_limit(PAGE * 8)).await
+    }
+
+    async fn range(
+        &mut self,
+        prefix: &str,
+        limit: Duration,
+        options: GetOptions,
+    ) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
         let end = {
             let mut end = self.key(prefix).into_bytes();
             // The first key behind all those that begin so: every prefix here ends with ASCII.
@@ -224,23 +238,25 @@ impl Etcd {
             }
             end
         };
-        let (mut from, mut keys) = (self.key(prefix).into_bytes(), Vec::new());
+        let options = options.with_range(end);
+        let (mut from, mut found) = (self.key(prefix).into_bytes(), Vec::new());
         loop {
-            let options = GetOptions::new().with_range(end.clone()).with_keys_only().with_limit(PAGE * 16);
             let call = |mut member: Member| {
                 let (from, options) = (from.clone(), options.clone());
                 async move { member.kv.get(from, Some(options)).await }
             };
-            let mut answer = self.ask(CALL_MAX, call).await?;
+            let mut answer = self.ask(limit, call).await?;
             self.check(answer.header())?;
             let more = answer.more();
-            let page: Vec<Vec<u8>> = answer.take_kvs().into_iter().map(|kv| kv.into_key_value().0).collect();
-            let Some(last) = page.last() else { return Ok(keys) };
-            from = last.iter().copied().chain([0]).collect();
-            let ours = page.iter().filter_map(|key| std::str::from_utf8(key).ok());
-            keys.extend(ours.filter_map(|key| key.strip_prefix(&self.file.prefix)).map(str::to_owned));
+            let page = answer.take_kvs();
+            let Some(last) = page.last() else { return Ok(found) };
+            from = last.key().iter().copied().chain([0]).collect();
+            for (key, value) in page.into_iter().map(|kv| kv.into_key_value()) {
+                let ours = std::str::from_utf8(&key).ok().and_then(|key| key.strip_prefix(&self.file.prefix));
+                found.extend(ours.map(|key| (key.to_owned(), value)));
+            }
             if !more {
-                return Ok(keys);
+                return Ok(found);
             }
         }
     }

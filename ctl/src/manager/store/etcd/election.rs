@@ -18,6 +18,8 @@ const LEASE: Duration = Duration::from_secs(2);
 const RENEW_EVERY: Duration = Duration::from_millis(500);
 /// Between two looks at who leads. A watch would be told sooner, but not that its member is gone.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// The same after it did not let us in: checking a password costs it a tenth of a second.
+const REFUSED_EVERY: Duration = Duration::from_secs(2);
 /// Between two attempts to ask members that had not answered.
 const CHECK_EVERY: Duration = Duration::from_secs(10);
 /// A lease ends by our clock this much before it can end by theirs.
@@ -53,6 +55,9 @@ pub struct Candidate {
     /// The members that have said which etcd they belong to, and when the others are asked again.
     seen: BTreeMap<String, u64>,
     check_at: Instant,
+    /// It has answered us once.
+    accepted: bool,
+    pause: Duration,
 }
 
 /// How a look at the election ended.
@@ -83,23 +88,42 @@ impl Candidate {
             me: Leader { address: address.into(), process },
             seen: BTreeMap::new(),
             check_at: Instant::now(),
+            accepted: false,
+            pause: LOOK_EVERY,
         }
     }
 
     /// The time to wait between two looks.
     pub fn pause(&self) -> Duration {
-        LOOK_EVERY
+        self.pause
     }
 
     /// Looks who leads, and leads if nobody does.
     pub async fn look(&mut self) -> Result<Seat, StoreError> {
         let mut etcd = match self.etcd.take() {
             Some(etcd) => etcd,
-            None => Etcd::new(&self.file)?,
+            None => Etcd::new(&self.file).map_err(|error| self.trying_on(error))?,
         };
-        let seat = self.look_with(&mut etcd).await;
-        self.etcd = Some(etcd);
-        seat
+        match self.look_with(&mut etcd).await {
+            // What was read from files may have been corrected there.
+            Err(error @ StoreError::Refused { .. }) => Err(self.trying_on(error)),
+            seat => {
+                (self.accepted, self.pause) = (self.accepted || seat.is_ok(), LOOK_EVERY);
+                self.etcd = Some(etcd);
+                seat
+            }
+        }
+    }
+
+    /// A manager that began well does not end because it is not let in any more, and does not hurry either.
+    fn trying_on(&mut self, error: StoreError) -> StoreError {
+        self.pause = REFUSED_EVERY;
+        let (etcd, why) = match error {
+            error if !self.accepted => return error,
+            StoreError::Refused { etcd, why } => (etcd, why),
+            error => (format!("etcd {}", self.file.endpoints.join(", ")), error.to_string()),
+        };
+        StoreError::Unreachable { etcd, why }
     }
 
     async fn look_with(&mut self, etcd: &mut Etcd) -> Result<Seat, StoreError> {
@@ -109,7 +133,7 @@ impl Candidate {
             self.check_owner(etcd, value)?;
         }
         if Instant::now() >= self.check_at {
-            Etcd::check_members(&self.file, &mut self.seen).await?;
+            etcd.check_members(&mut self.seen).await?;
             self.check_at = Instant::now() + CHECK_EVERY;
         }
         if let Some(value) = leader {

@@ -1,14 +1,16 @@
-//! What the leader keeps: the map in pieces, its history, and the exporter sessions.
+//! What the leader keeps: the map in pieces, its history, the exporter sessions, and what happened.
 
 use super::super::pieces::{self, Entry, HEAD, Head, Places};
 use super::super::{Store, StoreError, Swapped, Tenure};
 use super::client::Etcd;
+use super::events;
 use etcd_client::{Compare, DeleteOptions, Txn, TxnOp};
+use mirror_net::control::Event;
 use mirror_net::ids::{ExporterSession, MapVersion};
 use mirror_net::map::DistributionMap;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 /// Maps kept in the history.
 const HISTORY_MAX: usize = 100;
@@ -17,6 +19,8 @@ const OPERATIONS_MAX: usize = 100;
 const REQUEST_BYTES_MAX: usize = 1 << 20;
 /// Between two attempts at a request that got no answer.
 const AGAIN: Duration = Duration::from_millis(100);
+/// After so long without an answer a leader gives up: its lease may live on where it cannot write.
+const TRY_MAX: Duration = Duration::from_secs(2);
 
 const SESSION: &str = "exporter-session";
 
@@ -112,19 +116,22 @@ impl EtcdStore {
         self.places.as_ref().map(|places| places.head.version())
     }
 
-    /// Tries a transaction until it is answered or our time is over: whether its comparisons held, that of
-    /// our leading included.
+    /// Tries a transaction until it is answered, our time is over, or it takes too long: whether its comparisons held,
+    /// that of our leading included.
     async fn fenced(&mut self, compare: Option<Compare>, ops: Vec<TxnOp>) -> Result<(bool, i64), StoreError> {
         let mut when = vec![self.etcd.made_at(self.leader.0, self.leader.1)];
         when.extend(compare);
+        let begun = Instant::now();
         loop {
             if !self.tenure.holds() {
                 return Err(self.deposed());
             }
             match self.etcd.txn(Txn::new().when(when.clone()).and_then(ops.clone())).await {
                 Ok((held, _, revision)) => return Ok((held, revision)),
-                Err(StoreError::Unreachable { etcd, why }) => {
-                    tracing::warn!("{etcd}: {why}; trying on");
+                Err(error @ (StoreError::Unreachable { .. } | StoreError::Refused { .. }))
+                    if begun.elapsed() < TRY_MAX =>
+                {
+                    tracing::warn!("{error}; trying on");
                     sleep(AGAIN).await;
                 }
                 Err(error) => return Err(error),
@@ -161,6 +168,40 @@ impl EtcdStore {
         Ok(held)
     }
 
+    /// See [`Store::swap`].
+    async fn replace(
+        &mut self,
+        base: Option<MapVersion>,
+        next: &DistributionMap,
+        why: &[String],
+        events: &[Event],
+    ) -> Result<Swapped, StoreError> {
+        if self.newest() != base {
+            return Ok(Swapped::Conflict(self.read_head().await?.map(Box::new)));
+        }
+        let (places, entries) = pieces::split(self.places.as_ref(), next, why);
+        self.write_pieces(entries).await?;
+        let head = places.head.to_text();
+        let unwritten = self.etcd.unwritten_since(HEAD, self.head_written);
+        let (events, mut ops) = events::puts(&self.etcd, events);
+        ops.push(TxnOp::put(self.etcd.key(HEAD), head.clone(), None));
+        let (held, revision) = self.fenced(Some(unwritten), ops).await?;
+        let mut written = revision;
+        if !held {
+            if !self.leads().await? {
+                return Err(self.deposed());
+            }
+            // Nobody but us could write it: it is what we wrote when the answer was lost.
+            match self.etcd.get(HEAD).await? {
+                Some(value) if value.bytes == head => written = value.written,
+                _ => return Ok(Swapped::Conflict(self.read_head().await?.map(Box::new))),
+            }
+        }
+        self.history.push_back(next.version);
+        (self.places, self.head_written) = (Some(places), written);
+        Ok(Swapped::Stored { events })
+    }
+
     async fn remove_oldest(&mut self) -> Result<(), StoreError> {
         while self.history.len() > HISTORY_MAX {
             let (oldest, next) = (self.history[0], self.history[1]);
@@ -184,6 +225,14 @@ impl EtcdStore {
     }
 }
 
+/// What a leader is that cannot do what it has to: nobody knows what is stored, and another one may be able to.
+fn resigned(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Unreachable { .. } | StoreError::Refused { .. } => StoreError::Deposed(error.to_string()),
+        error => error,
+    }
+}
+
 impl Store for EtcdStore {
     async fn map(&mut self) -> Result<Option<DistributionMap>, StoreError> {
         self.read_head().await
@@ -194,30 +243,9 @@ impl Store for EtcdStore {
         base: Option<MapVersion>,
         next: &DistributionMap,
         why: &[String],
+        events: &[Event],
     ) -> Result<Swapped, StoreError> {
-        if self.newest() != base {
-            return Ok(Swapped::Conflict(self.read_head().await?.map(Box::new)));
-        }
-        let (places, entries) = pieces::split(self.places.as_ref(), next, why);
-        self.write_pieces(entries).await?;
-        let head = places.head.to_text();
-        let unwritten = self.etcd.unwritten_since(HEAD, self.head_written);
-        let put = TxnOp::put(self.etcd.key(HEAD), head.clone(), None);
-        let (held, revision) = self.fenced(Some(unwritten), vec![put]).await?;
-        let mut written = revision;
-        if !held {
-            if !self.leads().await? {
-                return Err(self.deposed());
-            }
-            // Nobody but us could write it: it is what we wrote when the answer was lost.
-            match self.etcd.get(HEAD).await? {
-                Some(value) if value.bytes == head => written = value.written,
-                _ => return Ok(Swapped::Conflict(self.read_head().await?.map(Box::new))),
-            }
-        }
-        self.history.push_back(next.version);
-        (self.places, self.head_written) = (Some(places), written);
-        Ok(Swapped::Stored)
+        self.replace(base, next, why, events).await.map_err(resigned)
     }
 
     async fn exporter_session(&mut self) -> Result<ExporterSession, StoreError> {
@@ -225,9 +253,19 @@ impl Store for EtcdStore {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let session = clock.max(self.last_session + 1);
         let put = TxnOp::put(self.etcd.key(SESSION), session.to_string(), None);
-        self.fenced_all(vec![put]).await?;
+        self.fenced_all(vec![put]).await.map_err(resigned)?;
         self.last_session = session;
         Ok(ExporterSession(session))
+    }
+
+    async fn events(&mut self) -> Result<Vec<Event>, StoreError> {
+        events::read(&mut self.etcd).await
+    }
+
+    async fn keep_events(&mut self, events: &[Event]) -> Result<usize, StoreError> {
+        let (count, puts) = events::puts(&self.etcd, events);
+        self.fenced_all(puts).await?;
+        Ok(count)
     }
 
     async fn tidy(&mut self) {
