@@ -87,6 +87,18 @@ pub enum Command {
         #[command(subcommand)]
         verb: BroadcastVerb,
     },
+    /// Disks that hold nothing until they take the place of others
+    Spare {
+        /// What to do
+        #[command(subcommand)]
+        verb: SpareVerb,
+    },
+    /// Make all disks that are in use equally full, and bring primaries home
+    Rebalance {
+        /// Only show what would be moved
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// What is being moved
     Plan {
         /// What to do
@@ -155,9 +167,39 @@ pub enum ManagerVerb {
     },
 }
 
+/// Verbs of `spare`.
+#[derive(Subcommand, Debug)]
+pub enum SpareVerb {
+    /// Move everything away from a node or a disk, online; afterwards its disks are spares
+    Make(SpareMakeArguments),
+}
+
+/// What [`SpareVerb::Make`] is told.
+#[derive(clap::Args, Debug)]
+pub struct SpareMakeArguments {
+    /// The node, with all its disks
+    #[arg(required_unless_present = "disk", conflicts_with = "disk")]
+    pub node: Option<String>,
+    /// One disk of a node
+    #[arg(long, value_name = "NODE/DISK")]
+    pub disk: Option<String>,
+    /// Where it goes: nodes or disks, spares too [default: all disks that are in use]
+    #[arg(long, value_name = "NODE[/DISK],…", value_delimiter = ',')]
+    pub onto: Vec<String>,
+    /// Only show what would be moved, and what is at risk meanwhile
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
 /// Verbs of `map`.
 #[derive(Subcommand, Debug)]
 pub enum MapVerb {
+    /// Show how full every disk is, and how much is served from it
+    Balance {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Make it again after the loss of every store
     Rebuild(RebuildArguments),
     /// Show where every slice lies

@@ -3,7 +3,7 @@
 //! `UPDATE_SNAPSHOTS=1 cargo test -p ctl` writes the files anew.
 
 use crate::broadcast::{self, BroadcastJson};
-use crate::json::{DeviceJson, MapJson, StatusJson};
+use crate::json::{BalanceJson, DeviceJson, MapJson, StatusJson};
 use crate::{device, map, output, status};
 use mirror_net::control::{
     BroadcastKind, BroadcastRow, BroadcastStatus, ClusterStatus, ContentSum, DiskContent, DiskInventory,
@@ -178,6 +178,13 @@ fn surveyed() -> BroadcastStatus {
         ],
         unserved: vec![unserved],
     }
+}
+
+#[test]
+fn how_full_disks_are() {
+    let disks = BalanceJson::of(failed_over().map.as_ref().unwrap());
+    check("balance.txt", &map::balance_text(&disks));
+    check("balance.json", &output::to_json(&disks).unwrap());
 }
 
 #[test]

@@ -280,8 +280,9 @@ impl DistributionMap {
                 Ok(())
             }
             Verb::BeginPlan { plan } => {
-                if !self.plans.iter().any(|other| other.id == plan.id) {
-                    self.plans.push(plan.clone());
+                // One that goes on with less than it began with has its number already.
+                if let Err(place) = self.plans.binary_search_by_key(&plan.id, |other| other.id) {
+                    self.plans.insert(place, plan.clone());
                 }
                 Ok(())
             }

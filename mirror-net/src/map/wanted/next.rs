@@ -60,7 +60,8 @@ impl Runs {
 
 impl Move {
     /// Whether nothing of this move is left to be done for a span: the new copy is in sync, in the role that it is
-    /// to have, and the old one gone; or both are gone, and it is not for this plan to bring them back.
+    /// to have, and the old one gone; or both are gone, or the one whose role was to change, and it is not for this
+    /// plan to bring them back.
     pub fn is_done(&self, span: &Span) -> bool {
         let old = self.from.and_then(|from| span.replica_on(from));
         match span.replica_on(self.to) {
@@ -68,7 +69,7 @@ impl Move {
                 let role = !self.primary || span.primary().disk == self.to;
                 new.state == ReplicaState::InSync && old.is_none() && role
             }
-            None => self.from.is_some() && old.is_none(),
+            None => old.is_none() && (self.from.is_some() || self.primary),
         }
     }
 }

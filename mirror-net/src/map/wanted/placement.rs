@@ -273,8 +273,9 @@ impl<'a> Placement<'a> {
         self.put(piece, Need { from: Some(at), segment, primary: position == 0 }, share);
     }
 
-    /// Makes takers equally full, and brings primaries home.
+    /// Brings primaries home, and makes takers equally full.
     pub(super) fn make_even(&mut self) {
+        self.bring_primaries_home();
         let loads = self.room.even_loads();
         let mut surplus = vec![0u32; self.room.spots.len()];
         for (at, load) in &loads {
@@ -296,7 +297,6 @@ impl<'a> Placement<'a> {
                 piece += 1;
             }
         }
-        self.bring_primaries_home();
     }
 
     /// Moves up to `most` slices of a piece's copy to a disk that has too little; how many.
