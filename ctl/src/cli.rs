@@ -4,6 +4,7 @@ use crate::failure::Failure;
 use crate::playground::PlaygroundArguments;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where the cluster file is unless the command line or the environment says otherwise.
 const CONFIG_DEFAULT: &str = "/etc/ublk-mirror/cluster.toml";
@@ -99,6 +100,8 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// How likely data is lost in a year, as it is laid out and as it could be
+    Risk(RiskArguments),
     /// What is being moved
     Plan {
         /// What to do
@@ -165,6 +168,39 @@ pub enum ManagerVerb {
         #[arg(long, value_name = "HOST:PORT")]
         address: Option<String>,
     },
+}
+
+/// What [`Command::Risk`] is told.
+#[derive(clap::Args, Debug)]
+pub struct RiskArguments {
+    /// Mean time until a disk fails
+    #[arg(long, default_value = "50years", value_parser = time, value_name = "TIME")]
+    pub disk_mttf: Duration,
+    /// Mean time until a node is lost with all its disks
+    #[arg(long, default_value = "20years", value_parser = time, value_name = "TIME")]
+    pub node_mttf: Duration,
+    /// Mean time until a power feed or a switch takes all its nodes with it for good
+    #[arg(long, default_value = "200years", value_parser = time, value_name = "TIME")]
+    pub set_mttf: Duration,
+    /// Bytes in a second that a disk takes while it is filled
+    #[arg(long, default_value = "100MiB", value_parser = size, value_name = "SIZE")]
+    pub rate: u64,
+    /// Where there is no spare: how long it takes until a lost disk is replaced
+    #[arg(long, default_value = "3days", value_parser = time, value_name = "TIME")]
+    pub replace_after: Duration,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time.is_zero() { Err("it has to be longer than nothing".to_owned()) } else { Ok(time) }
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let size = mirror_net::config::parse_bytes(text).filter(|size| *size > 0);
+    size.ok_or_else(|| format!("{text:?} is not a size such as \"100MiB\""))
 }
 
 /// Verbs of `spare`.

@@ -20,6 +20,7 @@ mod output;
 mod plan;
 pub mod playground;
 mod redistribution;
+mod risk;
 
 #[cfg(test)]
 mod snapshots;
@@ -86,6 +87,7 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Spare { verb: SpareVerb::Make(arguments) } => {
             redistribution::make_spare(&config, arguments).await
         }
+        Command::Risk(arguments) => risk::risk_of_cluster(&config, &arguments).await,
         Command::Rebalance { dry_run } => redistribution::rebalance(&config, dry_run).await,
         Command::Plan { verb: PlanVerb::List { json } } => plan::list(&config, json).await,
         Command::Plan { verb: PlanVerb::Show { plan, json } } => plan::show(&config, plan, json).await,

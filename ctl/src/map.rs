@@ -10,7 +10,12 @@ use mirror_net::map::DistributionMap;
 use std::path::Path;
 
 async fn ask(config: &Path) -> Result<Box<DistributionMap>, Failure> {
-    match Client::from_config(config)?.ask(&OperatorRequest::Map).await? {
+    ask_at(&Client::from_config(config)?).await
+}
+
+/// The map, if there is one.
+pub(crate) async fn ask_at(client: &Client) -> Result<Box<DistributionMap>, Failure> {
+    match client.ask(&OperatorRequest::Map).await? {
         OperatorReply::Map { map: Some(map) } => Ok(map),
         OperatorReply::Map { map: None } => Err(Failure::new(
             "no cluster has been created yet: start ublk-server on every node, then type `mirrorctl cluster create`",
