@@ -243,6 +243,12 @@ pub enum MapVerb {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// Draw nodes, disks and who mirrors whom into this file
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "dot"])]
+        svg: Option<PathBuf>,
+        /// Print the same for Graphviz
+        #[arg(long, conflicts_with = "json")]
+        dot: bool,
     },
 }
 

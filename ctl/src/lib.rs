@@ -17,6 +17,7 @@ pub mod manager;
 mod map;
 mod node;
 mod output;
+mod picture;
 mod plan;
 pub mod playground;
 mod redistribution;
@@ -69,7 +70,9 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
             map::rebuild(&config, arguments.force_without, arguments.dry_run).await
         }
         Command::Map { verb: MapVerb::Balance { json } } => map::balance(&config, json).await,
-        Command::Map { verb: MapVerb::Show { json } } => map::show(&config, json).await,
+        Command::Map { verb: MapVerb::Show { svg: Some(file), .. } } => map::draw(&config, &file).await,
+        Command::Map { verb: MapVerb::Show { dot: true, .. } } => map::dot(&config).await,
+        Command::Map { verb: MapVerb::Show { json, .. } } => map::show(&config, json).await,
         Command::Status { json } => status::status(&config, json).await,
         Command::Node { verb: NodeVerb::Failover { node, json } } => {
             node::failover(&config, &node, json).await

@@ -3,7 +3,7 @@
 use crate::client::{Client, load_file, unexpected};
 use crate::failure::{Failure, OK};
 use crate::json::{BalanceJson, MapJson, state_name};
-use crate::output;
+use crate::{output, picture};
 use mirror_net::config::format_bytes;
 use mirror_net::control::{OperatorReply, OperatorRequest};
 use mirror_net::map::DistributionMap;
@@ -32,6 +32,22 @@ pub async fn show(config: &Path, json: bool) -> Result<u8, Failure> {
     } else {
         output::print(&text(&map));
     }
+    Ok(OK)
+}
+
+/// `mirrorctl map show --svg`.
+pub async fn draw(config: &Path, file: &Path) -> Result<u8, Failure> {
+    let map = ask(config).await?;
+    std::fs::write(file, picture::svg(&map)).map_err(|error| {
+        Failure::new(format!("cannot write the picture to {}: {error}; name another file", file.display()))
+    })?;
+    output::print(&format!("map {} is drawn in {}", map.version, file.display()));
+    Ok(OK)
+}
+
+/// `mirrorctl map show --dot`.
+pub async fn dot(config: &Path) -> Result<u8, Failure> {
+    output::print(&picture::dot(&*ask(config).await?));
     Ok(OK)
 }
 

@@ -193,6 +193,14 @@ fn what_the_risk_is() {
 }
 
 #[test]
+fn pictures_of_the_map() {
+    let status = failed_over();
+    let map = status.map.as_ref().unwrap();
+    check("map.svg", &crate::picture::svg(map));
+    check("map.dot", &crate::picture::dot(map));
+}
+
+#[test]
 fn how_full_disks_are() {
     let disks = BalanceJson::of(failed_over().map.as_ref().unwrap());
     check("balance.txt", &map::balance_text(&disks));
