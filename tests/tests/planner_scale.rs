@@ -83,11 +83,5 @@ fn a_thousand_nodes_lose_one() {
         json(&begun_map),
         json(&copying)
     );
-    eprintln!(
-        "{} {} {}",
-        serde_json::to_string(&map.nodes[0]).unwrap(),
-        serde_json::to_string(&map.disks[0]).unwrap(),
-        serde_json::to_string(&map.devices[0]).unwrap()
-    );
     assert_eq!((wanted.copied, wanted.copied_min), (12 * 16_000, 12 * 16_000));
 }
