@@ -58,6 +58,11 @@ impl Agent {
     }
 }
 
+/// Whether a copy whose disk hangs, or is very slow, is gone on without.
+pub fn is_impatient(seed: u64) -> bool {
+    (seed / 31).is_multiple_of(2)
+}
+
 /// What the manager does by itself: spares are wanted soon, for schedules are short. Of the paces one lets hosts press
 /// resyncs as far as they can, one is slow: a device takes half a second.
 fn policy(seed: u64) -> Policy {
@@ -69,7 +74,7 @@ fn policy(seed: u64) -> Policy {
     };
     let tolerance = Tolerance {
         slow_after: Duration::from_millis(500),
-        stale_after: (seed / 31).is_multiple_of(2).then_some(Tolerance::STALE_AFTER_MIN),
+        stale_after: is_impatient(seed).then_some(Tolerance::STALE_AFTER_MIN),
         hold_max: Duration::from_secs(2),
     };
     let node = NodePolicy { pace, tolerance };
