@@ -85,6 +85,8 @@ struct Former {
     exporter: (u16, u64),
     /// Of its claim.
     generation: u64,
+    /// When another took its place.
+    until: Nanos,
 }
 
 /// The world.

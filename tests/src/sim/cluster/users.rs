@@ -44,7 +44,7 @@ impl Cluster {
         self.say(|| format!("n{node}: exports dev{}", device + 1));
         let now = self.now;
         if let Some(old) = self.exporting[device].replace(exporter) {
-            self.former.push(Former { device, exporter: old, generation: before });
+            self.former.push(Former { device, exporter: old, generation: before, until: now });
             // Whatever the one before left behind has happened by now, or never will.
             let left: Vec<u64> = self
                 .asked
@@ -305,7 +305,13 @@ impl Cluster {
                 if asked.claim > 0 && !asked.replaced && asked.adopted_claim == claim.generation.0 {
                     self.check_flushed(device, &asked.marks);
                 }
-                self.checker.flushed(device, asked.began, now);
+                // Of what another exporter acknowledged since it speaks as little.
+                let former = |former: &&Former| former.device == device && former.exporter == asked.exporter;
+                let until = match self.exporting[device] == Some(asked.exporter) {
+                    true => asked.began,
+                    false => self.former.iter().rev().find(former).map_or(asked.began, |former| former.until),
+                };
+                self.checker.flushed(device, asked.began.min(until), now);
             }
             (Ok(()), RequestKind::Write { .. } | RequestKind::WriteZeroes { .. }) if asked.claim == 0 => {
                 self.checker
