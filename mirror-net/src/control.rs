@@ -164,6 +164,7 @@ pub enum ManagerMessage {
         /// Larger than in any registration before; fences requests of earlier processes.
         exporter_session: ExporterSession,
         /// What the node is to carry out of the manager's policy.
+        #[serde(default)]
         policy: NodePolicy,
     },
     /// Check all named disks, then format them; answered with [`NodeMessage::Formatted`].

@@ -275,8 +275,22 @@ impl Reader<'_> {
             return Err(self.error(at, "cluster.slow_stale_after", what));
         }
         let duration = |text: &Option<Text>, field| self.duration(text.as_ref(), field);
+        let slow_after = duration(&cluster.slow_after, "cluster.slow_after")?;
+        let (least, most) = (Tolerance::SLOW_AFTER_MIN, stale_after.unwrap_or(Duration::MAX));
+        if let (Some(at), Some(after)) = (&cluster.slow_after, slow_after) {
+            let what = match after {
+                after if after < least => Some(format!("{:?} is shorter than {least:?}", at.get_ref())),
+                after if after > most => {
+                    Some(format!("{:?} is longer than slow_stale_after, {most:?}", at.get_ref()))
+                }
+                _ => None,
+            };
+            if let Some(what) = what {
+                return Err(self.error(at, "cluster.slow_after", what));
+            }
+        }
         Ok(Tolerance {
-            slow_after: duration(&cluster.slow_after, "cluster.slow_after")?.unwrap_or(default.slow_after),
+            slow_after: slow_after.unwrap_or(default.slow_after).min(most),
             stale_after,
             hold_max: duration(&cluster.rejoin_hold_max, "cluster.rejoin_hold_max")?
                 .unwrap_or(default.hold_max),

@@ -40,8 +40,15 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
-    /// The shortest `stale_after`: a session that is silent for a second is lost anyway.
+    /// The shortest `stale_after`: sooner a disk that is busy would be taken for one that hangs.
     pub const STALE_AFTER_MIN: Duration = Duration::from_secs(2);
+    /// The shortest `slow_after`.
+    pub const SLOW_AFTER_MIN: Duration = Duration::from_millis(500);
+
+    /// A partner that owes an answer for so long is not taken back before it has given it.
+    pub fn hung_after(&self) -> Duration {
+        self.stale_after.map_or(self.slow_after, |after| self.slow_after.max(after / 2))
+    }
 }
 
 impl Default for Tolerance {

@@ -107,6 +107,21 @@ fn every_mistake_names_line_field_and_remedy() {
         ),
         (
             "manager = ",
+            "slow_after = \"1ms\"\nmanager = ",
+            "line 5: cluster.slow_after: \"1ms\" is shorter than 500ms",
+        ),
+        (
+            "manager = ",
+            "slow_stale_after = \"5s\"\nslow_after = \"6s\"\nmanager = ",
+            "line 6: cluster.slow_after: \"6s\" is longer than slow_stale_after, 5s",
+        ),
+        (
+            "manager = ",
+            "slow_stale_after = \"1s\"\nmanager = ",
+            "line 5: cluster.slow_stale_after: \"1s\" is shorter than 2s",
+        ),
+        (
+            "manager = ",
             "copies = 3\nmanager = ",
             "line 5: cluster.copies: 3 copies are not built yet: leave the field out, or write 2",
         ),

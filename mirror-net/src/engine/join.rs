@@ -43,13 +43,18 @@ impl Engine {
     /// a session, so that a copy which cannot be reached does not change its state over and over.
     pub(super) fn ask_syncing_if_due(&mut self, peer: PeerIndex) {
         let version = self.adopted_version();
+        // If nothing is sent to it, what it owes is of before it was left behind.
+        let hung_after = match self.gets_writes(peer) {
+            true => self.tolerance.hung_after(),
+            false => self.tolerance.slow_after,
+        };
         let entry = &self.peers[peer];
         if !entry.is_open()
             || entry.lost.is_some()
             || entry.adopted() < version
             || entry.ask_syncing_after > self.now
             || entry.hold.left(self.now) > 0
-            || entry.slow_for(self.now, self.tolerance.slow_after).is_some()
+            || entry.slow_for(self.now, hung_after).is_some()
         {
             return;
         }

@@ -69,6 +69,9 @@ const CHECKPOINT_IDLE: Nanos = 1_000_000_000;
 /// Between two rounds of clearing dirty bits, unless set otherwise.
 pub const CLEAR_EVERY: Nanos = 5_000_000_000;
 
+/// A tick that comes so late tells more of this process than of others.
+const STALL: Nanos = 500_000_000;
+
 /// Between two ticks.
 pub const TICK: Nanos = 50_000_000;
 
@@ -303,8 +306,9 @@ impl Engine {
         if now < self.next_tick {
             return;
         }
+        let stalled = now > self.next_tick + STALL;
         self.next_tick = now + TICK;
-        self.tick_sessions();
+        self.tick_sessions(stalled);
         self.free_left_slots();
         self.place_adopted();
         self.checkpoint_idle_disks();

@@ -78,12 +78,12 @@ impl Pacer {
     /// A region of so many bytes is being copied from now on.
     pub fn began(&mut self, now: Nanos, bytes: u32) {
         self.under_way += 1;
-        let after =
-            |due: Nanos, rate| due.max(now.saturating_sub(LATE_MAX)).saturating_add(time_of(bytes, rate));
+        let late = now.saturating_sub(LATE_MAX);
         if let Some(rate) = self.pace.rate {
-            self.most_due = after(self.most_due, rate);
+            self.most_due = self.most_due.max(late).saturating_add(time_of(bytes, rate));
         }
-        self.least_due = after(self.least_due, self.pace.floor);
+        // What was copied faster, while hosts were idle, buys them no rest from it later.
+        self.least_due = self.least_due.clamp(late, now).saturating_add(time_of(bytes, self.pace.floor));
     }
 
     /// The copy of a region came to its end; it took so long once it had its range.
@@ -161,6 +161,23 @@ mod tests {
         // Not even where one after the other would be too slow.
         let slow = copied(Pace { rate: None, floor: 10 << 20 }, true, 500 * MS, 10);
         assert!((95..=105).contains(&slow), "{slow}");
+    }
+
+    #[test]
+    fn what_was_copied_while_hosts_were_idle_is_not_held_against_the_floor() {
+        let mut pacer = Pacer::default();
+        pacer.set(Pace { rate: None, floor: 10 << 20 });
+        let now = 1_000 * MS;
+        for _ in 0..10_000 {
+            assert_eq!(pacer.may_begin(now), Ok(()));
+            pacer.began(now, MIB);
+            pacer.ended(now, 1_000 * MS);
+        }
+        pacer.hosts_ask(now);
+        let again = pacer.may_begin(now).expect_err("a rest");
+        assert!(again <= now + 100 * MS, "{again}");
+        pacer.hosts_ask(now + 100 * MS);
+        assert_eq!(pacer.may_begin(now + 100 * MS), Ok(()));
     }
 
     #[test]

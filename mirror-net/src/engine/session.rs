@@ -7,10 +7,11 @@
 use super::action::{Action, Body, BufferId, OpKey, Report};
 use super::hold::Hold;
 use super::op::{LegState, OpKind, Origin, Part};
-use super::view::PeerIndex;
+use super::view::{PeerIndex, Place};
 use super::window::{Awaited, Window};
 use super::{Engine, Nanos};
 use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
+use crate::map::ReplicaState;
 use crate::planted::{self, Bug};
 use crate::wire::header::{BadFrame, Header, Kind, Trailer};
 use std::collections::VecDeque;
@@ -149,7 +150,12 @@ impl Peer {
         self.granted_until + LEASE_MARGIN
     }
 
-    /// For how long it has owed us the answer to a write or flush, if for longer than that.
+    /// Whether any answer about a copy is awaited.
+    pub fn owes(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| session.window.owed_since().is_some())
+    }
+
+    /// For how long it has owed us an answer about a copy, if for longer than that.
     pub fn slow_for(&self, now: Nanos, longer_than: Duration) -> Option<Nanos> {
         let since = self.session.as_ref()?.window.owed_since()?;
         Some(now.saturating_sub(since)).filter(|owed| *owed >= nanos(longer_than))
@@ -299,7 +305,7 @@ impl Engine {
     }
 
     /// Whether that peer's copies get this node's writes anywhere.
-    fn gets_writes(&self, peer: PeerIndex) -> bool {
+    pub(super) fn gets_writes(&self, peer: PeerIndex) -> bool {
         let mut spans = self.devices.iter().flat_map(|device| &device.view.spans);
         spans.any(|span| span.serves() && span.others.contains(&peer))
     }
@@ -606,7 +612,8 @@ impl Engine {
     }
 
     /// Time passed: pings, silence, and what has to be asked again.
-    pub(super) fn tick_sessions(&mut self) {
+    /// `stalled`: this process did not run for a while; what has come meanwhile may not have been read.
+    pub(super) fn tick_sessions(&mut self, stalled: bool) {
         for peer in 0..self.peers.len() {
             let heard = self.peers[peer].session.as_ref().map(|session| session.heard);
             if heard.is_some_and(|heard| heard + SILENCE <= self.now) {
@@ -615,7 +622,9 @@ impl Engine {
             self.ping_if_due(peer);
             self.miss(peer);
             self.lag(peer);
-            self.owe(peer);
+            if !stalled {
+                self.owe(peer);
+            }
             self.ask_if_due(peer);
             self.ask_syncing_if_due(peer);
         }
@@ -649,26 +658,63 @@ impl Engine {
         }
         let since = *self.peers[peer].lags_since.get_or_insert(self.now);
         if since + UNREACHED <= self.now {
-            self.lose(peer, format!("it has not adopted {} yet", self.adopted_version()));
+            let cause = format!("it has not adopted {} yet", self.adopted_version());
+            // It cannot, if its disk hangs.
+            match self.peers[peer].slow_for(self.now, self.tolerance.slow_after) {
+                Some(_) => self.lose_slow(peer, cause),
+                None => self.lose(peer, cause),
+            }
         }
     }
 
     /// A peer's disk may hang while its node lives: writes must not wait for it for ever.
     fn owe(&mut self, peer: PeerIndex) {
-        let Some(after) = self.tolerance.stale_after else { return };
-        if self.peers[peer].slow_for(self.now, after).is_none() {
+        let counted = self.gets_writes(peer);
+        let lost_as_slow = self.peers[peer].lost.as_ref().is_some_and(|lost| lost.slow);
+        if counted && lost_as_slow && self.peers[peer].is_open() && !self.peers[peer].owes() {
+            // It has answered everything before the manager said anything: it missed nothing.
+            self.peers[peer].lost = None;
+            self.resume_after(peer);
             return;
         }
-        let cause = format!("it has not answered a write for {} s", after.as_secs_f64());
-        if self.gets_writes(peer) {
-            if self.peers[peer].lost.is_none() {
-                self.note_lost(peer, Lost { cause, by_session: false, slow: true });
-            }
-        } else {
+        let after = self.tolerance.stale_after;
+        let too_long = |owed: Nanos| after.is_some_and(|after| owed >= nanos(after));
+        let cause = |owed: Nanos| format!("it owes an answer for {} s", owed / 1_000_000_000);
+        match self.peers[peer].slow_for(self.now, self.tolerance.slow_after) {
+            Some(owed) if counted && too_long(owed) => self.lose_slow(peer, cause(owed)),
             // Its copies are on record as stale. What it owes holds its range here until the session ends, for only
-            // then it cannot land there after what is written next (rule 10). Not before: the peer would go on
-            // without the copies here, which are well.
-            self.end_session(peer, cause, true);
+            // then it cannot land there after what is written next (rule 10). Not while it is primary of what we have in
+            // sync: it would go on without the copies here, which are well.
+            Some(owed) if !counted && self.follows(peer) => self.ask_slow_if_due(peer, cause(owed)),
+            Some(owed) if !counted => self.end_session(peer, cause(owed), true),
+            _ => {}
+        }
+    }
+
+    /// The peer lives, and its disks hang: that it was lost before does not say so.
+    fn lose_slow(&mut self, peer: PeerIndex, cause: String) {
+        let known = self.peers[peer].lost.as_ref().is_some_and(|lost| lost.slow);
+        if self.gets_writes(peer) && !known {
+            self.note_lost(peer, Lost { cause, by_session: false, slow: true });
+        }
+    }
+
+    /// Whether that peer is primary of something that this node has in sync.
+    fn follows(&self, peer: PeerIndex) -> bool {
+        let mut spans = self.devices.iter().flat_map(|device| &device.view.spans);
+        spans.any(|span| {
+            span.primary == Place::Peer(peer)
+                && span.mine.as_ref().is_some_and(|mine| mine.state == ReplicaState::InSync)
+        })
+    }
+
+    fn ask_slow_if_due(&mut self, peer: PeerIndex, cause: String) {
+        let version = self.adopted_version();
+        let entry = &mut self.peers[peer];
+        if entry.ask_after <= self.now {
+            entry.ask_after = self.now + ASK_AGAIN;
+            let peer = entry.node;
+            self.actions.push_back(Action::Report(Report::AskSlow { peer, version, cause }));
         }
     }
 

@@ -112,9 +112,10 @@ impl Window {
         Ok(awaited)
     }
 
-    /// Since when the answer to a write or flush of a copy is awaited, the oldest of them.
+    /// Since when an answer about a copy is awaited, the oldest of them. What is forwarded to a primary may wait there for
+    /// others.
     pub fn owed_since(&self) -> Option<Nanos> {
-        let owed = |sent: &&Sent| matches!(sent.awaited, Awaited::Leg(_) | Awaited::FlushLeg(_));
+        let owed = |sent: &&Sent| !matches!(sent.awaited, Awaited::Part(..) | Awaited::ExportFlush(_));
         self.awaited.iter().flatten().find(owed).map(|sent| sent.at)
     }
 

@@ -65,9 +65,10 @@ pub fn ask_stale(
 }
 
 /// The same for a peer whose node lives and whose disks hang. What it is primary of hangs as well, and it may yet come to
-/// report a copy as lost that is well: so `asker` goes first wherever it has a copy in sync. Exporters stay.
+/// report a copy as lost that is well: so another member goes first wherever one is well, the asker's or not. Exporters
+/// stay.
 ///
-/// Empty if nothing becomes stale by it: a question that comes late moves no role.
+/// A question that comes late moves no role: either copies become stale by it, or the asker acts on the newest map.
 pub fn ask_slow(
     map: &DistributionMap,
     registry: &Registry,
@@ -77,23 +78,22 @@ pub fn ask_slow(
     version: MapVersion,
 ) -> Change {
     let mut change = ask_stale(map, registry, now_ms, asker, peer, version);
-    if change.is_empty() {
+    if change.is_empty() && version != map.version {
         return change;
     }
     for device in &map.devices {
         let mut lines = Lines::default();
         for span in device.spans.iter().filter(|span| map.node_of(span.primary().disk) == Some(peer)) {
-            let own = span.replicas[1..].iter().find(|replica| {
-                map.node_of(replica.disk) == Some(asker)
-                    && replica.state == ReplicaState::InSync
+            let well = span.replicas[1..].iter().find(|replica| {
+                replica.state == ReplicaState::InSync
                     && registry.standing(map, span, replica, now_ms) == Standing::Intact
             });
-            let Some(own) = own else { continue };
+            let Some(well) = well else { continue };
             let (run, old) = (run_of(device.id, span), span.primary().disk);
-            change.batch.extend(promotion(map, registry, now_ms, span, run, own.disk));
+            change.batch.extend(promotion(map, registry, now_ms, span, run, well.disk));
             let state = ReplicaState::Stale;
             change.batch.push(Verb::Mark { run, disk: old, state, incarnation: None });
-            lines.add(span, format!("primary {} -> {}", map.disk_name(old), map.disk_name(own.disk)));
+            lines.add(span, format!("primary {} -> {}", map.disk_name(old), map.disk_name(well.disk)));
         }
         change.why.extend(lines.finish(&device.name, device.slices));
     }

@@ -35,6 +35,8 @@ pub struct Asked {
     pub exporter: (u16, u64),
     /// The claim's generation that it was exported under; 0 at a former exporter.
     pub claim: u64,
+    /// The map version that its exporter acted on when it was asked.
+    pub adopted: u64,
     /// The claim's generation in the map that its exporter had adopted then.
     pub adopted_claim: u64,
     /// Of a flush: for each disk of all, the newest write that it covers.

@@ -42,3 +42,17 @@ fn a_copy_that_is_not_in_sync_never_goes_first() {
     ask_slow(&mut bench, 2, 1, version);
     assert_eq!((&*bench.copies("n1-d1"), &*bench.copies("n2-d1")), ("n1+ n2-", "n2+ n1-"));
 }
+
+/// Its copies are stale already, so it may only be a matter of what it is primary of; but not by a question that comes late.
+#[test]
+fn what_it_is_primary_of_moves_though_its_copies_are_stale() {
+    let mut bench = Bench::up(&map_of(2));
+    let old = bench.map().version;
+    bench.ask_stale(2, 1);
+    assert_eq!((&*bench.copies("n1-d1"), &*bench.copies("n2-d1")), ("n1+ n2+", "n2+ n1-"));
+    ask_slow(&mut bench, 2, 1, old);
+    assert_eq!(bench.copies("n1-d1"), "n1+ n2+");
+    let version = bench.map().version;
+    ask_slow(&mut bench, 2, 1, version);
+    assert_eq!(bench.copies("n1-d1"), "n2+ n1-");
+}

@@ -217,6 +217,7 @@ impl Cluster {
                 writes,
                 exporter: (node, process),
                 claim: if exports { self.exported[device] } else { 0 },
+                adopted,
                 adopted_claim,
                 marks,
                 here,
@@ -327,13 +328,13 @@ impl Cluster {
             (Ok(()), kind) => {
                 let fua =
                     matches!(kind, RequestKind::Write { fua: true } | RequestKind::WriteZeroes { fua: true });
-                let slice = (asked.offset / u64::from(SLICE)) as u32;
-                let lost = self.loss_unseen(node, device, slice)
-                    || self.loss_unseen(
-                        node,
-                        device,
-                        ((asked.offset + u64::from(asked.length) - 1) / u64::from(SLICE)) as u32,
-                    );
+                let ends = [asked.offset, asked.offset + u64::from(asked.length) - 1];
+                // Of two slices one may have been done before a loss there, and the other after it.
+                let lost = ends.map(|at| (at / u64::from(SLICE)) as u32).into_iter().any(|slice| {
+                    self.loss_unseen(node, device, slice)
+                        || (ends[0] / u64::from(SLICE) != ends[1] / u64::from(SLICE)
+                            && self.loss_seen_since(asked.adopted, node, device, slice))
+                });
                 for id in &asked.writes {
                     self.checker.acknowledge(now, *id, fua, lost);
                 }
@@ -376,6 +377,17 @@ impl Cluster {
         let newest = self.manager.map.devices[device].span(slice)?;
         let present = newest.epoch == span.epoch && self.locate(span.primary().disk).0 == node;
         (present && last == u64::from(slice.0)).then_some(span.epoch)
+    }
+
+    /// Whether the exporter has heard of a loss in that slice since it acted on that map.
+    fn loss_seen_since(&mut self, version: u64, node: u16, device: usize, slice: u32) -> bool {
+        let Some(process) = self.process(node) else { return false };
+        let adopted = process.engine.adopted_version().0;
+        let loss = |version: u64| {
+            let map = self.manager.history.get(&version);
+            map.and_then(|map| map.devices[device].span(SliceIndex(slice))).map(|span| span.loss)
+        };
+        loss(version) != loss(adopted)
     }
 
     /// Whether the manager knows of a loss in that slice which the exporter has not heard of.
