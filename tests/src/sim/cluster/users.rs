@@ -284,9 +284,7 @@ impl Cluster {
         if let (RequestKind::Read, Ok(()), Some(buffer)) = (asked.kind, &result, buffer) {
             stamps.reserve(buffer.bytes().len() / SECTOR);
             // Under a lease from before a loss, what was lost may be read once more: that is before the loss.
-            let slices = [asked.offset, asked.offset + asked.length as u64 - 1];
-            let lasts =
-                slices.map(|at| !self.loss_unseen(node, device, (at / SLICE as u64) as u32)) == [true; 2];
+            let lasts = !self.loss_around(node, &asked);
             for (index, sector) in buffer.bytes().chunks(SECTOR).enumerate() {
                 match stamp(sector) {
                     Some(stamp) => {
@@ -329,12 +327,8 @@ impl Cluster {
                 let fua =
                     matches!(kind, RequestKind::Write { fua: true } | RequestKind::WriteZeroes { fua: true });
                 let ends = [asked.offset, asked.offset + u64::from(asked.length) - 1];
-                // Of two slices one may have been done before a loss there, and the other after it.
-                let lost = ends.map(|at| (at / u64::from(SLICE)) as u32).into_iter().any(|slice| {
-                    self.loss_unseen(node, device, slice)
-                        || (ends[0] / u64::from(SLICE) != ends[1] / u64::from(SLICE)
-                            && self.loss_seen_since(asked.adopted, node, device, slice))
-                });
+                let slices = ends.map(|at| (at / u64::from(SLICE)) as u32);
+                let lost = slices.into_iter().any(|slice| self.loss_unseen(node, device, slice));
                 for id in &asked.writes {
                     self.checker.acknowledge(now, *id, fua, lost);
                 }
@@ -377,6 +371,17 @@ impl Cluster {
         let newest = self.manager.map.devices[device].span(slice)?;
         let present = newest.epoch == span.epoch && self.locate(span.primary().disk).0 == node;
         (present && last == u64::from(slice.0)).then_some(span.epoch)
+    }
+
+    /// Whether what a read saw may be lost by the time it is done: its exporter has not heard of that, or of two slices one
+    /// was read before a loss there, and the other after it.
+    fn loss_around(&mut self, node: u16, asked: &Asked) -> bool {
+        let ends = [asked.offset, asked.offset + u64::from(asked.length) - 1];
+        let slices = ends.map(|at| (at / u64::from(SLICE)) as u32);
+        slices.into_iter().any(|slice| {
+            self.loss_unseen(node, asked.device, slice)
+                || (slices[0] != slices[1] && self.loss_seen_since(asked.adopted, node, asked.device, slice))
+        })
     }
 
     /// Whether the exporter has heard of a loss in that slice since it acted on that map.
