@@ -13,5 +13,4 @@ pub mod manager;
 pub mod map;
 pub mod planted;
 pub mod region;
-pub mod risk;
 pub mod wire;

@@ -6,7 +6,6 @@ mod creation;
 mod force;
 mod plans;
 mod rebuild;
-mod redistribution;
 mod rejoin;
 mod rules;
 mod slow;
