@@ -494,6 +494,14 @@ impl Agent {
     }
 
     async fn report(&mut self) {
+        let thread = match &self.io {
+            Some(io) => io.report().await,
+            None => None,
+        };
+        // Whether or not there is a manager to be told.
+        for found in thread.iter().flat_map(|thread| &thread.devices) {
+            self.exports.losses(found.device, found.loss_told);
+        }
         if self.manager.is_none() {
             return;
         }
@@ -502,16 +510,11 @@ impl Agent {
             exports: self.exports.reports(Instant::now()),
             ..NodeReport::default()
         };
-        if let Some(io) = &self.io
-            && let Some(thread) = io.report().await
-        {
+        if let Some(thread) = thread {
             for export in &mut report.exports {
                 if let Some(found) = thread.devices.iter().find(|found| found.device == export.device) {
                     (export.requests, export.pending) = (found.completed, found.pending);
                 }
-            }
-            for found in &thread.devices {
-                self.exports.losses(found.device, found.loss_told);
             }
             report.sessions = thread.sessions;
             report.waiting = thread.waiting;

@@ -196,7 +196,8 @@ impl Worker {
                             Err(error) => return Err(error.into()),
                         };
                         let export = Export::new(device, orphan.device())?;
-                        serve(Box::new(export.resumed(orphan.record().loss_told)));
+                        // What an older server did not note is as good as told.
+                        serve(Box::new(export.resumed(orphan.record().loss_told.unwrap_or(losses))));
                         let record = orphan.end(&mut self.control, &self.records, PATIENCE)?;
                         tracing::info!(device = name, "recovered: its I/O goes on");
                         return record.id.context("a recovered device has a number");
@@ -216,7 +217,7 @@ impl Worker {
         params.discard = Some(DiscardParams { granularity_bytes: region_bytes, length_bytes_max: 64 << 20 });
         params.write_zeroes_bytes_max = 64 << 20;
         let mut record = DeviceRecord::new(name, cookie, params);
-        record.loss_told = losses;
+        record.loss_told = Some(losses);
         // Before the device: one whose record is missing could not be found again.
         self.records.save(&record)?;
         let info = self.control.add_dev(&new)?;
@@ -322,8 +323,8 @@ impl Worker {
     /// Notes what a device's users know of lost writes, for the next process.
     fn told(&mut self, device: DeviceId, losses: u64) -> anyhow::Result<()> {
         let Some((_, name)) = self.running.get(&device) else { return Ok(()) };
-        if let Some(mut record) = self.record(name)?.filter(|record| record.loss_told != losses) {
-            record.loss_told = losses;
+        if let Some(mut record) = self.record(name)?.filter(|record| record.loss_told != Some(losses)) {
+            record.loss_told = Some(losses);
             self.records.save(&record)?;
         }
         Ok(())

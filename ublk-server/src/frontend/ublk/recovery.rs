@@ -56,9 +56,10 @@ pub struct DeviceRecord {
     pub params: DeviceParams,
     /// A recovery was begun and has not ended: kernels before 6.16 do not survive a second one.
     pub reattaching: bool,
-    /// What its users know of lost writes: [`Engine::loss_told`](mirror_net::engine::Engine::loss_told).
+    /// What its users know of lost writes: [`Engine::loss_told`](mirror_net::engine::Engine::loss_told). `None` in
+    /// records of a server that did not keep it.
     #[serde(default)]
-    pub loss_told: u64,
+    pub loss_told: Option<u64>,
 }
 
 impl DeviceRecord {
@@ -71,7 +72,7 @@ impl DeviceRecord {
             id: None,
             params,
             reattaching: false,
-            loss_told: 0,
+            loss_told: None,
         }
     }
 }
