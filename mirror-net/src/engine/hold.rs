@@ -127,6 +127,32 @@ mod tests {
         assert_eq!(rig.result(second), Some(Ok(())));
     }
 
+    /// Rule 3: it hangs, and it is not what the map says. That the one passes does not make the other good.
+    #[test]
+    fn who_answers_in_time_is_lost_all_the_same_if_it_is_another_incarnation() {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(1, &first);
+        let tolerance = Tolerance { stale_after: Some(Duration::from_secs(5)), ..Tolerance::default() };
+        rig.engine.set_policy(NodePolicy { tolerance, ..NodePolicy::default() });
+        rig.write(0, 4096);
+        let owed = rig.take(Kind::Write);
+        rig.wait(5_500, &[2]);
+        assert!(matches!(rig.reports[..], [Report::AskSlow { .. }]), "{:?}", rig.reports);
+        rig.reports.clear();
+        let other = next(&first, |span| span.replicas[1].incarnation.attach.0 += 1);
+        rig.adopt(&other);
+        rig.adopted(2, other.version.0);
+        let second = rig.write(8192, 4096);
+        rig.ack(&owed[0]);
+        rig.wait(2_000, &[2]);
+        assert!(
+            rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })),
+            "{:?}",
+            rig.reports
+        );
+        assert_eq!((rig.take(Kind::Write).len(), rig.result(second)), (0, None));
+    }
+
     /// It is primary of what we have in sync: if its session ended it would go on without us, on a disk that hangs.
     #[test]
     fn while_it_is_primary_of_what_is_in_sync_here_the_session_stays_and_the_roles_are_asked_for() {

@@ -347,7 +347,8 @@ impl Engine {
     /// The peer is, or may be, behind as a member: the manager has to say so before anything goes on.
     pub(super) fn lose(&mut self, peer: PeerIndex, cause: String) {
         let lost_before = self.peers[peer].lost.as_ref();
-        if self.gets_writes(peer) && lost_before.is_none_or(|lost| lost.by_session) {
+        // That its disks hang may pass, and then be forgotten: this must not be.
+        if self.gets_writes(peer) && lost_before.is_none_or(|lost| lost.by_session || lost.slow) {
             self.note_lost(peer, Lost { cause, by_session: false, slow: false });
         }
     }
@@ -674,6 +675,7 @@ impl Engine {
         if counted && lost_as_slow && self.peers[peer].is_open() && !self.peers[peer].owes() {
             // It has answered everything before the manager said anything: it missed nothing.
             self.peers[peer].lost = None;
+            self.check_incarnation(peer);
             self.resume_after(peer);
             return;
         }
@@ -691,10 +693,10 @@ impl Engine {
         }
     }
 
-    /// The peer lives, and its disks hang: that it was lost before does not say so.
+    /// The peer lives, and its disks hang.
     fn lose_slow(&mut self, peer: PeerIndex, cause: String) {
-        let known = self.peers[peer].lost.as_ref().is_some_and(|lost| lost.slow);
-        if self.gets_writes(peer) && !known {
+        let lost_before = self.peers[peer].lost.as_ref();
+        if self.gets_writes(peer) && lost_before.is_none_or(|lost| lost.by_session) {
             self.note_lost(peer, Lost { cause, by_session: false, slow: true });
         }
     }
