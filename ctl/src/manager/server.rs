@@ -109,12 +109,12 @@ pub(super) async fn lead<S: Store>(
         server.give_up();
     }
     drop(server);
-    if let Ok(End::Stopped) = &result {
-        let _ = timeout(FLUSH_MAX, &mut keeping).await;
+    let stopped = matches!(result, Ok(End::Stopped));
+    if !(stopped && timeout(FLUSH_MAX, &mut keeping).await.is_ok()) {
+        // Whatever is being written is as good as lost: what the store then holds is what counts.
+        keeping.abort();
+        let _ = keeping.await;
     }
-    // Whatever is being written is as good as lost: what the store then holds is what counts.
-    keeping.abort();
-    let _ = keeping.await;
     result
 }
 
