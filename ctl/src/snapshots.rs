@@ -38,6 +38,7 @@ fn first_map() -> DistributionMap {
             incarnation: Incarnation { attach: AttachId(index), process: ProcessId(index) },
         }],
         spare: false,
+        devices: Default::default(),
     };
     pairs(ClusterId(uuid::Uuid::from_u128(1)), "lab", 64 << 20, &[node(1), node(2)]).unwrap()
 }

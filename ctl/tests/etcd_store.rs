@@ -53,6 +53,7 @@ fn map(version: u64, slices: u32) -> DistributionMap {
             incarnation: Incarnation { attach: AttachId(index), process: ProcessId(index) },
         }],
         spare: false,
+        devices: Default::default(),
     };
     let mut map = pairs(ClusterId::default(), "lab", 1 << 20, &[node(1), node(2)]).unwrap();
     map.version = MapVersion(version);

@@ -111,6 +111,33 @@ pub struct Registration {
     pub address: String,
     /// Its disks, in the order of its cluster file.
     pub disks: Vec<DiskInventory>,
+    /// What processes of this node adopted, this one and some before: with it everything was stored that they had
+    /// acknowledged from memory as secondaries.
+    #[serde(default)]
+    pub lives: Vec<Life>,
+}
+
+/// The newest map that a process adopted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Life {
+    /// The process.
+    pub process: ProcessId,
+    /// The map's version.
+    pub adopted: MapVersion,
+}
+
+impl Life {
+    /// So many processes of a node are remembered. Of one that is not, the worst is assumed.
+    pub const KEPT: usize = 16;
+
+    /// Notes that a process adopted a map.
+    pub fn note(lives: &mut Vec<Self>, process: ProcessId, adopted: MapVersion) {
+        match lives.iter_mut().find(|life| life.process == process) {
+            Some(life) => life.adopted = life.adopted.max(adopted),
+            None => lives.push(Self { process, adopted }),
+        }
+        lives.drain(..lives.len().saturating_sub(Self::KEPT));
+    }
 }
 
 /// A disk as the node sees it.

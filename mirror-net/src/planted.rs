@@ -120,6 +120,14 @@ bugs! {
     ExportedEarly "exported-early",
     /// 16: an exporter does not fail a flush although the map tells of a loss.
     LossUnreported "loss-unreported",
+    /// 1: a flush does not store what a secondary acknowledged from memory.
+    StagedUnflushed "staged-unflushed",
+    /// 3: a primary does not notice that a secondary lost what it had acknowledged from memory.
+    StagedRestartBelieved "staged-restart-believed",
+    /// 10: what a secondary acknowledged from memory is dropped at the end of its session.
+    StagedDropped "staged-dropped",
+    /// 5, 11: a node becomes primary before it has stored what it acknowledged from memory.
+    StagedAtAdoption "staged-at-adoption",
     /// The manager sends a map out before it is stored.
     SentBeforeStored "sent-before-stored",
 }

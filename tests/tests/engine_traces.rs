@@ -24,6 +24,7 @@ fn shape(nodes: u16, copies: u16) -> Shape {
         depth: 0,
         wanders: false,
         discards: false,
+        policy: Default::default(),
         drift: true,
     }
 }

@@ -116,6 +116,8 @@ fn map() -> DistributionMap {
             slices: 1,
             block_bytes: 512,
             copies: 2,
+            commit: Default::default(),
+            on_no_quorum: Default::default(),
             claim: Claim { node: NodeId(1), generation: ClaimGeneration(1), since: MapVersion(1) },
             spans: vec![Span {
                 first: SliceIndex(0),

@@ -113,6 +113,7 @@ impl FakeNode {
             }
         });
         Registration {
+            lives: Vec::new(),
             node: self.name.clone(),
             process: self.process,
             adopted: self.kept.adopted,

@@ -17,7 +17,7 @@ pub use policy::{NodePolicy, Pace, Policy, Tolerance};
 pub use size::{format_bytes, parse_bytes};
 pub use store::{EtcdFile, StoreFile, TlsFile};
 
-use crate::map::SegmentSlots;
+use crate::map::{DevicePolicy, SegmentSlots};
 use core::net::SocketAddr;
 use std::fmt;
 use std::path::PathBuf;
@@ -63,6 +63,8 @@ pub struct NodeFile {
     pub frontend: Frontend,
     /// Where its NBD server listens, if that is the frontend.
     pub nbd: NbdListen,
+    /// What its devices are made with.
+    pub devices: DevicePolicy,
     /// Its disks.
     pub disks: Vec<DiskFile>,
 }

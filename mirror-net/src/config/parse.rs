@@ -6,6 +6,7 @@ use super::{
     Policy, SLICE_BYTES_DEFAULT, Segments, Tolerance, format_bytes, parse_bytes,
 };
 use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
+use crate::map::{Commit, DevicePolicy, OnNoQuorum};
 use core::net::{IpAddr, SocketAddr};
 use serde::Deserialize;
 use std::collections::HashMap;
@@ -49,10 +50,11 @@ struct RawCluster {
     slow_after: Option<Text>,
     slow_stale_after: Option<Text>,
     rejoin_hold_max: Option<Text>,
-    // Known words of things to come: refused with a better sentence than "unknown field".
     commit: Option<Text>,
-    copies: Option<Spanned<i64>>,
     on_no_quorum: Option<Text>,
+    no_quorum_after: Option<Text>,
+    // Known words of things to come: refused with a better sentence than "unknown field".
+    copies: Option<Spanned<i64>>,
     layout: Option<Text>,
 }
 
@@ -67,6 +69,8 @@ struct RawNode {
     spare: bool,
     frontend: Option<Text>,
     nbd: Option<Text>,
+    commit: Option<Text>,
+    on_no_quorum: Option<Text>,
     #[serde(default)]
     disk: Vec<Spanned<RawDisk>>,
 }
@@ -144,6 +148,8 @@ impl Reader<'_> {
         let frontend = self.frontend(cluster.frontend.as_ref(), "cluster.frontend")?.unwrap_or_default();
         let remote = cluster.nbd_allow_remote.unwrap_or(false);
         let nbd = self.nbd(cluster.nbd.as_ref(), "cluster.nbd", remote)?.unwrap_or_default();
+        let devices =
+            self.devices("cluster", &cluster.commit, &cluster.on_no_quorum, DevicePolicy::default())?;
         if raw.node.is_empty() {
             return Err(self.error(&raw.cluster, "node", "there is no [[node]] in the file"));
         }
@@ -181,6 +187,7 @@ impl Reader<'_> {
                 spare: node.spare,
                 frontend: self.frontend(node.frontend.as_ref(), "node.frontend")?.unwrap_or(frontend),
                 nbd: self.nbd(node.nbd.as_ref(), "node.nbd", remote)?.unwrap_or(nbd),
+                devices: self.devices("node", &node.commit, &node.on_no_quorum, devices)?,
                 disks: self.disks(raw, segments)?,
             });
         }
@@ -220,8 +227,6 @@ impl Reader<'_> {
             )),
             _ => Ok(()),
         };
-        only(&cluster.commit, "cluster.commit", "immediate")?;
-        only(&cluster.on_no_quorum, "cluster.on_no_quorum", "wait")?;
         only(&cluster.layout, "cluster.layout", "pair")?;
         match &cluster.copies {
             Some(copies) if *copies.get_ref() != 2 => Err(self.error(
@@ -244,8 +249,24 @@ impl Reader<'_> {
             spare_after: self
                 .duration(cluster.spare_after.as_ref(), "cluster.spare_after")?
                 .unwrap_or(default.spare_after),
-            node: NodePolicy { pace: self.pace(cluster)?, tolerance: self.tolerance(cluster)? },
+            node: NodePolicy {
+                pace: self.pace(cluster)?,
+                tolerance: self.tolerance(cluster)?,
+                no_quorum_after: self
+                    .duration(cluster.no_quorum_after.as_ref(), "cluster.no_quorum_after")?
+                    .unwrap_or(default.node.no_quorum_after),
+            },
         };
+        if let Some(at) = &cluster.no_quorum_after
+            && policy.node.no_quorum_after <= policy.fail_after
+        {
+            let what = format!(
+                "{:?} is not longer than fail_after, {:?}: requests would fail that a failover serves",
+                at.get_ref(),
+                policy.fail_after
+            );
+            return Err(self.error(at, "cluster.no_quorum_after", what));
+        }
         match &cluster.fail_after {
             Some(at) if policy.fail_after < Policy::FAIL_AFTER_MIN => Err(self.error(
                 at,
@@ -258,6 +279,29 @@ impl Reader<'_> {
             )),
             _ => Ok(policy),
         }
+    }
+
+    /// What a node's devices are made with.
+    fn devices(
+        &self,
+        table: &str,
+        commit: &Option<Text>,
+        on_no_quorum: &Option<Text>,
+        default: DevicePolicy,
+    ) -> Result<DevicePolicy, ConfigError> {
+        let wrong = |at: &Text, field: &str, words: &str| {
+            self.error(at, &format!("{table}.{field}"), format!("{:?} is neither {words}", at.get_ref()))
+        };
+        let mut policy = default;
+        if let Some(at) = commit {
+            policy.commit = Commit::parse(at.get_ref())
+                .ok_or_else(|| wrong(at, "commit", "\"immediate\" nor \"deferred\""))?;
+        }
+        if let Some(at) = on_no_quorum {
+            policy.on_no_quorum = OnNoQuorum::parse(at.get_ref())
+                .ok_or_else(|| wrong(at, "on_no_quorum", "\"wait\" nor \"error\""))?;
+        }
+        Ok(policy)
     }
 
     fn tolerance(&self, cluster: &RawCluster) -> Result<Tolerance, ConfigError> {

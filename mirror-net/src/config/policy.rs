@@ -20,12 +20,20 @@ pub struct Policy {
 }
 
 /// The part of the policy that nodes carry out.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct NodePolicy {
     /// How fast a node makes copies equal.
     pub pace: Pace,
     /// How it bears with other nodes.
     pub tolerance: Tolerance,
+    /// Where a device is set to fail requests that cannot be served: after so long.
+    pub no_quorum_after: Duration,
+}
+
+impl Default for NodePolicy {
+    fn default() -> Self {
+        Policy::MANUAL.node
+    }
 }
 
 /// How a node bears with a partner that is slow, or that comes and goes.
@@ -96,6 +104,8 @@ impl Policy {
                 stale_after: Some(Duration::from_secs(30)),
                 hold_max: Duration::from_secs(60),
             },
+            // A failover takes less.
+            no_quorum_after: Duration::from_secs(10),
         },
     };
 }

@@ -1,4 +1,6 @@
 use super::*;
+use crate::map::{Commit, OnNoQuorum};
+use std::time::Duration;
 
 const GOOD: &str = r#"
 [cluster]
@@ -55,7 +57,8 @@ fn defaults_are_filled_in() {
 fn values_of_the_cluster_are_inherited_by_its_nodes() {
     let text = GOOD.replacen(
         "[[node]]",
-        "frontend = \"ublk\"\nsegments = { primary = 40, secondary = 40, unmirrored = 20 }\n[[node]]",
+        "frontend = \"ublk\"\nsegments = { primary = 40, secondary = 40, unmirrored = 20 }\n\
+         commit = \"deferred\"\non_no_quorum = \"error\"\nno_quorum_after = \"30s\"\n[[node]]\ncommit = \"immediate\"",
         1,
     );
     let file = ClusterFile::parse(&text, "c.toml").unwrap();
@@ -63,6 +66,10 @@ fn values_of_the_cluster_are_inherited_by_its_nodes() {
     assert_eq!(file.nodes[1].frontend, Frontend::Nbd);
     assert_eq!(file.nodes[0].disks[0].segments.unmirrored, 20);
     assert_eq!(file.nodes[0].disks[1].segments.unmirrored, 0);
+    let (commit, on_no_quorum) = (Commit::Deferred, OnNoQuorum::Error);
+    assert_eq!(file.nodes[0].devices, DevicePolicy { commit: Commit::Immediate, on_no_quorum });
+    assert_eq!(file.nodes[1].devices, DevicePolicy { commit, on_no_quorum });
+    assert_eq!(file.policy.node.no_quorum_after, Duration::from_secs(30));
 }
 
 #[test]
@@ -92,8 +99,19 @@ fn every_mistake_names_line_field_and_remedy() {
         ),
         (
             "manager = ",
-            "commit = \"deferred\"\nmanager = ",
-            "line 5: cluster.commit: \"deferred\" is not built yet: leave the field out, or write \"immediate\"",
+            "commit = \"later\"\nmanager = ",
+            "line 5: cluster.commit: \"later\" is neither \"immediate\" nor \"deferred\"",
+        ),
+        (
+            "manager = ",
+            "on_no_quorum = \"fail\"\nmanager = ",
+            "line 5: cluster.on_no_quorum: \"fail\" is neither \"wait\" nor \"error\"",
+        ),
+        (
+            "manager = ",
+            "no_quorum_after = \"2s\"\nmanager = ",
+            "line 5: cluster.no_quorum_after: \"2s\" is not longer than fail_after, 2s: requests would fail that a \
+             failover serves",
         ),
         (
             "manager = ",

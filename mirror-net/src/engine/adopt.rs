@@ -105,6 +105,7 @@ impl Engine {
         if self.map.is_none() {
             self.leave_forgotten_slots(map.version);
         }
+        self.store_all();
         self.withdraw(&views);
         self.adopting = Some(Adoption { map, views, tickets: None });
         self.place_adopted();
@@ -160,6 +161,9 @@ impl Engine {
     pub(super) fn adoption_durable(&mut self) {
         let durable = |adoption: &mut Adoption| {
             let Some(tickets) = &adoption.tickets else { return false };
+            if !self.staging.is_empty() && !planted::is(Bug::StagedAtAdoption) {
+                return false;
+            }
             let mut disks = self.disks.iter().zip(tickets);
             // A failed disk's copies serve nothing; it holds up nobody else.
             disks.all(|(disk, ticket)| disk.journal.durable_ticket() >= *ticket || disk.failed)

@@ -124,11 +124,13 @@ impl Engine {
             // What an earlier primary sent was perhaps sent to nobody else.
             Part::Secondary => span.epoch != op.epoch,
         };
-        if !mine || !span.serves() || span.others.iter().all(|peer| op.legs.is_acknowledged(*peer)) {
+        // One that was given up may have reached the others, and not this disk.
+        let given_up = op.part == Part::Primary && op.doomed.is_some() && op.local != Local::Done;
+        let differs = |peer: PeerIndex| given_up || !op.legs.is_acknowledged(peer);
+        if !mine || !span.serves() || !span.others.iter().any(|peer| differs(*peer)) {
             return;
         }
-        let missed: Vec<PeerIndex> =
-            span.others.iter().copied().filter(|peer| !op.legs.is_acknowledged(*peer)).collect();
+        let missed: Vec<PeerIndex> = span.others.iter().copied().filter(|peer| differs(*peer)).collect();
         let regions = touched(op.offset, op.length, self.region_bytes());
         for peer in missed {
             self.note_behind(op.device, op.slice, peer, regions);

@@ -241,7 +241,9 @@ impl Engine {
                 let peer = copy.peer;
                 self.lose(peer, "its disk failed a write".into());
             }
-            (_, None | Some(Status::Fenced | Status::Invalid | Status::ClaimLost)) => copy.failed = true,
+            (_, None | Some(Status::Fenced | Status::Invalid | Status::ClaimLost | Status::NoQuorum)) => {
+                copy.failed = true
+            }
         }
         self.copy_progress(key);
     }

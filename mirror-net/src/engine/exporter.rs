@@ -31,6 +31,7 @@ slotmap::new_key_type! {
 pub(super) struct Pending {
     pub token: RequestToken,
     pub device: usize,
+    asked: Nanos,
     remaining: u32,
     error: Option<RequestError>,
     /// What was done of it so far may be lost: the flush after it has to say so, whatever one before it said.
@@ -128,8 +129,15 @@ impl Engine {
             return Err(RequestError::Invalid);
         }
         let stores = !matches!(request.kind, RequestKind::Read | RequestKind::Flush);
-        let pending =
-            Pending { token: request.token, device, remaining: 0, error: None, lossy: false, stores };
+        let pending = Pending {
+            token: request.token,
+            device,
+            asked: self.now,
+            remaining: 0,
+            error: None,
+            lossy: false,
+            stores,
+        };
         let key = self.requests.insert(pending);
         if request.kind == RequestKind::Flush {
             let lossy = self.devices[device].unflushed.is_owed();
@@ -385,6 +393,7 @@ impl Engine {
             Status::DiskFailed => Some(RequestError::Io),
             Status::Invalid => Some(RequestError::Invalid),
             Status::ClaimLost => Some(RequestError::ClaimLost),
+            Status::NoQuorum => Some(RequestError::NoQuorum),
         };
         let Some(part) = self.parts.remove(key) else { return };
         if error.is_none() && matches!(part.kind, OpKind::Write { fua: false } | OpKind::Zero { fua: false })
@@ -518,6 +527,7 @@ impl Engine {
             }
             Status::ClaimLost => Some(RequestError::ClaimLost),
             Status::DiskFailed | Status::Invalid => Some(RequestError::Io),
+            Status::NoQuorum => Some(RequestError::NoQuorum),
         };
         target.state = TargetState::Done;
         let finished =
@@ -535,6 +545,41 @@ impl Engine {
         }
         let lost = flush.lossy.then_some(RequestError::Io);
         self.request_part_done(flush.request, error.or(lost));
+    }
+
+    // ---- what cannot be served ----
+
+    /// Parts of devices that fail what cannot be served: held, and of requests since too long ago.
+    pub(super) fn overdue_parts(&self, overdue: impl Fn(Nanos) -> bool) -> impl Iterator<Item = PartKey> {
+        let held = self.parts.iter().filter(|(_, part)| part.place == PartPlace::Held);
+        held.filter(move |(_, part)| self.fails(part.request, &overdue)).map(|(key, _)| key)
+    }
+
+    /// The same of flushes, wherever they were sent: they use no buffer.
+    pub(super) fn overdue_flushes(
+        &self,
+        overdue: impl Fn(Nanos) -> bool,
+    ) -> impl Iterator<Item = ExportFlushKey> {
+        let flushes = self.export_flushes.iter();
+        flushes.filter(move |(_, flush)| self.fails(flush.request, &overdue)).map(|(key, _)| key)
+    }
+
+    fn fails(&self, request: RequestKey, overdue: impl Fn(Nanos) -> bool) -> bool {
+        let request = self.requests.get(request);
+        request.is_some_and(|request| self.devices[request.device].view.fails && overdue(request.asked))
+    }
+
+    pub(super) fn give_up_part(&mut self, key: PartKey) {
+        let Some(part) = self.parts.get(key) else { return };
+        let loss = self.loss_of(part.device, part.slice);
+        self.part_done(key, Status::NoQuorum, loss);
+    }
+
+    /// What comes of it is heard by nobody.
+    pub(super) fn give_up_flush(&mut self, key: ExportFlushKey) {
+        if let Some(flush) = self.export_flushes.remove(key) {
+            self.request_part_done(flush.request, Some(RequestError::NoQuorum));
+        }
     }
 
     /// A new map: if acknowledged writes may be lost, every flush fails until its caller knows.

@@ -167,8 +167,10 @@ impl Engine {
         let flush = Flush { origin, device, disks_pending: disks.len() + 1, legs, failed: false };
         let key = self.flushes.insert(flush);
         self.send_flush_legs(key);
-        for disk in disks {
-            self.flush_disk(disk, FlushWaiter::Flush(key));
+        if matches!(origin, FlushOrigin::Primary(_)) {
+            self.flush_staged(key, device, disks);
+        } else {
+            disks.into_iter().for_each(|disk| self.flush_disk(disk, FlushWaiter::Flush(key)));
         }
         if let Some(flush) = self.flushes.get_mut(key) {
             flush.disks_pending -= 1;

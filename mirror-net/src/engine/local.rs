@@ -49,7 +49,10 @@ impl Engine {
         while let Some(next) = lock.pop_ready() {
             self.ready.push_back(next);
         }
-        self.ops[key].holds = false;
+        let op = &mut self.ops[key];
+        op.holds = false;
+        let (device, slice) = (op.device, op.slice);
+        self.store_slice(device, slice);
         LocalStart::WaitForRange
     }
 

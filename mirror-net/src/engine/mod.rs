@@ -7,12 +7,14 @@
 //! One write through the files: a request enters in `exporter` and is cut into parts; a part whose
 //! slice this node is primary of becomes an operation (`op`) in `primary`, takes its range, is sent
 //! to the secondaries and stored by `local`; otherwise it is forwarded to the primary and enters
-//! *its* `primary` as a frame. At a secondary it enters through `secondary`. `session` keeps the lanes,
+//! *its* `primary` as a frame. At a secondary it enters through `secondary`, and may
+//! be acknowledged before it is stored (`staging`). `session` keeps the lanes,
 //! leases and what is in flight; `flush` flushes; `adopt` brings in a new map.
 //!
 //! Behind the requests: `behind` knows which regions of which copies may differ, `resync` chooses what to
 //! compare next, `copy` makes a region equal, `join` makes a copy that lacks nothing a member, `clear`
 //! forgets what is equal everywhere, `repair` replaces what this disk cannot read. `survey` answers broadcasts.
+//! `quorum` gives up what cannot be served, where that is wanted.
 
 pub mod action;
 mod adopt;
@@ -29,11 +31,13 @@ mod loss;
 mod op;
 mod pace;
 mod primary;
+mod quorum;
 mod repair;
 mod resync;
 mod secondary;
 pub mod session;
 mod slots;
+mod staging;
 mod survey;
 #[cfg(test)]
 mod testing;
@@ -44,6 +48,7 @@ mod window;
 
 pub use adopt::AdoptError;
 pub use extents::Extent;
+pub use staging::StagedWrite;
 
 use crate::config::{NodePolicy, Tolerance};
 use crate::control::SessionReport;
@@ -58,6 +63,7 @@ use session::Peer;
 use slotmap::{SecondaryMap, SlotMap};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 use view::{DeviceView, PeerIndex, Place};
 
 /// Nanoseconds of a clock that goes on during suspend (`CLOCK_BOOTTIME`).
@@ -74,6 +80,10 @@ const STALL: Nanos = 500_000_000;
 
 /// Between two ticks.
 pub const TICK: Nanos = 50_000_000;
+
+fn nanos(time: Duration) -> Nanos {
+    time.as_nanos().min(Nanos::MAX.into()) as Nanos
+}
 
 /// One of the node's disks, opened.
 pub struct LocalDisk {
@@ -148,6 +158,7 @@ struct Slice {
     /// Regions written in this round of clearing, and in the one before.
     recent: u64,
     before: u64,
+    staged: staging::StagedSlice,
     /// Regions without content whose dirty bits this process set, in a slot that it assigned or for another
     /// copy's sake, and that nobody wrote since. Known to be zeros they would count as readable.
     untouched: u64,
@@ -199,8 +210,10 @@ pub struct Engine {
     /// Some resync may go on.
     resync_due: bool,
     surveys: survey::Surveys,
+    staging: staging::Staging,
     pacer: pace::Pacer,
     tolerance: Tolerance,
+    no_quorum_after: Nanos,
     clear_every: Nanos,
     next_clear: Nanos,
     actions: VecDeque<Action>,
@@ -255,8 +268,10 @@ impl Engine {
             ended_resyncs: Vec::new(),
             resync_due: false,
             surveys: survey::Surveys::default(),
+            staging: staging::Staging::default(),
             pacer: pace::Pacer::default(),
             tolerance: Tolerance::default(),
+            no_quorum_after: nanos(NodePolicy::default().no_quorum_after),
             clear_every: CLEAR_EVERY,
             next_clear: now + CLEAR_EVERY,
             actions: VecDeque::new(),
@@ -273,6 +288,7 @@ impl Engine {
     pub fn set_policy(&mut self, policy: NodePolicy) {
         self.pacer.set(policy.pace);
         self.tolerance = policy.tolerance;
+        self.no_quorum_after = nanos(policy.no_quorum_after);
         self.resync_due = true;
     }
 
@@ -309,6 +325,8 @@ impl Engine {
         let stalled = now > self.next_tick + STALL;
         self.next_tick = now + TICK;
         self.tick_sessions(stalled);
+        self.tick_staging();
+        self.tick_quorum();
         self.free_left_slots();
         self.place_adopted();
         self.checkpoint_idle_disks();

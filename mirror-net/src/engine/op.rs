@@ -1,5 +1,6 @@
 //! One operation on this node's copy of one slice, as primary or as secondary.
 
+use super::Nanos;
 use super::action::{BufferRange, DiskIndex, FlushKey, OpKey};
 use super::exporter::PartKey;
 use super::view::{LEGS_MAX, PeerIndex};
@@ -222,6 +223,8 @@ pub(super) struct Op {
     pub length: u32,
     /// Under which it runs; follows the map as long as this node stays what it is for the slice.
     pub epoch: SliceEpoch,
+    /// When it was asked for.
+    pub since: Nanos,
     /// The claim under which it was asked for.
     pub claim: u64,
     pub buffer: Option<BufferRange>,
@@ -239,6 +242,8 @@ pub(super) struct Op {
     pub doomed: Option<Status>,
     /// Messages under way that are not legs.
     pub asked: u32,
+    /// As secondary: it was acknowledged from memory, as the how-many-th (`staging`).
+    pub staged: Option<u64>,
     /// What it answers to `Unite` and `Compare`.
     pub reply: Vec<u8>,
     /// Of a read: so many members were asked for what could not be read here. Of a repair: so many were

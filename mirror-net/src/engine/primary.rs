@@ -26,6 +26,7 @@ impl Op {
             offset: 0,
             length: 0,
             epoch,
+            since: 0,
             claim: 0,
             buffer: None,
             owns_buffer: false,
@@ -37,6 +38,7 @@ impl Op {
             failed: false,
             doomed: None,
             asked: 0,
+            staged: None,
             reply: Vec::new(),
             repairs: 0,
             reader: None,
@@ -45,7 +47,8 @@ impl Op {
 }
 
 impl Engine {
-    /// A new operation asks for its range; `None` if there is no copy here to run it on.
+    /// A new operation asks for its range; `None` if it was answered at once: there is no copy here to run it on, or
+    /// it took a staged one's place.
     pub(super) fn enqueue(&mut self, mut op: Op) -> Option<OpKey> {
         let slice = &mut self.devices[op.device].slices[op.slice as usize];
         let Some((disk, slot)) = slice.place else {
@@ -53,8 +56,11 @@ impl Engine {
             self.refuse(op, Status::Fenced);
             return None;
         };
+        if op.part == Part::Secondary && self.supersede(&op) {
+            return None;
+        }
         self.begin_serving(&op);
-        (op.disk, op.slot) = (disk, slot);
+        (op.disk, op.slot, op.since) = (disk, slot, self.now);
         if op.part == Part::Primary && !op.kind.is_upkeep() && op.origin != Origin::Survey {
             self.pacer.hosts_ask(self.now);
         }
@@ -68,6 +74,8 @@ impl Engine {
         let key = self.ops.insert(op);
         if self.devices[device].slices[slice].lock.acquire(key, range, shared) {
             self.ready.push_back(key);
+        } else {
+            self.store_slice(device, slice as u32);
         }
         Some(key)
     }
@@ -120,7 +128,8 @@ impl Engine {
                 self.pump_surveys();
             }
             let drained = self.drain_journals();
-            if self.adopting.is_some() && self.disks.iter().any(|disk| disk.failed) {
+            let stored = self.staging.take_emptied();
+            if self.adopting.is_some() && (stored || self.disks.iter().any(|disk| disk.failed)) {
                 // A failed disk's tickets never become durable, and it holds up no adoption.
                 self.adoption_durable();
             }
@@ -282,7 +291,7 @@ impl Engine {
                 }
             }
             Status::DiskFailed => self.lose(peer, "its disk failed a write".into()),
-            status @ (Status::Invalid | Status::ClaimLost) => {
+            status @ (Status::Invalid | Status::ClaimLost | Status::NoQuorum) => {
                 self.end_session(peer, format!("a write was refused as {status:?}"), true);
             }
         }
@@ -357,6 +366,10 @@ impl Engine {
     /// The operation may not go on: answered with `status` once its disk and its messages are.
     pub(super) fn doom(&mut self, key: OpKey, status: Status) {
         let Some(op) = self.ops.get_mut(key) else { return };
+        if op.staged.is_some() && !planted::is(Bug::StagedDropped) {
+            // It was acknowledged: nothing ends it but being stored.
+            return self.store(key);
+        }
         op.doomed.get_or_insert(status);
         if op.is_quiet() || planted::is(Bug::Undrained) {
             self.finish(key, status);
@@ -387,7 +400,12 @@ impl Engine {
             }
             Origin::Peer(sender) => {
                 let holds_up = op.part == Part::Secondary;
-                self.answer_peer(op, sender, status);
+                if op.staged.is_some() {
+                    self.staged_ended(&op);
+                    self.release(op.buffer.map(|buffer| buffer.buffer));
+                } else {
+                    self.answer_peer(op, sender, status);
+                }
                 if holds_up {
                     self.served(sender.peer);
                 }
@@ -401,21 +419,34 @@ impl Engine {
         }
     }
 
-    fn answer_peer(&mut self, op: Op, sender: Sender, status: Status) {
+    /// Answers a secondary's write that goes on.
+    pub(super) fn acknowledge(&mut self, key: OpKey) {
+        let op = &self.ops[key];
+        if let Origin::Peer(sender) = op.origin {
+            let header = self.answer_header(op, Status::Done);
+            self.answer(sender, header, Body::None);
+        }
+    }
+
+    pub(super) fn answer_header(&self, op: &Op, status: Status) -> Header {
         let kind = match (op.part, op.kind) {
             (Part::Primary, _) => Kind::Reply,
             (Part::Secondary, OpKind::Unite { .. }) => Kind::Masks,
             (Part::Secondary, OpKind::Compare { .. }) => Kind::Digests,
             (Part::Secondary, _) => Kind::Ack,
         };
-        let mut header = Header {
+        Header {
             flags: status as u8,
             slice_epoch: op.epoch,
             device: self.devices[op.device].view.id.0,
             slice: op.slice,
             loss: self.loss_of(op.device, op.slice),
             ..Header::new(kind)
-        };
+        }
+    }
+
+    fn answer_peer(&mut self, op: Op, sender: Sender, status: Status) {
+        let mut header = self.answer_header(&op, status);
         let body = match op.buffer.filter(|_| op.owns_buffer) {
             Some(buffer) if op.kind == OpKind::Read && status == Status::Done => {
                 header.length = op.length;

@@ -2,7 +2,6 @@
 
 use super::Engine;
 use super::action::{BufferId, OpKey};
-use super::local::LocalStart;
 use super::op::{Local, Op, OpKind, Origin, Part, Sender};
 use super::primary::data_buffer;
 use crate::format::journal::Change;
@@ -78,12 +77,8 @@ impl Engine {
                 }
             }
             OpKind::Clear { .. } => self.start_clear_here(key),
-            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Discard => {
-                if self.prepare_local(key) == LocalStart::Ready {
-                    self.start_local(key);
-                    self.progress(key);
-                }
-            }
+            OpKind::Write { .. } if self.may_stage(key) => self.stage(key),
+            OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Discard => self.store_now(key),
             OpKind::Copy | OpKind::Repair => {}
         }
     }
@@ -122,7 +117,7 @@ impl Engine {
         let stores = self.ops.values().filter(|op| {
             (op.part, op.device, op.slice) == (Part::Secondary, device, slice)
                 && op.kind.stores()
-                && op.local != Local::Idle
+                && (op.local != Local::Idle || op.staged.is_some())
         });
         stores.fold(0, |regions, op| regions | touched(op.offset, op.length, self.region_bytes()))
     }

@@ -9,9 +9,9 @@ use super::hold::Hold;
 use super::op::{LegState, OpKind, Origin, Part};
 use super::view::{PeerIndex, Place};
 use super::window::{Awaited, Window};
-use super::{Engine, Nanos};
+use super::{Engine, Nanos, nanos};
 use crate::ids::{AttachId, DiskId, MapVersion, NodeId, ProcessId, SliceEpoch};
-use crate::map::ReplicaState;
+use crate::map::{self, Commit, ReplicaState};
 use crate::planted::{self, Bug};
 use crate::wire::header::{BadFrame, Header, Kind, Trailer};
 use std::collections::VecDeque;
@@ -31,10 +31,6 @@ pub const UNREACHED: Nanos = 5_000_000_000;
 pub const ASK_AGAIN: Nanos = 1_000_000_000;
 /// Pings whose answer is still awaited, at most.
 const PINGS_MAX: usize = 8;
-
-fn nanos(time: Duration) -> Nanos {
-    time.as_nanos().min(Nanos::MAX.into()) as Nanos
-}
 
 #[derive(Debug)]
 struct Session {
@@ -267,18 +263,25 @@ impl Engine {
         let map = self.map.as_ref()?;
         let node = self.peers[peer].node;
         let session = self.peers[peer].session.as_ref().filter(|session| session.got_open)?;
-        let attached = &session.attached;
-        for span in self.spans_mirrored_by(peer) {
+        let (attached, process) = (&session.attached, session.process);
+        for (device, span) in self.spans_mirrored_by(peer) {
             let Some(replica) = span.replicas.iter().find(|replica| map.node_of(replica.disk) == Some(node))
             else {
                 continue;
             };
             let attach = attached.iter().find(|(disk, _)| *disk == replica.disk).map(|(_, attach)| *attach);
-            // Its process may be another: what it acknowledged was on its disk (rule 3).
             if attach != Some(replica.incarnation.attach) {
                 return Some(format!(
                     "{} was detached or its machine restarted",
                     map.disk_name(replica.disk)
+                ));
+            }
+            // Otherwise its process may be another: what it acknowledged was on its disk (rule 3).
+            let memory_counts = device.commit == Commit::Deferred && !planted::is(Bug::StagedRestartBelieved);
+            if memory_counts && process != replica.incarnation.process {
+                return Some(format!(
+                    "ublk-server on {} restarted with acknowledged writes in its memory",
+                    map.node_name(node)
                 ));
             }
         }
@@ -286,13 +289,13 @@ impl Engine {
     }
 
     /// The map's spans that this node is primary of and that have a current copy on that peer.
-    fn spans_mirrored_by(&self, peer: PeerIndex) -> impl Iterator<Item = &crate::map::Span> {
+    fn spans_mirrored_by(&self, peer: PeerIndex) -> impl Iterator<Item = (&map::Device, &map::Span)> {
         let map = self.map.as_deref();
-        self.devices.iter().flat_map(move |device| {
-            let spans =
-                map.and_then(|map| map.device(device.view.id)).map_or(&[][..], |device| &device.spans);
-            device.view.spans.iter().zip(spans).filter_map(move |(view, span)| {
-                (view.serves() && view.others.contains(&peer)).then_some(span)
+        let listed =
+            self.devices.iter().filter_map(move |device| Some((&device.view, map?.device(device.view.id)?)));
+        listed.flat_map(move |(view, device)| {
+            view.spans.iter().zip(&device.spans).filter_map(move |(view, span)| {
+                (view.serves() && view.others.contains(&peer)).then_some((device, span))
             })
         })
     }

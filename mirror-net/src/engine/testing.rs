@@ -11,7 +11,8 @@ use crate::ids::{
     MapVersion, NodeId, ProcessId, SliceEpoch, SliceIndex, SlotIndex,
 };
 use crate::map::{
-    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,
+    Claim, Commit, Device, Disk, DistributionMap, MAP_FORMAT, Node, OnNoQuorum, Replica, ReplicaState,
+    SegmentSlots, Span,
 };
 use crate::wire::header::{Header, Kind, Status, Trailer};
 use std::sync::Arc;
@@ -64,6 +65,8 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
             slices: 1,
             block_bytes: 512,
             copies: copies as u8,
+            commit: Commit::Immediate,
+            on_no_quorum: OnNoQuorum::Wait,
             claim: Claim { node: NodeId(exporter), generation: ClaimGeneration(1), since: MapVersion(1) },
             spans: vec![Span {
                 first: SliceIndex(0),

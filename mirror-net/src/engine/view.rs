@@ -4,7 +4,7 @@ use super::action::DiskIndex;
 use crate::format::alloc::Segment;
 use crate::ids::{AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch};
 use crate::map::validate::COPIES_MAX;
-use crate::map::{self, Claim, DistributionMap, ReplicaState};
+use crate::map::{self, Claim, Commit, DistributionMap, OnNoQuorum, ReplicaState};
 use crate::planted::{self, Bug};
 
 /// A node's index among the peers.
@@ -20,6 +20,10 @@ pub struct DeviceView {
     pub id: DeviceId,
     /// Who may export it.
     pub claim: Claim,
+    /// Its secondaries acknowledge a write once it is in their memory.
+    pub deferred: bool,
+    /// A request that cannot be served fails after a while.
+    pub fails: bool,
     /// Its length in slices.
     pub slices: u32,
     /// Its logical block size in bytes.
@@ -61,7 +65,8 @@ pub struct SpanView {
     /// Who is primary.
     pub primary: Place,
     /// Whether the map means our copy as it is, where it lists us: as primary this very process and
-    /// attachment, as secondary the attachment alone (docs/protocol.md, Incarnation).
+    /// attachment, as secondary the attachment alone, unless it keeps what it acknowledged in memory
+    /// (docs/protocol.md, Incarnation).
     pub intact: bool,
     /// This node's copy.
     pub mine: Option<Mine>,
@@ -198,6 +203,8 @@ impl Viewer<'_> {
         let unborn = DeviceView {
             id: device.id,
             claim: device.claim,
+            deferred: device.commit == Commit::Deferred,
+            fails: device.on_no_quorum == OnNoQuorum::Error,
             slices: device.slices,
             block_bytes: device.block_bytes,
             mirrored: device.copies > 1 || device.spans.iter().any(|span| span.replicas.len() > 1),
@@ -207,10 +214,10 @@ impl Viewer<'_> {
             live_disks: Vec::new(),
             serving_disks: Vec::new(),
         };
-        unborn.with_spans(device.spans.iter().map(|span| self.span(map, span)).collect())
+        unborn.with_spans(device.spans.iter().map(|span| self.span(map, device, span)).collect())
     }
 
-    fn span(&self, map: &DistributionMap, span: &map::Span) -> SpanView {
+    fn span(&self, map: &DistributionMap, device: &map::Device, span: &map::Span) -> SpanView {
         let mut view = SpanView {
             first: span.first.0,
             end: span.end(),
@@ -242,7 +249,7 @@ impl Viewer<'_> {
                     });
                     view.intact = disk.map(|disk| self.disks[disk].1).is_some_and(|now| {
                         now.attach == replica.incarnation.attach
-                            && (position > 0 || now == replica.incarnation)
+                            && (!device.lives_in_memory(span, replica.disk) || now == replica.incarnation)
                     });
                 }
                 Place::Peer(peer) if replica.state != ReplicaState::Stale => {

@@ -116,11 +116,13 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
             if !in_sync {
                 continue;
             }
-            let Some(copy) = span.replica_on(step.to) else { continue };
+            let (Some(copy), Some(device)) = (span.replica_on(step.to), map.device(run.device)) else {
+                continue;
+            };
             let is_primary = span.primary().disk == step.to;
             let old_is_primary = step.from == Some(span.primary().disk);
             // A copy that is not what the map says is another matter first.
-            let intact = now.registry.standing(map, span, copy, now.now_ms) == Standing::Intact;
+            let intact = now.registry.standing(map, device, span, copy, now.now_ms) == Standing::Intact;
             let goes_first = (step.primary || old_is_primary) && !is_primary;
             if goes_first && !intact {
                 done = false;

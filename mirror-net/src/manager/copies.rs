@@ -27,8 +27,8 @@ impl View<'_> {
         // Spans that wait for the same are said together.
         let mut degraded: Vec<((Option<String>, String), Lines)> = Vec::new();
         for span in &device.spans {
-            if plan_span(self.map, span, self.registry, self.now_ms) != SpanPlan::Served {
-                unserved.add(span, format!("cannot be read or written: {}", self.members(span)));
+            if plan_span(self.map, device, span, self.registry, self.now_ms) != SpanPlan::Served {
+                unserved.add(span, format!("cannot be read or written: {}", self.members(device, span)));
                 continue;
             }
             let members = span.members().count();
@@ -171,12 +171,12 @@ impl View<'_> {
     }
 
     /// How each member stands, for people.
-    fn members(&self, span: &Span) -> String {
+    fn members(&self, device: &Device, span: &Span) -> String {
         let lines: Vec<String> = span
             .members()
             .map(|replica| {
                 let disk = self.map.disk_name(replica.disk);
-                match self.registry.standing(self.map, span, replica, self.now_ms) {
+                match self.registry.standing(self.map, device, span, replica, self.now_ms) {
                     Standing::Unknown => format!("{disk} has not registered since the manager started"),
                     Standing::Away => format!("{disk} is not connected"),
                     Standing::Intact => format!("{disk} is well"),
@@ -185,6 +185,9 @@ impl View<'_> {
                     }
                     Standing::Changed { power_lost: true, .. } => {
                         format!("{disk} was attached anew and may lack what was not flushed")
+                    }
+                    Standing::Changed { whole: false, .. } => {
+                        format!("{disk} was restarted and may lack what was not flushed")
                     }
                     Standing::Changed { .. } => format!("{disk} was restarted"),
                     Standing::Gone => format!("{disk} is gone"),
@@ -199,18 +202,17 @@ impl View<'_> {
         let unserved = device
             .spans
             .iter()
-            .find(|span| plan_span(self.map, span, self.registry, self.now_ms) != SpanPlan::Served);
+            .find(|span| plan_span(self.map, device, span, self.registry, self.now_ms) != SpanPlan::Served);
         let Some(span) = unserved else { return (None, String::new()) };
-        if plan_span(self.map, span, self.registry, self.now_ms) != SpanPlan::Wait {
+        if plan_span(self.map, device, span, self.registry, self.now_ms) != SpanPlan::Wait {
             return (None, String::new());
         }
         let primary = span.primary().disk;
         let node = self.map.node_of(primary).map_or_else(String::new, |id| self.map.node_name(id));
-        let movable = span
-            .members()
-            .skip(1)
-            .any(|replica| self.registry.standing(self.map, span, replica, self.now_ms) == Standing::Intact);
-        let todo = match self.registry.standing(self.map, span, span.primary(), self.now_ms) {
+        let movable = span.members().skip(1).any(|replica| {
+            self.registry.standing(self.map, device, span, replica, self.now_ms) == Standing::Intact
+        });
+        let todo = match self.registry.standing(self.map, device, span, span.primary(), self.now_ms) {
             _ if movable => format!("mirrorctl node failover {node}   (or start ublk-server on {node})"),
             Standing::Gone => format!("bring the disk {} back, or its partner", self.map.disk_name(primary)),
             _ => match span.members().find(|replica| !self.is_up(replica.disk)) {

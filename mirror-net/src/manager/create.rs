@@ -129,6 +129,7 @@ impl Creation {
                     switch: node.switch.clone(),
                     disks,
                     spare: node.spare,
+                    devices: node.devices,
                 },
                 disks: Vec::new(),
                 waiting: false,

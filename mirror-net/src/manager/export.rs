@@ -21,7 +21,7 @@ pub fn hindrances(map: &DistributionMap, device: &Device, registry: &Registry, n
             let adopted = registry.get(&node.name).map_or_else(Default::default, |node| node.adopted);
             let late = (adopted < fence && !planted::is(Bug::ExportedEarly))
                 .then(|| format!("{} has not adopted map {fence} yet", node.name));
-            let line = match registry.standing(map, span, replica, now_ms) {
+            let line = match registry.standing(map, device, span, replica, now_ms) {
                 _ if position > 0 => late,
                 Standing::Intact => late,
                 Standing::Unknown => Some(format!("its primary {} has not registered", node.name)),

@@ -47,10 +47,10 @@ fn move_device(
     for span in &device.spans {
         let old = span.primary();
         let serving = if map.node_of(old.disk) == Some(node) {
-            match successor(map, registry, now_ms, node, span) {
+            match successor(map, registry, now_ms, node, device, span) {
                 Ok(disk) => {
                     plan.batch.extend(promotion(map, registry, now_ms, span, run_of(device.id, span), disk));
-                    let others = left_behind_text(map, registry, now_ms, span, disk);
+                    let others = left_behind_text(map, registry, now_ms, device, span, disk);
                     moved.add(
                         span,
                         format!("primary {} -> {}{others}", map.disk_name(old.disk), map.disk_name(disk)),
@@ -63,7 +63,8 @@ fn move_device(
                 }
             }
         } else {
-            map.node_of(old.disk).filter(|_| registry.standing(map, span, old, now_ms) == Standing::Intact)
+            map.node_of(old.disk)
+                .filter(|_| registry.standing(map, device, span, old, now_ms) == Standing::Intact)
         };
         if span.first.0 == 0 {
             first = serving;
@@ -100,6 +101,7 @@ fn successor(
     registry: &Registry,
     now_ms: u64,
     node: NodeId,
+    device: &Device,
     span: &Span,
 ) -> Result<crate::ids::DiskId, String> {
     let here = map.node_name(node);
@@ -108,7 +110,7 @@ fn successor(
     for replica in &span.replicas[1..] {
         let disk = map.disk_name(replica.disk);
         let partner = map.node_of(replica.disk).map_or_else(String::new, |id| map.node_name(id));
-        match (replica.state, registry.standing(map, span, replica, now_ms)) {
+        match (replica.state, registry.standing(map, device, span, replica, now_ms)) {
             (ReplicaState::InSync, Standing::Intact) => return Ok(replica.disk),
             (ReplicaState::Stale, _) => why.push(format!(
                 "the copy on {disk} is stale, it lacks writes that only {own} has; bring {here} back"

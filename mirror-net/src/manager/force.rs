@@ -38,7 +38,7 @@ pub fn plan(
         let mut lines = Lines::default();
         let mut first = None;
         for span in &device.spans {
-            match decide(map, registry, now_ms, node.id, span) {
+            match decide(map, registry, now_ms, node.id, device, span) {
                 Decision::Served => {}
                 Decision::Useless(why) => useless.push(format!("{}: {why}", device.name)),
                 Decision::Force { disk, incarnation, others } => {
@@ -88,9 +88,16 @@ enum Decision {
     Force { disk: DiskId, incarnation: Incarnation, others: Vec<String> },
 }
 
-fn decide(map: &DistributionMap, registry: &Registry, now_ms: u64, node: NodeId, span: &Span) -> Decision {
-    let standing = |replica: &Replica| registry.standing(map, span, replica, now_ms);
-    if plan_span(map, span, registry, now_ms) != SpanPlan::Wait {
+fn decide(
+    map: &DistributionMap,
+    registry: &Registry,
+    now_ms: u64,
+    node: NodeId,
+    device: &Device,
+    span: &Span,
+) -> Decision {
+    let standing = |replica: &Replica| registry.standing(map, device, span, replica, now_ms);
+    if plan_span(map, device, span, registry, now_ms) != SpanPlan::Wait {
         return Decision::Served;
     }
     if let Some(member) = span.members().find(|member| standing(member) == Standing::Intact) {

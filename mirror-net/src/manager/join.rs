@@ -12,9 +12,9 @@
 use super::registry::Registry;
 use super::stale::spoken_for;
 use super::{Change, Lines, run_of};
-use crate::ids::{DeviceId, MapVersion, NodeId};
+use crate::ids::{DeviceId, Incarnation, MapVersion, NodeId};
 use crate::map::verbs::Verb;
-use crate::map::{DistributionMap, ReplicaState};
+use crate::map::{Commit, Device, DistributionMap, Replica, ReplicaState};
 
 /// Marks `peer`'s stale copies syncing wherever `asker` may speak, under the incarnations that the
 /// peer is registered with now; empty if there are none, or the peer is not there.
@@ -36,7 +36,7 @@ pub fn ask_syncing(
                 let Some(now) = registry.usable(map, replica.disk, now_ms) else { continue };
                 let begins = match replica.state {
                     ReplicaState::InSync => false,
-                    ReplicaState::Syncing => replica.incarnation.attach != now.attach,
+                    ReplicaState::Syncing => !is_as_filled(device, replica, now),
                     ReplicaState::Stale => true,
                 };
                 if begins {
@@ -79,7 +79,7 @@ pub fn ask_in_sync(
             if replica.state == ReplicaState::Syncing
                 && registered
                     .incarnation(map.cluster, replica.disk)
-                    .is_some_and(|now| now.attach == replica.incarnation.attach)
+                    .is_some_and(|now| is_as_filled(device, replica, now))
                 && !registry.has_failed(map, replica.disk)
             {
                 change.batch.push(Verb::Mark {
@@ -94,4 +94,10 @@ pub fn ask_in_sync(
     }
     change.why.extend(lines.finish(&device.name, device.slices));
     change
+}
+
+/// Whether a syncing copy still has what was sent to it: in its memory, where that counts.
+fn is_as_filled(device: &Device, replica: &Replica, now: Incarnation) -> bool {
+    now.attach == replica.incarnation.attach
+        && (device.commit == Commit::Immediate || now == replica.incarnation)
 }

@@ -47,7 +47,7 @@ use crate::control::{
 };
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
 use crate::map::verbs::{Run, Verb};
-use crate::map::{DistributionMap, Node, Replica, ReplicaState, Span};
+use crate::map::{Device, DistributionMap, Node, Replica, ReplicaState, Span};
 
 /// Names one connection of a node's agent; never used again.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -255,7 +255,10 @@ fn promotion(
         batch.push(Verb::Mark { run, disk, state: ReplicaState::InSync, incarnation });
     }
     let state = ReplicaState::Stale;
-    let left = left_behind(map, registry, now_ms, span, disk);
+    let left = map
+        .device(run.device)
+        .into_iter()
+        .flat_map(|device| left_behind(map, registry, now_ms, device, span, disk));
     batch.extend(left.map(|other| Verb::Mark { run, disk: other.disk, state, incarnation: None }));
     batch
 }
@@ -273,12 +276,13 @@ fn left_behind<'a>(
     map: &'a DistributionMap,
     registry: &'a Registry,
     now_ms: u64,
+    device: &'a Device,
     span: &'a Span,
     disk: DiskId,
 ) -> impl Iterator<Item = &'a Replica> {
     span.replicas.iter().filter(move |other| {
         let stays = other.state == ReplicaState::InSync
-            && registry.standing(map, span, other, now_ms) == Standing::Intact;
+            && registry.standing(map, device, span, other, now_ms) == Standing::Intact;
         other.disk != disk && other.state != ReplicaState::Stale && !stays
     })
 }
@@ -288,10 +292,11 @@ fn left_behind_text(
     map: &DistributionMap,
     registry: &Registry,
     now_ms: u64,
+    device: &Device,
     span: &Span,
     disk: DiskId,
 ) -> String {
-    let left = left_behind(map, registry, now_ms, span, disk);
+    let left = left_behind(map, registry, now_ms, device, span, disk);
     let names: Vec<String> = left.map(|other| map.disk_name(other.disk)).collect();
     if names.is_empty() {
         return String::new();

@@ -1,11 +1,11 @@
 //! What the nodes have said to this manager since it started.
 
 use super::ConnectionId;
-use crate::control::{DiskContent, DiskInventory, NodeReport, Registration, SILENCE_MS};
+use crate::control::{DiskContent, DiskInventory, Life, NodeReport, Registration, SILENCE_MS};
 use crate::ids::{
     ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, ProcessId,
 };
-use crate::map::{DistributionMap, Replica, Span};
+use crate::map::{Commit, Device, DistributionMap, Replica, Span};
 use std::collections::BTreeMap;
 
 /// A node that has registered; kept when its connection goes, since what it said of its
@@ -26,6 +26,8 @@ pub struct Registered {
     pub address: String,
     /// Its disks.
     pub disks: Vec<DiskInventory>,
+    /// What its processes had adopted when it registered.
+    pub lives: Vec<Life>,
     /// Given once stored; before that the node is sent nothing.
     pub session: Option<ExporterSession>,
     /// Its last report.
@@ -53,7 +55,7 @@ impl Registered {
 /// How a copy stands compared to what the map says of it (rule 3).
 ///
 /// A primary is compared on attachment and process, since its process's memory is what orders
-/// writes; a secondary on its attachment alone: what it acknowledged is on its disk.
+/// writes; a secondary on its attachment alone, where what it acknowledged is on its disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {
     /// Its node has not registered since the manager started: nothing is known.
@@ -70,6 +72,8 @@ pub enum Standing {
         now: Incarnation,
         /// Its attachment differs: what was only in caches is gone.
         power_lost: bool,
+        /// Its disk has all that it ever acknowledged.
+        whole: bool,
     },
     /// Its disk has failed, or its node registered without it.
     Gone,
@@ -128,7 +132,7 @@ impl Registry {
         connection: ConnectionId,
         registration: Registration,
     ) -> Option<ConnectionId> {
-        let Registration { node, process, adopted, address, disks } = registration;
+        let Registration { node, process, adopted, address, disks, lives } = registration;
         let entry = Registered {
             connection,
             connected: true,
@@ -137,6 +141,7 @@ impl Registry {
             adopted,
             address,
             disks,
+            lives,
             session: None,
             report: None,
             exported: BTreeMap::new(),
@@ -146,7 +151,14 @@ impl Registry {
     }
 
     /// How a copy of a span stands at this moment, in the role that the span gives it.
-    pub fn standing(&self, map: &DistributionMap, span: &Span, replica: &Replica, now_ms: u64) -> Standing {
+    pub fn standing(
+        &self,
+        map: &DistributionMap,
+        device: &Device,
+        span: &Span,
+        replica: &Replica,
+        now_ms: u64,
+    ) -> Standing {
         let Some(disk) = map.disk(replica.disk).filter(|_| !self.has_failed(map, replica.disk)) else {
             return Standing::Gone;
         };
@@ -156,9 +168,14 @@ impl Registry {
         let Some(now) = node.incarnation(map.cluster, disk.id) else { return Standing::Gone };
         let up = node.is_up(now_ms);
         let power_lost = now.attach != replica.incarnation.attach;
-        let is_primary = span.primary().disk == replica.disk;
-        if power_lost || (is_primary && now != replica.incarnation) {
-            return Standing::Changed { up, now, power_lost };
+        let in_memory = device.lives_in_memory(span, replica.disk);
+        if power_lost || (in_memory && now != replica.incarnation) {
+            return Standing::Changed {
+                up,
+                now,
+                power_lost,
+                whole: !power_lost && stored_all(device, span, replica, node),
+            };
         }
         if up { Standing::Intact } else { Standing::Away }
     }
@@ -262,6 +279,14 @@ pub(super) fn own_disks(map: &DistributionMap, registration: &Registration) -> b
         DiskContent::Ours { cluster, disk } => cluster == map.cluster && map.node_of(disk) == node,
         _ => false,
     })
+}
+
+/// Whether a copy whose process ended had stored all that it acknowledged. A primary does; one that was promoted
+/// stores what it held in memory before it adopts that map, and until then is a secondary as any other.
+fn stored_all(device: &Device, span: &Span, replica: &Replica, node: &Registered) -> bool {
+    let adopted = |life: &Life| life.process == replica.incarnation.process && life.adopted.0 >= span.epoch.0;
+    device.commit == Commit::Immediate
+        || (span.primary().disk == replica.disk && node.lives.iter().any(adopted))
 }
 
 impl Registered {

@@ -4,7 +4,7 @@ use super::registry::{Registry, Standing};
 use super::{Change, Lines, promotion, run_of};
 use crate::ids::{DiskId, Incarnation};
 use crate::map::verbs::Verb;
-use crate::map::{DistributionMap, ReplicaState, Span};
+use crate::map::{Device, DistributionMap, Replica, ReplicaState, Span};
 use crate::planted::{self, Bug};
 
 /// What is to be done about a span.
@@ -23,7 +23,7 @@ pub enum SpanPlan {
         disk: DiskId,
         /// Its incarnation now.
         incarnation: Incarnation,
-        /// What was only in caches is gone on every member.
+        /// What was only in caches, or in memory, is gone on every member.
         lost: bool,
     },
     /// Somebody must come back, or the operator decide.
@@ -31,9 +31,16 @@ pub enum SpanPlan {
 }
 
 /// Decides about one span.
-pub fn plan_span(map: &DistributionMap, span: &Span, registry: &Registry, now_ms: u64) -> SpanPlan {
+pub fn plan_span(
+    map: &DistributionMap,
+    device: &Device,
+    span: &Span,
+    registry: &Registry,
+    now_ms: u64,
+) -> SpanPlan {
+    let standing = |replica: &Replica| registry.standing(map, device, span, replica, now_ms);
     let members: Vec<(DiskId, Standing)> =
-        span.members().map(|replica| (replica.disk, registry.standing(map, span, replica, now_ms))).collect();
+        span.members().map(|replica| (replica.disk, standing(replica))).collect();
     // Validation holds a primary in sync, so it is the first member.
     match members[0].1 {
         Standing::Intact => return SpanPlan::Served,
@@ -45,10 +52,9 @@ pub fn plan_span(map: &DistributionMap, span: &Span, registry: &Registry, now_ms
         Standing::Changed { .. } | Standing::Gone => {}
     }
     if planted::is(Bug::StalePromoted)
-        && let Some(stale) = span.replicas[1..].iter().find(|replica| {
-            replica.state == ReplicaState::Stale
-                && registry.standing(map, span, replica, now_ms) == Standing::Intact
-        })
+        && let Some(stale) = span.replicas[1..]
+            .iter()
+            .find(|replica| replica.state == ReplicaState::Stale && standing(replica) == Standing::Intact)
     {
         return SpanPlan::Promote { disk: stale.disk };
     }
@@ -64,7 +70,7 @@ fn readmission(members: &[(DiskId, Standing)]) -> SpanPlan {
     let mut gone = false;
     for (disk, standing) in members {
         match standing {
-            Standing::Changed { up: true, now, power_lost } => candidates.push((*disk, *now, *power_lost)),
+            Standing::Changed { up: true, now, whole, .. } => candidates.push((*disk, *now, *whole)),
             Standing::Gone => gone = true,
             _ if planted::is(Bug::ReadmittedEarly) => {}
             // One that is not here may have what the others lost.
@@ -73,8 +79,8 @@ fn readmission(members: &[(DiskId, Standing)]) -> SpanPlan {
             }
         }
     }
-    // In the order of the list: the map's primary, unless it lost power and another did not.
-    let whole = candidates.iter().find(|(_, _, power_lost)| !power_lost);
+    // In the order of the list: the map's primary, unless it lost something and another did not.
+    let whole = candidates.iter().find(|(_, _, whole)| *whole);
     match (whole, candidates.first()) {
         (Some((disk, incarnation, _)), _) => {
             SpanPlan::Readmit { disk: *disk, incarnation: *incarnation, lost: false }
@@ -101,19 +107,19 @@ pub fn repair(map: &DistributionMap, registry: &Registry, now_ms: u64) -> Change
         for span in &device.spans {
             let run = run_of(device.id, span);
             let old = span.primary().disk;
-            match plan_span(map, span, registry, now_ms) {
+            match plan_span(map, device, span, registry, now_ms) {
                 SpanPlan::Wait => {}
                 SpanPlan::Served => give_up_failed(map, registry, span, run, &mut change, &mut lines),
                 SpanPlan::Promote { disk } => {
                     change.batch.extend(promotion(map, registry, now_ms, span, run, disk));
-                    let why = match registry.standing(map, span, span.primary(), now_ms) {
+                    let why = match registry.standing(map, device, span, span.primary(), now_ms) {
                         Standing::Gone => "is gone",
                         _ => "is another incarnation",
                     };
                     lines.add(
                         span,
                         format!("{} is primary now, since {} {why}", map.disk_name(disk), map.disk_name(old))
-                            + &super::left_behind_text(map, registry, now_ms, span, disk),
+                            + &super::left_behind_text(map, registry, now_ms, device, span, disk),
                     );
                 }
                 SpanPlan::Readmit { disk, incarnation, lost } => {

@@ -24,7 +24,7 @@ pub(super) fn spoken_for<'a>(
     device.spans.iter().filter(move |span| {
         span.epoch.0 <= version.0
             && map.node_of(span.primary().disk) == Some(asker)
-            && registry.standing(map, span, span.primary(), now_ms) == Standing::Intact
+            && registry.standing(map, device, span, span.primary(), now_ms) == Standing::Intact
     })
 }
 
@@ -86,7 +86,7 @@ pub fn ask_slow(
         for span in device.spans.iter().filter(|span| map.node_of(span.primary().disk) == Some(peer)) {
             let well = span.replicas[1..].iter().find(|replica| {
                 replica.state == ReplicaState::InSync
-                    && registry.standing(map, span, replica, now_ms) == Standing::Intact
+                    && registry.standing(map, device, span, replica, now_ms) == Standing::Intact
             });
             let Some(well) = well else { continue };
             let (run, old) = (run_of(device.id, span), span.primary().disk);

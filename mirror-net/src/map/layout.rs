@@ -5,7 +5,8 @@
 //! the secondary segments of the partner's disks, and one unmirrored device if it has such a segment.
 
 use super::{
-    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,
+    Claim, Commit, Device, DevicePolicy, Disk, DistributionMap, MAP_FORMAT, Node, Replica, ReplicaState,
+    SegmentSlots, Span,
 };
 use crate::format::alloc::Segment;
 use crate::ids::{
@@ -28,6 +29,8 @@ pub struct NodeSpec {
     pub disks: Vec<DiskSpec>,
     /// A spare holds no data until it is activated.
     pub spare: bool,
+    /// What its devices promise besides.
+    pub devices: DevicePolicy,
 }
 
 /// A disk of the cluster to be.
@@ -146,7 +149,18 @@ pub fn pairs(
                 Claim { node: NodeId(node as u16 + 1), generation: ClaimGeneration(1), since: version };
             let mut device = |name: String, slices: u32, copies: u8, spans: Vec<Span>| {
                 let id = DeviceId(map.devices.len() as u32 + 1);
-                map.devices.push(Device { id, name, slices, block_bytes, copies, claim, spans });
+                map.devices.push(Device {
+                    id,
+                    name,
+                    slices,
+                    block_bytes,
+                    copies,
+                    // Where nobody mirrors, nobody holds anything in memory for others.
+                    commit: if copies > 1 { nodes[node].devices.commit } else { Commit::Immediate },
+                    on_no_quorum: nodes[node].devices.on_no_quorum,
+                    claim,
+                    spans,
+                });
             };
             let spans = mirror_spans(spec.slots.primary, &own(Segment::Primary), &mut room);
             device(format!("{}-{}", nodes[node].name, spec.name), spec.slots.primary, 2, spans);
@@ -218,6 +232,7 @@ pub(crate) mod tests {
                 })
                 .collect(),
             spare: false,
+            devices: Default::default(),
         }
     }
 

@@ -10,5 +10,6 @@ pub mod validate;
 pub mod verbs;
 
 pub use model::{
-    Claim, Device, Disk, DistributionMap, Failed, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,
+    Claim, Commit, Device, DevicePolicy, Disk, DistributionMap, Failed, MAP_FORMAT, Node, OnNoQuorum,
+    Replica, ReplicaState, SegmentSlots, Span,
 };

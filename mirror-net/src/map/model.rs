@@ -131,10 +131,85 @@ pub struct Device {
     pub block_bytes: u32,
     /// Copies of every slice that the layout wants: 1 for an unmirrored device.
     pub copies: u8,
+    /// When a secondary acknowledges a write.
+    #[serde(default, skip_serializing_if = "Commit::is_default")]
+    pub commit: Commit,
+    /// What becomes of a request that cannot be served.
+    #[serde(default, skip_serializing_if = "OnNoQuorum::is_default")]
+    pub on_no_quorum: OnNoQuorum,
     /// Who may export it now.
     pub claim: Claim,
     /// Runs of slices with the same replica list, in order, without gap or overlap.
     pub spans: Vec<Span>,
+}
+
+/// When a secondary acknowledges a write that need not be on stable storage yet. Both keep every promise.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Commit {
+    /// Once its disk has it.
+    #[default]
+    Immediate,
+    /// Once its memory has it; its disk gets it with the next flush, or soon.
+    Deferred,
+}
+
+/// What becomes of a request that no copy can serve, or that cannot be stored on all that count.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNoQuorum {
+    /// It waits until it can be served.
+    #[default]
+    Wait,
+    /// It fails after a while.
+    Error,
+}
+
+/// What is chosen for a device when it is made.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct DevicePolicy {
+    /// When a secondary acknowledges a write.
+    pub commit: Commit,
+    /// What becomes of a request that cannot be served.
+    pub on_no_quorum: OnNoQuorum,
+}
+
+impl Commit {
+    /// As the cluster file spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Immediate => "immediate",
+            Self::Deferred => "deferred",
+        }
+    }
+
+    /// The reverse of [`Self::as_str`].
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Immediate, Self::Deferred].into_iter().find(|commit| commit.as_str() == text)
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl OnNoQuorum {
+    /// As the cluster file spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Wait => "wait",
+            Self::Error => "error",
+        }
+    }
+
+    /// The reverse of [`Self::as_str`].
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Wait, Self::Error].into_iter().find(|choice| choice.as_str() == text)
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Who may export a device.
@@ -221,6 +296,12 @@ impl Device {
     /// Its length in bytes.
     pub fn bytes(&self, slice_bytes: u32) -> u64 {
         u64::from(self.slices) * u64::from(slice_bytes)
+    }
+
+    /// Whether a copy in that place of a slice's list is one only as long as its process lives: a primary's
+    /// memory orders writes, a deferred secondary's holds some.
+    pub fn lives_in_memory(&self, span: &Span, disk: DiskId) -> bool {
+        self.commit == Commit::Deferred || span.primary().disk == disk
     }
 
     /// Whether it has more than one copy by design.

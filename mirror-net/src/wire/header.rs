@@ -134,6 +134,8 @@ pub enum Status {
     Invalid = 3,
     /// The exporter lost its claim for good.
     ClaimLost = 4,
+    /// It could not be served for so long that the device is set to fail.
+    NoQuorum = 5,
 }
 
 impl Status {
@@ -144,6 +146,7 @@ impl Status {
             1 => Self::Fenced,
             2 => Self::DiskFailed,
             4 => Self::ClaimLost,
+            5 => Self::NoQuorum,
             _ => Self::Invalid,
         }
     }

@@ -14,7 +14,8 @@ use mirror_net::ids::{
 use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
 use mirror_net::map::verbs::{Run, Verb};
 use mirror_net::map::{
-    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node, ReplicaState, SegmentSlots, Span,
+    Claim, Commit, Device, Disk, DistributionMap, MAP_FORMAT, Node, OnNoQuorum, ReplicaState, SegmentSlots,
+    Span,
 };
 
 /// The device that every model is about.
@@ -126,6 +127,8 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
             slices: spans.iter().map(|span| span.count).sum(),
             block_bytes: 512,
             copies: spans[0].replicas.len() as u8,
+            commit: Commit::Immediate,
+            on_no_quorum: OnNoQuorum::Wait,
             claim,
             spans,
         }],
@@ -193,6 +196,7 @@ fn manager(map: &DistributionMap, heard: &[Heard]) -> Manager {
             content: DiskContent::Ours { cluster: map.cluster, disk: disk_id(index) },
         };
         let registration = Registration {
+            lives: Vec::new(),
             node: format!("n{}", index + 1),
             process: node.incarnation.process,
             adopted: MapVersion(0),

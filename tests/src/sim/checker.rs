@@ -145,6 +145,27 @@ impl Checker {
         });
     }
 
+    /// Writes that a flush asked for at `began` would be wrong to vouch for, as far as is known here: the first
+    /// sector of each, and how many.
+    pub fn lost_before(&self, device: usize, began: Nanos) -> Vec<(WriteId, (usize, usize))> {
+        let lost = self.unflushed[device].iter().filter(|id| {
+            let write = &self.writes[**id];
+            write.lost && !write.reported && write.acknowledged.is_some_and(|at| at < began)
+        });
+        lost.map(|id| (*id, self.writes[*id].sectors)).collect()
+    }
+
+    /// Whether what was found in a sector is what that write left there, or a newer one.
+    pub fn is_as_new(&self, device: usize, sector: usize, found: Stamp, id: WriteId) -> bool {
+        let newer = self.sectors[device][sector].iter().filter(|entry| entry.write >= id);
+        newer.map(|entry| self.writes[entry.write].stamp).any(|stamp| stamp == found)
+    }
+
+    /// It was called lost with a cache, and had left it before.
+    pub fn found(&mut self, id: WriteId) {
+        self.writes[id].lost = false;
+    }
+
     /// A flush that was asked for at `began` failed: the exporter knows that whatever was acknowledged before
     /// it may be gone, now or later. No flush speaks of that any more.
     pub fn flush_failed(&mut self, device: usize, began: Nanos) {
@@ -306,6 +327,26 @@ mod tests {
             checker.read(6, 7, 0, 7, 10, true);
             checker.read(6, 7, 0, 8, 0, true);
             assert_eq!(checker.violations.is_empty(), told, "{:?}", checker.violations);
+        }
+    }
+
+    /// A flush that was carried out before the loss, and heard of after it.
+    #[test]
+    fn what_had_left_the_cache_before_it_was_lost_is_not_lost() {
+        for found in [false, true] {
+            let mut checker = Checker::new(1, 1, 8);
+            let write = checker.begin_write(1, 0, 2, 1, 10);
+            checker.acknowledge(2, write, false, false);
+            let newer = checker.begin_write(3, 0, 2, 1, 11);
+            checker.acknowledge(4, newer, false, false);
+            checker.lose(0, 0, 8);
+            assert_eq!(checker.lost_before(0, 4), [(write, (2, 1))], "the newer one was done after it began");
+            assert!(checker.is_as_new(0, 2, 11, write) && !checker.is_as_new(0, 2, 0, write));
+            if found {
+                checker.found(write);
+            }
+            checker.flushed(0, 4, 6);
+            assert_eq!(checker.violations.is_empty(), found, "{:?}", checker.violations);
         }
     }
 

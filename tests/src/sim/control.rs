@@ -7,7 +7,7 @@
 //! direction arrive in order, after a delay; in silence they wait; with the connection they are lost.
 
 use mirror_net::config::{NodePolicy, Pace, Policy, Tolerance};
-use mirror_net::control::{ManagerMessage, NodeMessage, Registration};
+use mirror_net::control::{Life, ManagerMessage, NodeMessage, Registration};
 use mirror_net::ids::{ClaimGeneration, DiskId, ExporterSession, MapVersion};
 use mirror_net::manager::{ConnectionId, Manager};
 use mirror_net::map::DistributionMap;
@@ -43,6 +43,8 @@ pub struct Link {
 pub struct Agent {
     /// The newest map that any process of the node was sent; it is kept on stable storage.
     pub kept: MapVersion,
+    /// What its processes adopted; on stable storage as well.
+    pub lives: Vec<Life>,
     /// Its connection.
     pub connection: Option<u64>,
     /// Disks that failed.
@@ -54,7 +56,8 @@ pub struct Agent {
 impl Agent {
     /// Another process: what was in memory is gone.
     pub fn restart(&mut self) {
-        *self = Self { kept: self.kept, ..Self::default() };
+        let lives = std::mem::take(&mut self.lives);
+        *self = Self { kept: self.kept, lives, ..Self::default() };
     }
 }
 
@@ -77,7 +80,7 @@ fn policy(seed: u64) -> Policy {
         stale_after: is_impatient(seed).then_some(Tolerance::STALE_AFTER_MIN),
         hold_max: Duration::from_secs(2),
     };
-    let node = NodePolicy { pace, tolerance };
+    let node = NodePolicy { pace, tolerance, no_quorum_after: Duration::from_millis(2_500) };
     Policy { spare_after: Duration::from_secs(4), node, ..default }
 }
 

@@ -7,6 +7,7 @@ use crate::sim::node::SLICE;
 use crate::sim::scheduler::{MS, Nanos, Random};
 use crate::sim::workload::{SLICES, Wish};
 use mirror_net::engine::action::RequestKind;
+use mirror_net::map::{Commit, DevicePolicy, OnNoQuorum};
 use std::collections::BTreeSet;
 
 /// Classes of faults, for counting.
@@ -462,6 +463,14 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         depth: [1, 3, 6][random.below(3) as usize],
         discards: random.one_in(2),
         wanders: random.one_in(2),
+        // Drawn apart as well.
+        policy: DevicePolicy {
+            commit: if Random::new(seed ^ 0xdefe2).one_in(3) { Commit::Deferred } else { Commit::Immediate },
+            on_no_quorum: match Random::new(seed ^ 0xe2202).one_in(8) {
+                true => OnNoQuorum::Error,
+                false => OnNoQuorum::Wait,
+            },
+        },
     };
     let mut cluster = Cluster::new(seed, shape, trace);
     let mut faults = [0; Class::ALL.len()];

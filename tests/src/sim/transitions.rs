@@ -1,7 +1,7 @@
 //! What may follow what in the store: from one map to the next.
 
-use mirror_net::ids::SliceIndex;
-use mirror_net::map::{Device, DistributionMap, ReplicaState, Span};
+use mirror_net::ids::{Incarnation, SliceIndex};
+use mirror_net::map::{Commit, Device, DistributionMap, ReplicaState, Span};
 
 /// What is wrong with this step, in words.
 pub fn wrong_with(before: &DistributionMap, after: &DistributionMap) -> Vec<String> {
@@ -25,13 +25,13 @@ fn device(old: &Device, new: &Device, version: u64, wrong: &mut Vec<String>) {
     }
     for slice in (0..new.slices).map(SliceIndex) {
         let (Some(old), Some(new_span)) = (old.span(slice), new.span(slice)) else { continue };
-        for what in span(old, new_span, version) {
+        for what in span(new.commit, old, new_span, version) {
             wrong.push(format!("map {version}: {} {slice}: {what}: {new_span:?} follows {old:?}", new.name));
         }
     }
 }
 
-fn span(old: &Span, new: &Span, version: u64) -> Vec<&'static str> {
+fn span(commit: Commit, old: &Span, new: &Span, version: u64) -> Vec<&'static str> {
     use ReplicaState::{InSync, Stale};
     let mut wrong = Vec::new();
     let changed = old.replicas != new.replicas;
@@ -54,12 +54,16 @@ fn span(old: &Span, new: &Span, version: u64) -> Vec<&'static str> {
             _ => {}
         }
     }
-    let kept_cache = |disk, attach| {
-        old.replica_on(disk).is_some_and(|old| old.state == InSync && old.incarnation.attach == attach)
+    // What a secondary acknowledged is in its memory, where commits are deferred.
+    let in_memory = |disk| commit == Commit::Deferred && old.primary().disk != disk;
+    let has_all = |disk, now: Incarnation| {
+        old.replica_on(disk).is_some_and(|old| {
+            let same = now.attach == old.incarnation.attach && (!in_memory(disk) || now == old.incarnation);
+            old.state == InSync && same
+        })
     };
-    let any_kept = new.members().any(|member| kept_cache(member.disk, member.incarnation.attach));
-    if !any_kept && new.loss == old.loss {
-        wrong.push("no member has its caches, and nobody is told of a loss");
+    if !new.members().any(|member| has_all(member.disk, member.incarnation)) && new.loss == old.loss {
+        wrong.push("no member has its caches and what was in memory, and nobody is told of a loss");
     }
     wrong
 }
@@ -82,6 +86,7 @@ mod tests {
             drift: false,
             depth: 0,
             discards: false,
+            policy: Default::default(),
             wanders: false,
         };
         (*Cluster::new(1, shape, false).manager.map).clone()

@@ -290,6 +290,7 @@ pub(super) mod tests {
                 incarnation: Default::default(),
             }],
             spare: false,
+            devices: Default::default(),
         });
         pairs(ClusterId::default(), "test", 64 << 20, &nodes.collect::<Vec<_>>()).unwrap()
     }

@@ -25,7 +25,8 @@ use lanes::Lanes;
 use manager::Membership;
 use mirror_net::config::{ClusterFile, Frontend, NodeFile, NodePolicy};
 use mirror_net::control::{
-    FormatOrder, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration, SurveyAnswer, SurveyResult,
+    FormatOrder, Life, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration, SurveyAnswer,
+    SurveyResult,
 };
 use mirror_net::engine::Me;
 use mirror_net::engine::action::Report;
@@ -118,6 +119,8 @@ struct Agent {
     /// How the manager wants other nodes' copies to be treated.
     policy: NodePolicy,
     adopted: MapVersion,
+    /// What processes of this node adopted, as kept in the state directory.
+    lives: Vec<Life>,
     buffer_bytes: usize,
     /// Disks that failed in this process's life, and why.
     failed_disks: BTreeMap<DiskId, String>,
@@ -159,6 +162,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let state = StateDir::open(&options.state_dir)?;
     let (adopted, cluster) =
         state.kept().map_or((MapVersion(0), None), |map| (map.version, Some(map.cluster)));
+    let lives = state.lives();
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let lanes = Lanes::listen(&node.address, common.clone(), sender.clone()).await?;
     let disks = node.disks.iter().map(Candidate::open).collect::<Result<_, DiskError>>()?;
@@ -183,6 +187,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         map: None,
         exporter_session: ExporterSession(0),
         policy: NodePolicy::default(),
+        lives,
         adopted,
         buffer_bytes: options.buffer_bytes,
         failed_disks: BTreeMap::new(),
@@ -261,6 +266,7 @@ impl Agent {
             node: self.common.node.clone(),
             process: self.common.process,
             adopted: self.adopted,
+            lives: self.lives.clone(),
             address: self.file.address.clone(),
             disks,
         }));
@@ -412,6 +418,8 @@ impl Agent {
             Event::Report(Report::Adopted { version }) => {
                 tracing::info!(%version, "map adopted");
                 self.adopted = version;
+                Life::note(&mut self.lives, self.common.process, version);
+                self.state.save_lives(&self.lives)?;
                 self.exports.adopted(version);
                 self.start_exports();
                 self.tell_manager(NodeMessage::Adopted { version });

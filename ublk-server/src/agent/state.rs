@@ -1,15 +1,19 @@
-//! The node's state directory: the newest map that it adopted.
+//! The node's state directory: the newest map that it was sent, and which maps its processes adopted.
 //!
-//! It is not what the node acts on after a start, which is the manager's word; it is there so that
+//! The map is not what the node acts on after a start, which is the manager's word; it is there so that
 //! the map can be rebuilt from the nodes if every manager is lost.
 
+use mirror_net::control::Life;
 use mirror_net::map::DistributionMap;
 use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 const MAP_FILE: &str = "map.json";
+const LIVES_FILE: &str = "lives.json";
 
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,12 +47,20 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
-    /// The map that was kept, if one was.
+    /// The map that was kept, if one was. Nothing acts on it but the check that the manager is not an older one.
     pub fn kept(&self) -> Option<DistributionMap> {
-        let path = self.path.join(MAP_FILE);
+        self.read(MAP_FILE)
+    }
+
+    /// What processes of this node adopted; of those that are not in it the worst is assumed.
+    pub fn lives(&self) -> Vec<Life> {
+        self.read(LIVES_FILE).unwrap_or_default()
+    }
+
+    fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+        let path = self.path.join(name);
         let told = |error: &dyn std::fmt::Display| {
-            // Nothing acts on it but the check that the manager is not an older one.
-            tracing::warn!(path = %path.display(), %error, "the map that was kept cannot be read");
+            tracing::warn!(path = %path.display(), %error, "what was kept cannot be read");
         };
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
@@ -61,27 +73,39 @@ impl StateDir {
         serde_json::from_slice(&bytes).inspect_err(|error| told(error)).ok()
     }
 
-    /// Forgets the kept map.
+    /// Forgets what is kept: it is of another cluster.
     pub fn forget(&self) -> Result<(), StateError> {
-        match std::fs::remove_file(self.path.join(MAP_FILE)) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(StateError::Io { path: self.path.join(MAP_FILE), source })
+        for name in [MAP_FILE, LIVES_FILE] {
+            match std::fs::remove_file(self.path.join(name)) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(StateError::Io { path: self.path.join(name), source });
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// Keeps a map, durably and whole.
     pub fn save_map(&self, map: &DistributionMap) -> Result<(), StateError> {
-        self.replace(map).map_err(|source| StateError::Io { path: self.path.join(MAP_FILE), source })
+        self.save(MAP_FILE, map)
     }
 
-    fn replace(&self, map: &DistributionMap) -> io::Result<()> {
-        let new = self.path.join("map.json.new");
+    /// The same for what processes adopted.
+    pub fn save_lives(&self, lives: &[Life]) -> Result<(), StateError> {
+        self.save(LIVES_FILE, lives)
+    }
+
+    fn save<T: Serialize + ?Sized>(&self, name: &str, what: &T) -> Result<(), StateError> {
+        self.replace(name, what).map_err(|source| StateError::Io { path: self.path.join(name), source })
+    }
+
+    fn replace<T: Serialize + ?Sized>(&self, name: &str, what: &T) -> io::Result<()> {
+        let new = self.path.join(format!("{name}.new"));
         let mut file = File::create(&new)?;
-        file.write_all(&serde_json::to_vec_pretty(map)?)?;
+        file.write_all(&serde_json::to_vec_pretty(what)?)?;
         file.sync_all()?;
-        std::fs::rename(&new, self.path.join(MAP_FILE))?;
+        std::fs::rename(&new, self.path.join(name))?;
         File::open(&self.path)?.sync_all()
     }
 }
@@ -89,6 +113,7 @@ impl StateDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mirror_net::ids::{MapVersion, ProcessId};
 
     #[test]
     fn two_daemons_do_not_share_a_directory() {
@@ -97,5 +122,21 @@ mod tests {
         assert!(matches!(StateDir::open(base.path()), Err(StateError::Taken { .. })));
         drop(first);
         assert!(StateDir::open(base.path()).is_ok());
+    }
+
+    #[test]
+    fn what_a_process_adopted_is_known_to_the_next_ones() {
+        let base = tempfile::tempdir().unwrap();
+        let mut lives = Vec::new();
+        for process in 1..40 {
+            Life::note(&mut lives, ProcessId(process), MapVersion(process));
+            Life::note(&mut lives, ProcessId(process), MapVersion(process + 1));
+            StateDir::open(base.path()).unwrap().save_lives(&lives).unwrap();
+        }
+        let kept = StateDir::open(base.path()).unwrap().lives();
+        assert_eq!(kept.len(), Life::KEPT);
+        assert_eq!(kept.last(), Some(&Life { process: ProcessId(39), adopted: MapVersion(40) }));
+        StateDir::open(base.path()).unwrap().forget().unwrap();
+        assert_eq!(StateDir::open(base.path()).unwrap().lives(), []);
     }
 }

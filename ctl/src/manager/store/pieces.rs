@@ -229,6 +229,7 @@ mod tests {
                 incarnation: Incarnation { attach: AttachId(index), process: ProcessId(index) },
             }],
             spare: false,
+            devices: Default::default(),
         };
         let mut map = pairs(ClusterId::default(), "lab", 1 << 20, &[node(1), node(2)]).unwrap();
         map.version = MapVersion(2);

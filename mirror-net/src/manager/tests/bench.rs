@@ -101,6 +101,7 @@ impl Bench {
             _ => DiskContent::Blank,
         };
         Registration {
+            lives: Vec::new(),
             node: format!("n{index}"),
             process: incarnation.process,
             adopted: map.map_or(MapVersion(0), |map| map.version),

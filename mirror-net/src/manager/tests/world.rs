@@ -317,6 +317,7 @@ impl World {
             content,
         };
         let registration = Registration {
+            lives: Vec::new(),
             node: format!("n{}", index + 1),
             process: node.incarnation.process,
             adopted: node.adopted.version,
@@ -515,7 +516,7 @@ fn run(seed: u64) -> Seen {
     world.settle();
     for device in world.store.devices.iter().filter(|_| no_failures) {
         for span in &device.spans {
-            let plan = plan_span(&world.store, span, world.manager.registry(), world.now_ms);
+            let plan = plan_span(&world.store, device, span, world.manager.registry(), world.now_ms);
             assert_eq!(plan, SpanPlan::Served, "{} {}: {span:?}", device.name, span.first);
             assert_eq!(span.members().count(), usize::from(device.copies), "{}: {span:?}", device.name);
         }

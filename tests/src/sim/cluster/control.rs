@@ -225,6 +225,7 @@ impl Cluster {
             node: format!("n{node}"),
             process: ProcessId(at.process_id),
             adopted: self.adopted(node),
+            lives: self.agents[usize::from(node) - 1].lives.clone(),
             address: String::new(),
             disks: (1..).zip(&at.disks).map(|(index, disk)| inventory(index, disk)).collect(),
         }
@@ -301,7 +302,7 @@ impl Cluster {
             for span in &new.spans {
                 let was = old.span(span.first);
                 if let Some(was) = was.filter(|was| was.loss != span.loss) {
-                    self.check_loss(was);
+                    self.check_loss(old, was);
                     let sectors = (SLICE as usize) / SECTOR;
                     self.checker.lose(device, span.first.0 as usize * sectors, span.count as usize * sectors);
                     self.say(|| format!("store: {} may have lost unflushed writes", new.name));

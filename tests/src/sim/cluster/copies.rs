@@ -1,18 +1,21 @@
 //! What the disks hold of each slice, held against each other.
 
 use super::Cluster;
+use crate::sim::checker::WriteId;
 use crate::sim::disk::{PAGE, SECTOR, SimDisk};
 use crate::sim::node::{Mounted, SLICE, position};
+use crate::sim::scheduler::Nanos;
 use crate::sim::workload::stamp;
 use mirror_net::format::Opened;
 use mirror_net::ids::{DeviceId, DiskId, MapVersion, SliceIndex, SlotIndex};
 use mirror_net::map::plan::Plan;
-use mirror_net::map::{Replica, ReplicaState, Span};
+use mirror_net::map::{Commit, Device, Replica, ReplicaState, Span};
 use mirror_net::region::masks::{REGIONS_PER_SLICE, RegionMasks, touched};
 use mirror_net::wire::header::Header;
 use std::rc::Rc;
 
 const REGION: u32 = SLICE / REGIONS_PER_SLICE;
+const SLICE_SECTORS: usize = SLICE as usize / SECTOR;
 const REGION_SECTORS: usize = REGION as usize / SECTOR;
 const _: () = assert!(REGION as usize == PAGE, "a region is a page of a simulated disk");
 
@@ -172,9 +175,10 @@ impl Cluster {
             let (span, member) = member;
             let mounted = self.mounted(member.disk);
             // A disk that failed a flush has lost something, and is a member until the manager knows.
-            if mounted.attach != member.incarnation.attach.0 || mounted.media.has_failed {
+            if !self.is_intact(device, span, member) || mounted.media.has_failed {
                 continue;
             }
+            let staged = self.staged(member.disk, device.id);
             let Some(opened) = look(mounted) else { continue };
             let mut read = None;
             let mut copy = None;
@@ -194,7 +198,14 @@ impl Cluster {
                         durable = copy.durable_region(region as u32 % REGIONS_PER_SLICE);
                     }
                 }
-                let [now, later] = [current, durable].map(|page| stamp(&page[within..within + SECTOR]));
+                let [mut now, later] = [current, durable].map(|page| stamp(&page[within..within + SECTOR]));
+                let at = *sector as u64 * SECTOR as u64;
+                if let Some((from, bytes)) =
+                    staged.iter().rfind(|(from, bytes)| (*from..*from + bytes.len() as u64).contains(&at))
+                {
+                    let within = (at - from) as usize;
+                    now = stamp(&bytes[within..within + SECTOR]);
+                }
                 let well = matches!((now, later), (Some(now), Some(later))
                     if self.checker.may_hold(self.now, index, *sector, now, later));
                 if !well {
@@ -224,6 +235,32 @@ impl Cluster {
         }
     }
 
+    /// A flush is acknowledged by an exporter that has not heard of a loss: it may have been carried out before
+    /// that. What it vouches for is then on stable storage of every member.
+    pub(super) fn find_lost(&mut self, node: u16, device: usize, began: Nanos) {
+        for (id, (first, count)) in self.checker.lost_before(device, began) {
+            let unheard = (first..first + count).map(|sector| (sector / SLICE_SECTORS) as u32);
+            let unheard = unheard.into_iter().any(|slice| self.loss_unseen(node, device, slice));
+            if unheard && (first..first + count).all(|sector| self.is_stored(device, sector, id)) {
+                self.checker.found(id);
+            }
+        }
+    }
+
+    /// Whether every member has that write's sector, or a newer one's, on stable storage.
+    fn is_stored(&self, device: usize, sector: usize, id: WriteId) -> bool {
+        let device_map = &self.manager.map.devices[device];
+        let slice = (sector / SLICE_SECTORS) as u32;
+        let (region, within) = (sector % SLICE_SECTORS / REGION_SECTORS, sector % REGION_SECTORS * SECTOR);
+        let Some(span) = device_map.span(SliceIndex(slice)) else { return false };
+        span.members().all(|member| {
+            let Some(opened) = look(self.mounted(member.disk)) else { return false };
+            let copy = self.copy(member.disk, &opened, device_map.id, slice);
+            let found = stamp(&copy.durable_region(region as u32)[within..within + SECTOR]);
+            found.is_some_and(|found| self.checker.is_as_new(device, sector, found, id))
+        })
+    }
+
     /// Dirty bits are about to be cleared: all members have flushed those regions (rule 9). What a deposed
     /// primary asks for is refused, and says nothing of the members of now.
     pub(super) fn check_clear(&mut self, header: &Header) {
@@ -251,10 +288,9 @@ impl Cluster {
     }
 
     /// A loss is told of: no member has its caches still (rule 5).
-    pub(super) fn check_loss(&mut self, span: &Span) {
+    pub(super) fn check_loss(&mut self, device: &Device, span: &Span) {
         let intact = span.members().find(|member| {
-            let mounted = self.mounted(member.disk);
-            mounted.attach == member.incarnation.attach.0 && !mounted.media.is_dead()
+            self.is_intact(device, span, member) && !self.mounted(member.disk).media.is_dead()
         });
         if let Some(intact) = intact {
             let wrong =
@@ -295,6 +331,34 @@ impl Cluster {
             }
         }
         self.checker.violations.append(&mut wrong);
+    }
+
+    /// Whether a member still has what was in its disk's cache, and in its memory where that counts.
+    fn is_intact(&self, device: &Device, span: &Span, member: &Replica) -> bool {
+        let (node, _) = self.locate(member.disk);
+        let is = member.incarnation;
+        let in_memory = device.commit == Commit::Deferred
+            && match span.primary().disk == member.disk {
+                // One that had not adopted that it is primary is no better than a secondary.
+                true => {
+                    let mut lives = self.agents[usize::from(node) - 1].lives.iter();
+                    !lives.any(|life| life.process == is.process && life.adopted.0 >= span.epoch.0)
+                }
+                false => true,
+            };
+        self.mounted(member.disk).attach == is.attach.0 && (!in_memory || self.alive(node, is.process.0))
+    }
+
+    /// What a node holds in memory of a device for its primaries, in the order of its arrival: offset and bytes.
+    fn staged(&self, disk: DiskId, device: DeviceId) -> Vec<(u64, &[u8])> {
+        let Some(process) = &self.node(self.locate(disk).0).process else { return Vec::new() };
+        let staged = process.engine.staged().filter(|staged| (staged.device, staged.disk) == (device, disk));
+        staged
+            .filter_map(|staged| {
+                let from = u64::from(staged.slice) * u64::from(SLICE) + u64::from(staged.offset);
+                Some((from, process.bytes(staged.buffer)?))
+            })
+            .collect()
     }
 
     fn copy(&self, disk: DiskId, opened: &Opened, device: DeviceId, slice: u32) -> CopyOnDisk<'_> {

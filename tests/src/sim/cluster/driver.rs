@@ -5,10 +5,10 @@ use crate::sim::network::Frame;
 use crate::sim::node::{PUNCH, position};
 use crate::sim::process::{Content, DiskIo, Started};
 use crate::sim::scheduler::{MS, Nanos};
-use mirror_net::control::NodeMessage;
+use mirror_net::control::{Life, NodeMessage};
 use mirror_net::engine::action::{Action, Body, Io, Report};
 use mirror_net::format::MetadataIo;
-use mirror_net::ids::NodeId;
+use mirror_net::ids::{NodeId, ProcessId};
 use mirror_net::region::digest::DigestKey;
 use mirror_net::wire::header::{HEADER_BYTES, Header, Kind, Status, TRAILER_BYTES, Trailer};
 
@@ -134,6 +134,8 @@ impl Cluster {
             Action::Report(report) => {
                 if let Report::Adopted { version } = &report {
                     process.adopted = *version;
+                    let id = ProcessId(self.node(node).process_id);
+                    Life::note(&mut self.agents[usize::from(node) - 1].lives, id, *version);
                 }
                 self.say(|| format!("n{node}: {report:?}"));
                 if let Report::Adopted { version } = &report

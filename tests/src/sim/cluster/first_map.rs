@@ -9,8 +9,8 @@ use mirror_net::ids::{
 };
 use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
 use mirror_net::map::{
-    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node as MapNode, Replica, ReplicaState, SegmentSlots,
-    Span,
+    Claim, Commit, Device, Disk, DistributionMap, MAP_FORMAT, Node as MapNode, Replica, ReplicaState,
+    SegmentSlots, Span,
 };
 
 /// What the map says of every disk's slots. A partner with three disks holds some devices on two of them.
@@ -25,7 +25,7 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> (DistributionMap, Vec<u
         return (map, users);
     }
     let nodes: Vec<NodeSpec> =
-        nodes.iter().enumerate().map(|(index, node)| spec(node, index >= used)).collect();
+        nodes.iter().enumerate().map(|(index, node)| spec(node, index >= used, shape)).collect();
     let map = pairs(ClusterId::default(), "sim", SLICE, &nodes).expect("there is room");
     // As far from each other as can be; mirrored ones first.
     let mut users: Vec<usize> = (0..map.devices.len()).collect();
@@ -37,7 +37,7 @@ pub(super) fn first_map(shape: Shape, nodes: &[Node]) -> (DistributionMap, Vec<u
     (map, users)
 }
 
-fn spec(node: &Node, spare: bool) -> NodeSpec {
+fn spec(node: &Node, spare: bool, shape: Shape) -> NodeSpec {
     let disk = |index: usize| DiskSpec {
         name: format!("d{}", index + 1),
         slots: SLOTS,
@@ -51,6 +51,7 @@ fn spec(node: &Node, spare: bool) -> NodeSpec {
         switch: None,
         disks: (0..node.disks.len()).map(disk).collect(),
         spare,
+        devices: shape.policy,
     }
 }
 
@@ -110,6 +111,8 @@ fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
                 slices: SLICES,
                 block_bytes: 512,
                 copies: copies(device) as u8,
+                commit: if copies(device) > 1 { shape.policy.commit } else { Commit::Immediate },
+                on_no_quorum: shape.policy.on_no_quorum,
                 claim: Claim {
                     // With three nodes and two copies the last device's exporter holds no copy.
                     node: nodes[if device == 1 { count - 1 } else { device % count }].id,

@@ -19,6 +19,7 @@ use crate::sim::scheduler::{MS, Nanos, Queue, Random};
 use crate::sim::workload::{Asked, SLICES};
 use mirror_net::ids::{ClusterId, DiskId, NodeId, ProcessId};
 use mirror_net::manager::Proposal;
+use mirror_net::map::DevicePolicy;
 use mirror_net::wire::header::CrcSeed;
 use std::collections::BTreeMap;
 
@@ -75,6 +76,8 @@ pub struct Shape {
     pub wanders: bool,
     /// Whether users discard.
     pub discards: bool,
+    /// Of the mirrored devices, and what becomes of requests that cannot be served.
+    pub policy: DevicePolicy,
 }
 
 /// An exporter that another replaced.

@@ -310,7 +310,9 @@ impl Cluster {
                     true => asked.began,
                     false => self.former.iter().rev().find(former).map_or(asked.began, |former| former.until),
                 };
-                self.checker.flushed(device, asked.began.min(until), now);
+                let began = asked.began.min(until);
+                self.find_lost(node, device, began);
+                self.checker.flushed(device, began, now);
             }
             (Ok(()), RequestKind::Write { .. } | RequestKind::WriteZeroes { .. }) if asked.claim == 0 => {
                 self.checker
