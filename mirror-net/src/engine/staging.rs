@@ -266,8 +266,8 @@ impl Engine {
 mod tests {
     use super::super::testing::{DEVICE, Rig, map, next};
     use super::{BYTES_MAX, COMMIT_AFTER};
-    use crate::ids::SliceEpoch;
-    use crate::map::{Commit, DistributionMap};
+    use crate::ids::{ProcessId, SliceEpoch};
+    use crate::map::{Commit, DistributionMap, ReplicaState};
     use crate::wire::header::{FLAG_FUA, Header, Kind, Status};
 
     fn deferred() -> DistributionMap {
@@ -410,6 +410,21 @@ mod tests {
         assert!(rig.engine.staging.bytes <= BYTES_MAX);
         rig.complete_io(Ok(()));
         assert_eq!((rig.engine.staging.bytes, rig.engine.staging.waiting_bytes), (0, 0));
+    }
+
+    #[test]
+    fn what_a_copy_had_acknowledged_counts_for_nothing_when_its_process_is_another() {
+        for (commit, known) in [(Commit::Immediate, true), (Commit::Deferred, false)] {
+            let mut first = map(2, 2, 1);
+            first.devices[0].commit = commit;
+            first.devices[0].spans[0].replicas[1].state = ReplicaState::Syncing;
+            let mut rig = Rig::new(1, &first);
+            rig.wait(200, &[2]);
+            assert_eq!(rig.engine.may_differ(0, 0, 0), 0, "they were compared");
+            rig.clean_peers = false;
+            rig.adopt(&next(&first, |span| span.replicas[1].incarnation.process = ProcessId(77)));
+            assert_eq!(rig.engine.may_differ(0, 0, 0) == 0, known, "{commit:?}");
+        }
     }
 
     #[test]

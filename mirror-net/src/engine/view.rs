@@ -2,7 +2,9 @@
 
 use super::action::DiskIndex;
 use crate::format::alloc::Segment;
-use crate::ids::{AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, SliceEpoch};
+use crate::ids::{
+    AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, ProcessId, SliceEpoch,
+};
 use crate::map::validate::COPIES_MAX;
 use crate::map::{self, Claim, Commit, DistributionMap, OnNoQuorum, ReplicaState};
 use crate::planted::{self, Bug};
@@ -72,14 +74,25 @@ pub struct SpanView {
     pub mine: Option<Mine>,
     /// The other copies that get writes: members and syncing ones.
     pub others: Vec<PeerIndex>,
-    /// Under which attachment each of `others` holds its copy, and since which map.
-    pub attached: Vec<(AttachId, MapVersion)>,
+    /// As what each of `others` holds its copy.
+    pub attached: Vec<Held>,
     /// Those of them that are members.
     pub members: Vec<PeerIndex>,
     /// Peers with copies that lack writes, on disks that work.
     pub stale: Vec<PeerIndex>,
     /// Copies in the list, stale ones included.
     pub copies: usize,
+}
+
+/// As what another node holds a copy: what it acknowledged as that, it has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Held {
+    /// The attachment of its disk.
+    pub attach: AttachId,
+    /// Its process, where some of what it acknowledged is in memory.
+    pub process: Option<ProcessId>,
+    /// The map that put it there.
+    pub added: MapVersion,
 }
 
 /// This node's copy of a span.
@@ -106,8 +119,8 @@ impl SpanView {
         self.members.len() + 1 == self.copies || planted::is(Bug::ClearedAlone)
     }
 
-    /// Under which attachment that peer holds its copy, and since which map, if it gets writes.
-    pub fn attached(&self, peer: PeerIndex) -> Option<(AttachId, MapVersion)> {
+    /// As what that peer holds its copy, if it gets writes.
+    pub fn attached(&self, peer: PeerIndex) -> Option<Held> {
         self.others.iter().position(|other| *other == peer).map(|index| self.attached[index])
     }
 
@@ -254,7 +267,13 @@ impl Viewer<'_> {
                 }
                 Place::Peer(peer) if replica.state != ReplicaState::Stale => {
                     view.others.push(peer);
-                    view.attached.push((replica.incarnation.attach, replica.added));
+                    view.attached.push(Held {
+                        attach: replica.incarnation.attach,
+                        process: device
+                            .lives_in_memory(span, replica.disk)
+                            .then_some(replica.incarnation.process),
+                        added: replica.added,
+                    });
                     if replica.state == ReplicaState::InSync {
                         view.members.push(peer);
                     }

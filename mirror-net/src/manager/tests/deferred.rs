@@ -1,0 +1,57 @@
+//! Secondaries that acknowledge from memory.
+
+use super::bench::incarnation;
+use super::rules::{rebooted, restarted};
+use super::{Bench, map_of};
+use crate::control::{Life, OperatorReply};
+use crate::ids::MapVersion;
+use crate::map::{Commit, DistributionMap};
+
+fn deferred() -> DistributionMap {
+    let mut map = map_of(2);
+    for device in map.devices.iter_mut().filter(|device| device.copies > 1) {
+        device.commit = Commit::Deferred;
+    }
+    map
+}
+
+/// A node whose process is another; the one before had adopted that map.
+fn restart(bench: &mut Bench, index: u64, adopted: u64) {
+    let mut registration = bench.registration(index, restarted(index));
+    registration.lives = vec![Life { process: incarnation(index).process, adopted: MapVersion(adopted) }];
+    bench.register_as(registration);
+}
+
+#[test]
+fn a_deferred_secondary_that_restarted_is_not_promoted() {
+    let mut bench = Bench::up(&deferred());
+    bench.disconnect(1);
+    bench.register(2, restarted(2));
+    assert!(matches!(bench.failover("n1"), OperatorReply::Refused { .. }));
+    assert_eq!(bench.copies("n1-d1"), "n1+ n2+");
+    bench.register(1, restarted(1));
+    assert_eq!(bench.copies("n1-d1"), "n1+ n2-", "what n2 had in memory only, n1 has on its disk");
+}
+
+#[test]
+fn of_deferred_members_that_all_restarted_the_primary_has_everything_once_it_adopted() {
+    for (adopted, loss) in [(1, 0), (0, 1)] {
+        let mut bench = Bench::new(Some(deferred()));
+        restart(&mut bench, 2, 1);
+        restart(&mut bench, 1, adopted);
+        assert_eq!(bench.copies("n1-d1"), "n1+ n2-");
+        assert_eq!(
+            (bench.span("n1-d1").primary().incarnation, bench.span("n1-d1").loss.0),
+            (restarted(1), loss)
+        );
+    }
+}
+
+#[test]
+fn a_power_cut_of_the_primary_and_a_restart_of_a_deferred_secondary_are_a_loss() {
+    let mut bench = Bench::up(&deferred());
+    restart(&mut bench, 2, 1);
+    bench.register(1, rebooted(1));
+    assert_eq!(bench.copies("n1-d1"), "n1+ n2-");
+    assert_eq!(bench.span("n1-d1").loss.0, 1);
+}
