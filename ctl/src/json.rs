@@ -4,7 +4,7 @@
 
 use mirror_net::control::{ClusterStatus, DiskContent, Finding, NodeStatus, Severity};
 use mirror_net::format::alloc::Segment;
-use mirror_net::map::{Device, DistributionMap, ReplicaState, SegmentSlots};
+use mirror_net::map::{Commit, Device, DistributionMap, OnNoQuorum, ReplicaState, SegmentSlots};
 use serde::Serialize;
 
 /// How a copy's state is written.
@@ -78,6 +78,8 @@ pub struct MapDeviceJson {
     pub slices: u32,
     pub bytes: u64,
     pub copies: u8,
+    pub commit: Commit,
+    pub on_no_quorum: OnNoQuorum,
     pub exporter: String,
     pub claim_generation: u64,
     pub spans: Vec<SpanJson>,
@@ -137,6 +139,8 @@ impl MapJson {
             slices: device.slices,
             bytes: device.bytes(map.slice_bytes),
             copies: device.copies,
+            commit: device.commit,
+            on_no_quorum: device.on_no_quorum,
             exporter: map.node_name(device.claim.node),
             claim_generation: device.claim.generation.0,
             spans: device

@@ -126,8 +126,6 @@ bugs! {
     StagedRestartBelieved "staged-restart-believed",
     /// 10: what a secondary acknowledged from memory is dropped at the end of its session.
     StagedDropped "staged-dropped",
-    /// 5, 11: a node becomes primary before it has stored what it acknowledged from memory.
-    StagedAtAdoption "staged-at-adoption",
     /// The manager sends a map out before it is stored.
     SentBeforeStored "sent-before-stored",
 }

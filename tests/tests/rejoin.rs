@@ -149,6 +149,64 @@ fn nothing_acknowledged_is_lost_whoever_dies_when() -> anyhow::Result<()> {
     copies_are_equal(&play)
 }
 
+/// What a mirror holds in memory only is no more than what its primary's disk has: one failure at a time costs nothing.
+#[test]
+fn with_deferred_commit_one_failure_at_a_time_loses_nothing() -> anyhow::Result<()> {
+    let rounds = if std::env::var("UBLK_MIRROR_LONG").is_ok() { 60 } else { 4 };
+    let mut play = Playground::start_like(2, "nbd", "512M", &["--commit", "deferred"])?;
+    play.healthy()?;
+    let map = play.json(&["map", "show"])?;
+    ensure!(map["devices"][0]["commit"] == "deferred", "{map}");
+    let mut random = Random::new(1);
+    let workload = Workload::new(&play, 1, &["n1-d1", "n2-d1"], 3);
+    workload.run(|| {
+        for round in 0..rounds {
+            std::thread::sleep(Duration::from_millis(random.below(1500)));
+            let node = NODES[random.below(2) as usize];
+            play.kill(node)?;
+            std::thread::sleep(Duration::from_millis(random.below(4000)));
+            play.restart(node)?;
+            play.healthy().with_context(|| format!("round {round}: {node}"))?;
+            workload.pause()?;
+            workload.check().with_context(|| format!("round {round}: {node}\n{}", play.logs()))?;
+            workload.go_on();
+        }
+        Ok(())
+    })?;
+    ensure!(workload.counts.acknowledged.load(Relaxed) > 50 * rounds, "hardly anything was written");
+    drop(workload);
+    play.healthy()?;
+    play.stop()?;
+    copies_are_equal(&play)
+}
+
+#[test]
+fn a_device_that_is_set_to_fails_what_nobody_can_serve() -> anyhow::Result<()> {
+    let mut play = Playground::start_like(2, "nbd", "512M", &["--on-no-quorum", "error"])?;
+    let mut client = NbdClient::connect(&play.uri("n1-d1")?)?;
+    client.write(0, &stamp(1))?;
+    // Nobody can say that n1 may go on alone.
+    play.kill("manager")?;
+    play.kill("n2")?;
+    client.set_patience(Duration::from_secs(60))?;
+    // What n2 granted is over.
+    std::thread::sleep(Duration::from_millis(1_500));
+    client.start_write(MIB, &stamp(2))?;
+    client.start_read(0, 4096)?;
+    const EIO: u32 = 5;
+    for what in ["it cannot be on both", "there is no lease"] {
+        let reply = client.reply()?.with_context(|| format!("{what}, and it waits"))?;
+        ensure!(reply.error == EIO, "{what}: {reply:?}");
+    }
+    play.restart("manager")?;
+    play.until("n1 goes on alone", || Ok(client.write(MIB, &stamp(3)).ok()))?;
+    ensure!(client.read(0, 4096)? == stamp(1) && client.read(MIB, 4096)? == stamp(3));
+    play.restart("n2")?;
+    play.healthy()?;
+    play.stop()?;
+    copies_are_equal(&play)
+}
+
 /// What `status` finds, all severities, one line each.
 fn findings(play: &Playground) -> anyhow::Result<String> {
     let status = play.json(&["status"])?;

@@ -134,6 +134,11 @@ fn cluster_text(wanted: &Wanted, keys: &str, ports: &[u16]) -> String {
             let _ = writeln!(text, "{name} = \"{}\"", humantime::format_duration(after));
         }
     }
+    let commit = wanted.commit.map(|commit| ("commit", commit.as_str()));
+    let on_no_quorum = wanted.on_no_quorum.map(|choice| ("on_no_quorum", choice.as_str()));
+    for (name, word) in [commit, on_no_quorum].into_iter().flatten() {
+        let _ = writeln!(text, "{name} = {word:?}");
+    }
     if !wanted.etcd.is_empty() {
         let _ =
             write!(text, "\n[store]\nkind = \"etcd\"\nendpoints = {:?}\nprefix = {keys:?}\n", wanted.etcd);
@@ -279,6 +284,8 @@ mod tests {
             spares: 1,
             fail_after: None,
             spare_after: None,
+            commit: None,
+            on_no_quorum: None,
             disk_bytes: 1 << 20,
             frontend: Frontend::Nbd,
             nbd_tcp: false,

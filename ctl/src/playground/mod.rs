@@ -14,6 +14,7 @@ use crate::output;
 use clap::{Args, Subcommand};
 use lineup::Playground;
 use mirror_net::config::{Frontend, parse_bytes};
+use mirror_net::map::{Commit, OnNoQuorum};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -43,6 +44,12 @@ pub struct PlaygroundArguments {
     /// For how long a node has to be silent until it has failed; longer where machines are slow, such as 10s
     #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
     fail_after: Option<Duration>,
+    /// When a mirror acknowledges a write: once its disk has it, or once its memory has it
+    #[arg(long, value_parser = commit, value_name = "immediate|deferred")]
+    commit: Option<Commit>,
+    /// What becomes of a request that cannot be served: it waits, or fails after 10 s
+    #[arg(long, value_parser = on_no_quorum, value_name = "wait|error")]
+    on_no_quorum: Option<OnNoQuorum>,
     /// The size of each node's disk, a file; such as 512M or 1G
     #[arg(long, default_value = "1G", value_parser = size, value_name = "SIZE")]
     disk_size: u64,
@@ -79,6 +86,14 @@ fn size(text: &str) -> Result<u64, String> {
     parse_bytes(text).ok_or_else(|| "write a size such as 512M or 1G".to_owned())
 }
 
+fn commit(text: &str) -> Result<Commit, String> {
+    Commit::parse(text).ok_or_else(|| "it is one of immediate, deferred".to_owned())
+}
+
+fn on_no_quorum(text: &str) -> Result<OnNoQuorum, String> {
+    OnNoQuorum::parse(text).ok_or_else(|| "it is one of wait, error".to_owned())
+}
+
 fn frontend(text: &str) -> Result<Frontend, String> {
     Frontend::parse(text).ok_or_else(|| "it is one of auto, ublk, nbd".to_owned())
 }
@@ -94,6 +109,8 @@ pub(crate) struct Wanted {
     spares: u16,
     fail_after: Option<Duration>,
     spare_after: Option<Duration>,
+    commit: Option<Commit>,
+    on_no_quorum: Option<OnNoQuorum>,
     disk_bytes: u64,
     frontend: Frontend,
     nbd_tcp: bool,
@@ -114,6 +131,7 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
         None => {
             let PlaygroundArguments { managers, etcd, nodes, spares, fail_after, spare_after, .. } =
                 arguments;
+            let PlaygroundArguments { commit, on_no_quorum, .. } = arguments;
             let PlaygroundArguments { frontend, nbd_tcp, keep, json, disk_size: disk_bytes, .. } = arguments;
             if managers > 1 && etcd.is_empty() {
                 return Err(Failure::usage("several managers share an etcd: add --etcd URL"));
@@ -126,6 +144,8 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
                 spares,
                 fail_after,
                 spare_after,
+                commit,
+                on_no_quorum,
                 disk_bytes,
                 frontend,
                 nbd_tcp,

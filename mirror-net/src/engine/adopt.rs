@@ -105,9 +105,7 @@ impl Engine {
         if self.map.is_none() {
             self.leave_forgotten_slots(map.version);
         }
-        if !planted::is(Bug::StagedAtAdoption) {
-            self.store_all();
-        }
+        self.store_all();
         self.withdraw(&views);
         self.adopting = Some(Adoption { map, views, tickets: None });
         self.place_adopted();
@@ -163,7 +161,7 @@ impl Engine {
     pub(super) fn adoption_durable(&mut self) {
         let durable = |adoption: &mut Adoption| {
             let Some(tickets) = &adoption.tickets else { return false };
-            if !self.staging.is_empty() && !planted::is(Bug::StagedAtAdoption) {
+            if !self.staging.is_empty() {
                 return false;
             }
             let mut disks = self.disks.iter().zip(tickets);

@@ -279,9 +279,21 @@ impl Engine {
         }
     }
 
-    /// The manager's number for this process as an exporter; before any request.
+    /// The manager's number for this process as an exporter; before any request. The first is kept: whoever comes
+    /// after this process gets a larger one than that as well, and what is under way under it must not be
+    /// taken for another process's.
     pub fn set_exporter_session(&mut self, session: ExporterSession) {
-        self.exporter_session = session;
+        if self.exporter_session == ExporterSession(0) {
+            self.exporter_session = session;
+        }
+    }
+
+    /// The process is about to end: nothing is held in memory for other nodes any more.
+    pub fn handle_stop(&mut self, now: Nanos) {
+        self.now = now;
+        self.staging.stop();
+        self.store_all();
+        self.settle();
     }
 
     /// How to treat other nodes' copies from now on.

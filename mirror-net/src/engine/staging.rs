@@ -44,6 +44,8 @@ pub(super) struct Staging {
     bytes: u64,
     waiting_bytes: u64,
     flushes: Vec<WaitingFlush>,
+    /// Nothing more is staged.
+    stopped: bool,
     /// The last one has been stored.
     emptied: bool,
 }
@@ -84,6 +86,11 @@ pub(super) struct StagedSlice {
 }
 
 impl Staging {
+    /// Stages nothing more.
+    pub fn stop(&mut self) {
+        self.stopped = true;
+    }
+
     pub fn is_empty(&self) -> bool {
         self.unfinished == 0
     }
@@ -99,6 +106,11 @@ fn buffer_bytes(op: &Op) -> u64 {
 }
 
 impl Engine {
+    /// Whether this node holds anything in memory for other nodes.
+    pub fn has_staged(&self) -> bool {
+        !self.staging.is_empty()
+    }
+
     /// What this node holds in memory for other nodes, in the order of its arrival.
     pub fn staged(&self) -> impl Iterator<Item = StagedWrite> {
         let mut staged: Vec<&Op> = self.ops.values().filter(|op| op.staged.is_some()).collect();
@@ -124,6 +136,7 @@ impl Engine {
             && op.staged.is_none()
             && op.owns_buffer
             && self.adopting.is_none()
+            && !self.staging.stopped
             && !self.disks[op.disk].failed
             // What is entered for the first time is zeroed, and needs more than the range of the write.
             && regions & !self.disks[op.disk].journal.masks(SlotIndex(op.slot)).writable() == 0
@@ -382,6 +395,20 @@ mod tests {
         assert!(rig.take(Kind::Open).is_empty());
         rig.complete_io(Ok(()));
         assert_eq!(rig.take(Kind::Open).len(), 1);
+    }
+
+    #[test]
+    fn a_process_that_ends_stores_what_it_holds() {
+        let mut rig = secondary();
+        rig.frame(1, header(Kind::Write, 0), None);
+        rig.engine.handle_stop(rig.now);
+        rig.run();
+        assert_eq!((acks(&mut rig), rig.held.len()), (1, 1));
+        assert!(rig.engine.has_staged());
+        rig.complete_io(Ok(()));
+        assert!(!rig.engine.has_staged());
+        rig.frame(1, header(Kind::Write, 0), None);
+        assert_eq!((acks(&mut rig), rig.held.len()), (0, 1));
     }
 
     #[test]

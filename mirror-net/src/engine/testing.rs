@@ -117,6 +117,8 @@ pub(super) struct Rig {
     pub engine: Engine,
     pub now: Nanos,
     pub sent: Vec<Sent>,
+    /// The exporter sessions of what was forwarded.
+    pub trailers: Vec<u64>,
     pub done: Vec<(u64, Result<(), super::action::RequestError>)>,
     pub reports: Vec<Report>,
     pub released: Vec<BufferId>,
@@ -192,6 +194,7 @@ impl Rig {
             engine: Engine::new(who, SLICE, vec![formatted(u32::from(me), known_zero)], 0),
             now: 0,
             sent: Vec::new(),
+            trailers: Vec::new(),
             done: Vec::new(),
             reports: Vec::new(),
             released: Vec::new(),
@@ -391,7 +394,8 @@ impl Rig {
                         let failed = self.fail_metadata && matches!(work, MetadataIo::Write { .. });
                         io.push((id, if failed { Err("metadata".into()) } else { Ok(()) }));
                     }
-                    Action::Send { peer, header, body, .. } => {
+                    Action::Send { peer, header, body, trailer, .. } => {
+                        self.trailers.extend(trailer.map(|trailer| trailer.exporter_session));
                         let body = if let Body::Bytes(bytes) = body { bytes.to_vec() } else { Vec::new() };
                         self.sent.push(Sent { to: peer.0, header, body });
                     }

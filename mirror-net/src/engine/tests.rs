@@ -3,7 +3,7 @@
 use super::action::{Report, RequestError, RequestKind};
 use super::testing::{DEVICE, Rig, claimed, map, next};
 use crate::config::{NodePolicy, Pace};
-use crate::ids::{MapVersion, SliceEpoch};
+use crate::ids::{ExporterSession, MapVersion, SliceEpoch};
 use crate::map::ReplicaState;
 use crate::wire::header::{Header, Kind, Status, Trailer};
 
@@ -92,6 +92,14 @@ fn forwarded(kind: Kind, epoch: u64, offset: u32) -> Header {
 
 fn trailer(claim: u64, exporter_session: u64, origin: u16) -> Option<Trailer> {
     Some(Trailer { claim, exporter_session, exporter_sequence: 1, origin })
+}
+
+#[test]
+fn a_process_keeps_its_first_number_as_an_exporter() {
+    let mut rig = Rig::new(3, &map(3, 2, 3));
+    rig.engine.set_exporter_session(ExporterSession(9));
+    rig.write(0, 4096);
+    assert_eq!(rig.trailers, [1], "the number under which others may be under way still");
 }
 
 #[test]

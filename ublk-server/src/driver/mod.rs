@@ -287,6 +287,7 @@ impl IoThread {
             }
             Command::Stop => {
                 self.stopping = true;
+                self.engine.handle_stop(now());
                 self.clients.iter_mut().for_each(|(_, client)| client.stream.close());
                 self.queued_clients.clear();
             }
@@ -324,7 +325,7 @@ impl IoThread {
     fn is_quiet(&self) -> bool {
         // Devices that are still exported are left to the next process on purpose: the kernel gives it what is
         // in flight again.
-        self.disk_ios.is_empty() && self.clients.is_empty()
+        self.disk_ios.is_empty() && self.clients.is_empty() && !self.engine.has_staged()
     }
 
     // ---- what the engine wants ----
