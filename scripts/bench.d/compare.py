@@ -42,11 +42,13 @@ TICK = os.sysconf("SC_CLK_TCK")
 class Ours(System):
     """Two nodes of ours, their device exported over NBD."""
 
+    options = ()
+
     def __init__(self, place, _size, name="ours", programs=""):
         super().__init__()
         self.name = name
         # The primary segment is 45 % of a disk.
-        self.playground = Playground(place, "3G", "--nbd-tcp", programs=programs).__enter__()
+        self.playground = Playground(place, "3G", "--nbd-tcp", *self.options, programs=programs).__enter__()
         self.uri = self.playground.device()["uri"]
         self.playground.fio("--rw=write", "--bs=1m", "--iodepth=8", f"--size={SIZE}")
 
@@ -60,7 +62,16 @@ class Ours(System):
         return [["--ioengine=nbd", f"--uri={self.uri}"]]
 
 
-SYSTEMS = {"memory": [Ours, Quorum, Nbdkit, Raw], "disk": [Ours, Quorum, Raw]}
+class Deferred(Ours):
+    """The same with a mirror that acknowledges from its memory."""
+
+    options = ("--commit", "deferred")
+
+    def __init__(self, place, size):
+        super().__init__(place, size, "deferred")
+
+
+SYSTEMS = {"memory": [Ours, Deferred, Quorum, Nbdkit, Raw], "disk": [Ours, Deferred, Quorum, Raw]}
 
 
 def cpu_seconds(pids):
