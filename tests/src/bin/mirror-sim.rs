@@ -8,6 +8,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+// A fifth of a schedule's time is allocation: frames, buffers, maps.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Runs whole clusters of the real engine and manager on simulated disks, clocks and a simulated network, with
 /// everything going wrong that a seed says, and holds what users saw against what was promised.
 ///
