@@ -124,6 +124,7 @@ fn map() -> DistributionMap {
                 count: 1,
                 epoch: SliceEpoch(1),
                 loss: LossGeneration(0),
+                primary_since: MapVersion(0),
                 replicas: vec![replica(1), replica(2)],
             }],
         }],

@@ -161,7 +161,9 @@ impl Engine {
     pub(super) fn adoption_durable(&mut self) {
         let durable = |adoption: &mut Adoption| {
             let Some(tickets) = &adoption.tickets else { return false };
-            if !self.staging.is_empty() {
+            // Nor does what cannot be stored: that copy serves nothing either.
+            let staged = |op: &super::op::Op| op.staged.is_some() && !self.disks[op.disk].failed;
+            if !self.staging.is_empty() && self.ops.values().any(staged) {
                 return false;
             }
             let mut disks = self.disks.iter().zip(tickets);

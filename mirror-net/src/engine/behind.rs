@@ -99,8 +99,8 @@ impl Engine {
                 resync.left += new;
                 resync.total += new;
             }
-            // All of it may differ already.
-            Some(_) => {}
+            // All of it may differ already; of this it is not asked later whether it does.
+            Some(behind) => behind.noted |= regions,
             None => {
                 let new = u64::from(regions.count_ones());
                 // What it has readable is unknown: comparing finds out.

@@ -7,6 +7,7 @@
 use super::action::{
     Action, Body, BufferId, BufferRange, FlushKey, Request, RequestError, RequestKind, RequestToken,
 };
+use super::flush::Flush;
 use super::op::{Op, OpKind, Origin};
 use super::session::SILENCE;
 use super::view::{PeerIndex, Place};
@@ -57,6 +58,8 @@ pub(super) struct RequestPart {
     /// Counts how often it was sent: answers to earlier ones mean nothing any more.
     attempt: u32,
     place: PartPlace,
+    /// Since when it has nowhere to go, if it is held.
+    held_since: Nanos,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -183,6 +186,7 @@ impl Engine {
                     sequence: self.exporter_sequence,
                     attempt: 0,
                     place: PartPlace::Held,
+                    held_since: self.now,
                 });
                 self.requests[key].remaining += 1;
                 self.route(part);
@@ -297,6 +301,7 @@ impl Engine {
     fn hold_part(&mut self, key: PartKey) {
         if let Some(part) = self.parts.get_mut(key) {
             part.place = PartPlace::Held;
+            part.held_since = self.now;
             self.held.push(key);
         }
     }
@@ -549,24 +554,25 @@ impl Engine {
 
     // ---- what cannot be served ----
 
-    /// Parts of devices that fail what cannot be served: held, and of requests since too long ago.
-    pub(super) fn overdue_parts(&self, overdue: impl Fn(Nanos) -> bool) -> impl Iterator<Item = PartKey> {
+    /// Parts that have been held for too long.
+    pub(super) fn overdue_parts(&self) -> impl Iterator<Item = PartKey> {
         let held = self.parts.iter().filter(|(_, part)| part.place == PartPlace::Held);
-        held.filter(move |(_, part)| self.fails(part.request, &overdue)).map(|(key, _)| key)
+        held.filter(|(_, part)| self.is_overdue(part.device, part.held_since)).map(|(key, _)| key)
     }
 
-    /// The same of flushes, wherever they were sent: they use no buffer.
-    pub(super) fn overdue_flushes(
-        &self,
-        overdue: impl Fn(Nanos) -> bool,
-    ) -> impl Iterator<Item = ExportFlushKey> {
-        let flushes = self.export_flushes.iter();
-        flushes.filter(move |(_, flush)| self.fails(flush.request, &overdue)).map(|(key, _)| key)
-    }
-
-    fn fails(&self, request: RequestKey, overdue: impl Fn(Nanos) -> bool) -> bool {
-        let request = self.requests.get(request);
-        request.is_some_and(|request| self.devices[request.device].view.fails && overdue(request.asked))
+    /// Flushes that wait for a primary, or here for a copy, for too long.
+    pub(super) fn overdue_export_flushes(&self) -> impl Iterator<Item = ExportFlushKey> {
+        let waits = |target: &Target| match target.state {
+            TargetState::Waiting => true,
+            TargetState::Asked(Some(key)) => self.flushes.get(key).is_some_and(Flush::waits),
+            // It gives up by itself.
+            TargetState::Asked(None) | TargetState::Done => false,
+        };
+        let flushes = self.export_flushes.iter().filter(move |(_, flush)| {
+            let asked = self.requests.get(flush.request).map(|request| request.asked);
+            asked.is_some_and(|asked| self.is_overdue(flush.device, asked)) && flush.targets.iter().any(waits)
+        });
+        flushes.map(|(key, _)| key)
     }
 
     pub(super) fn give_up_part(&mut self, key: PartKey) {
@@ -575,11 +581,15 @@ impl Engine {
         self.part_done(key, Status::NoQuorum, loss);
     }
 
-    /// What comes of it is heard by nobody.
-    pub(super) fn give_up_flush(&mut self, key: ExportFlushKey) {
-        if let Some(flush) = self.export_flushes.remove(key) {
-            self.request_part_done(flush.request, Some(RequestError::NoQuorum));
+    /// What comes of it elsewhere is heard by nobody.
+    pub(super) fn give_up_export_flush(&mut self, key: ExportFlushKey) {
+        let Some(flush) = self.export_flushes.remove(key) else { return };
+        for target in &flush.targets {
+            if let TargetState::Asked(Some(here)) = target.state {
+                self.flushes.remove(here);
+            }
         }
+        self.request_part_done(flush.request, Some(RequestError::NoQuorum));
     }
 
     /// A new map: if acknowledged writes may be lost, every flush fails until its caller knows.

@@ -1,11 +1,11 @@
 //! Flushes: one disk's, coalesced; one device's slices here with their secondaries.
 
-use super::Engine;
 use super::action::{Action, Body, DiskIndex, FlushKey, Io};
 use super::exporter::ExportFlushKey;
 use super::op::{FlushWaiter, LegState, Sender};
 use super::view::{PeerIndex, Place};
 use super::window::Awaited;
+use super::{Engine, Nanos};
 use crate::ids::{DeviceId, SliceEpoch};
 use crate::planted::{self, Bug};
 use crate::wire::header::{BadFrame, Header, Kind, Status, Trailer};
@@ -37,11 +37,19 @@ pub(super) enum FlushOrigin {
 /// A flush of one device's slices on this node and, as primary, on its secondaries.
 #[derive(Debug)]
 pub(super) struct Flush {
-    origin: FlushOrigin,
-    device: usize,
+    pub origin: FlushOrigin,
+    pub device: usize,
+    pub since: Nanos,
     disks_pending: usize,
     legs: Vec<(PeerIndex, LegState)>,
     failed: bool,
+}
+
+impl Flush {
+    /// Whether it waits for a copy that it could not ask.
+    pub fn waits(&self) -> bool {
+        self.legs.iter().any(|(_, state)| *state == LegState::Unsent)
+    }
 }
 
 impl Engine {
@@ -164,7 +172,8 @@ impl Engine {
             _ => view.serving_disks.clone(),
         };
         // One more is pending until all have been asked, so that it cannot end before.
-        let flush = Flush { origin, device, disks_pending: disks.len() + 1, legs, failed: false };
+        let flush =
+            Flush { origin, device, since: self.now, disks_pending: disks.len() + 1, legs, failed: false };
         let key = self.flushes.insert(flush);
         self.send_flush_legs(key);
         if matches!(origin, FlushOrigin::Primary(_)) {
@@ -275,7 +284,7 @@ impl Engine {
         })
     }
 
-    fn end_flush(&mut self, flush: &Flush, status: Status) {
+    pub(super) fn end_flush(&mut self, flush: &Flush, status: Status) {
         match flush.origin {
             FlushOrigin::Export(export) => self.export_flush_answer(export, Place::Here, status),
             FlushOrigin::Exporter(sender, _) => {

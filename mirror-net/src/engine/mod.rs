@@ -214,6 +214,8 @@ pub struct Engine {
     pacer: pace::Pacer,
     tolerance: Tolerance,
     no_quorum_after: Nanos,
+    /// When this process last ran again after it had not for a while: nothing waits since before that.
+    woken: Nanos,
     clear_every: Nanos,
     next_clear: Nanos,
     actions: VecDeque<Action>,
@@ -272,6 +274,7 @@ impl Engine {
             pacer: pace::Pacer::default(),
             tolerance: Tolerance::default(),
             no_quorum_after: nanos(NodePolicy::default().no_quorum_after),
+            woken: 0,
             clear_every: CLEAR_EVERY,
             next_clear: now + CLEAR_EVERY,
             actions: VecDeque::new(),
@@ -338,6 +341,9 @@ impl Engine {
         self.next_tick = now + TICK;
         self.tick_sessions(stalled);
         self.tick_staging();
+        if stalled {
+            self.woken = now;
+        }
         self.tick_quorum();
         self.free_left_slots();
         self.place_adopted();

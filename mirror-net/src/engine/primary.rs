@@ -323,6 +323,7 @@ impl Engine {
         let Some(op) = self.ops.get(key) else { return };
         if let Some(status) = op.doomed {
             if op.is_quiet() {
+                let status = self.doomed_end(op, status);
                 self.finish(key, status);
             }
             return;
@@ -357,7 +358,7 @@ impl Engine {
     }
 
     /// With another copy the manager moves the primary role away from a failed disk, and the part follows.
-    fn may_move_op(&self, op: &Op) -> bool {
+    pub(super) fn may_move_op(&self, op: &Op) -> bool {
         op.part == Part::Primary
             && self.disks[op.disk].failed
             && !self.devices[op.device].view.span(op.slice).others.is_empty()

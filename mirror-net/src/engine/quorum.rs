@@ -7,9 +7,10 @@
 //! A write that failed so may have reached some copies. They are not read before they are equal again: what a copy
 //! that counts does not have is noted when the operation ends (`behind`), as with every other.
 
-use super::action::OpKey;
+use super::action::{FlushKey, OpKey};
 use super::exporter::{ExportFlushKey, PartKey};
-use super::op::{Origin, Part};
+use super::flush::{Flush, FlushOrigin};
+use super::op::{Local, Op, OpKind, Origin, Part};
 use super::{Engine, Nanos};
 use crate::wire::header::Status;
 
@@ -19,27 +20,55 @@ impl Engine {
         if !self.devices.iter().any(|device| device.view.fails) {
             return;
         }
-        let overdue = |since: Nanos| since + self.no_quorum_after <= self.now;
-        let parts: Vec<PartKey> = self.overdue_parts(overdue).collect();
-        let flushes: Vec<ExportFlushKey> = self.overdue_flushes(overdue).collect();
+        let parts: Vec<PartKey> = self.overdue_parts().collect();
+        let export_flushes: Vec<ExportFlushKey> = self.overdue_export_flushes().collect();
+        let flushes: Vec<FlushKey> = self.overdue_flushes().collect();
         let ops: Vec<OpKey> = self
             .ops
             .iter()
             .filter(|(_, op)| {
                 let asked =
                     op.part == Part::Primary && matches!(op.origin, Origin::Part(_) | Origin::Peer(_));
-                asked && op.doomed.is_none() && self.devices[op.device].view.fails && overdue(op.since)
+                asked && op.doomed.is_none() && self.is_overdue(op.device, op.since)
             })
             .map(|(key, _)| key)
             .collect();
-        for key in parts {
-            self.give_up_part(key);
-        }
-        for key in flushes {
-            self.give_up_flush(key);
-        }
-        for key in ops {
-            self.doom(key, Status::NoQuorum);
+        parts.into_iter().for_each(|key| self.give_up_part(key));
+        export_flushes.into_iter().for_each(|key| self.give_up_export_flush(key));
+        flushes.into_iter().for_each(|key| self.give_up_flush(key));
+        ops.into_iter().for_each(|key| self.doom(key, Status::NoQuorum));
+    }
+
+    /// Whether something of that device that waits since then is to be given up.
+    pub(super) fn is_overdue(&self, device: usize, since: Nanos) -> bool {
+        let since = since.max(self.woken);
+        self.devices[device].view.fails && since + self.no_quorum_after <= self.now
+    }
+
+    /// How an operation that may go no further ends: what was given up and is done nevertheless, is done.
+    pub(super) fn doomed_end(&self, op: &Op, status: Status) -> Status {
+        let done = status == Status::NoQuorum
+            && op.local == Local::Done
+            && match op.kind {
+                OpKind::Read => self.may_read(op) && !self.may_move_op(op),
+                _ => op.legs.all_acknowledged(),
+            };
+        if done { Status::Done } else { status }
+    }
+
+    /// Flushes that another node's exporter asked for and that wait for a copy.
+    fn overdue_flushes(&self) -> impl Iterator<Item = FlushKey> {
+        let overdue = |flush: &Flush| {
+            matches!(flush.origin, FlushOrigin::Exporter(..))
+                && flush.waits()
+                && self.is_overdue(flush.device, flush.since)
+        };
+        self.flushes.iter().filter(move |(_, flush)| overdue(flush)).map(|(key, _)| key)
+    }
+
+    fn give_up_flush(&mut self, key: FlushKey) {
+        if let Some(flush) = self.flushes.remove(key) {
+            self.end_flush(&flush, Status::NoQuorum);
         }
     }
 }
@@ -134,5 +163,56 @@ mod tests {
         let token = rig.write(0, 4096);
         rig.wait(AFTER_MS, &[]);
         assert_eq!(rig.result(token), Some(Err(RequestError::NoQuorum)));
+    }
+
+    #[test]
+    fn what_is_slow_is_not_given_up_when_it_is_done() {
+        let mut rig = Rig::new(1, &failing(2, 1));
+        rig.hold = true;
+        let write = rig.write(0, 4096);
+        let leg = rig.take(Kind::Write);
+        rig.ack(&leg[0]);
+        rig.wait(AFTER_MS, &[2]);
+        rig.complete_io(Ok(()));
+        assert_eq!(rig.result(write), Some(Ok(())));
+    }
+
+    #[test]
+    fn a_process_that_was_stopped_gives_nothing_up_at_once() {
+        let mut rig = Rig::new(1, &failing(2, 1));
+        rig.lane_down(2);
+        let write = rig.write(0, 4096);
+        rig.now += 20_000_000_000;
+        rig.tick();
+        rig.wait(AFTER_MS - 1_000, &[]);
+        assert_eq!(rig.result(write), None);
+        rig.wait(1_200, &[]);
+        assert_eq!(rig.result(write), Some(Err(RequestError::NoQuorum)));
+    }
+
+    #[test]
+    fn a_flush_is_given_up_where_a_copy_is_missing_only() {
+        let flush = Header { device: DEVICE.0, ..Header::new(Kind::ForwardFlush) };
+        let trailer = Trailer { claim: 1, exporter_session: 1, exporter_sequence: 1, origin: 3 };
+        for missing in [true, false] {
+            let mut rig = Rig::new(1, &failing(3, 3));
+            if missing {
+                rig.lane_down(2);
+            }
+            rig.frame(3, flush, Some(trailer));
+            let peers: &[u16] = if missing { &[3] } else { &[2, 3] };
+            rig.wait(AFTER_MS, peers);
+            let replies: Vec<u8> = rig.take(Kind::Reply).iter().map(|sent| sent.header.flags).collect();
+            let expected: &[u8] = if missing { &[Status::NoQuorum as u8] } else { &[] };
+            assert_eq!(replies, expected);
+            assert_eq!(rig.engine.flushes.len(), usize::from(!missing));
+        }
+        // Of this node's own, nothing is left either.
+        let mut rig = Rig::new(1, &failing(2, 1));
+        rig.lane_down(2);
+        let token = rig.flush();
+        rig.wait(AFTER_MS, &[]);
+        assert_eq!(rig.result(token), Some(Err(RequestError::NoQuorum)));
+        assert_eq!(rig.engine.flushes.len(), 0);
     }
 }

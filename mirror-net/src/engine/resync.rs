@@ -371,7 +371,7 @@ impl Engine {
         behind.readable = readable;
         // What is readable on one only differs too, whatever its bits say. Operations in flight without
         // a leg to that copy are noted when they end.
-        behind.regions = mine.dirty | dirty | (content ^ readable);
+        behind.regions = mine.dirty | dirty | (content ^ readable) | behind.noted;
         let regions = u64::from(behind.regions.count_ones());
         if dirty & !mine.dirty != 0 {
             let masks = RegionMasks { dirty: mine.dirty | dirty, ..mine };

@@ -455,6 +455,33 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_failed_holds_up_no_adoption_with_what_it_never_stores() {
+        let mut rig = secondary();
+        rig.frame(1, header(Kind::Write, 0), None);
+        rig.lane_down(1);
+        assert_eq!(rig.held.len(), 1, "it hangs");
+        rig.engine.fail_disk(0, "another write failed");
+        rig.adopt(&next(&deferred(), |span| span.replicas[1].state = ReplicaState::Stale));
+        assert_eq!(rig.engine.adopted_version().0, 2);
+    }
+
+    #[test]
+    fn what_is_noted_while_the_masks_are_unknown_is_compared_whatever_they_say() {
+        let mut first = map(2, 2, 1);
+        first.devices[0].spans[0].replicas[1].state = ReplicaState::Stale;
+        let mut rig = Rig::new(1, &first);
+        rig.clean_peers = false;
+        rig.adopted(2, 2);
+        rig.adopt(&next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+        rig.wait(200, &[2]);
+        let unite = rig.take(Kind::Unite);
+        rig.engine.note_behind(0, 0, 0, 0b100);
+        let masks = Header { sequence: unite[0].header.sequence, ..Header::new(Kind::Masks) };
+        rig.frame_with(2, masks, &[0; 16]);
+        assert_eq!(rig.engine.may_differ(0, 0, 0), 0b100);
+    }
+
+    #[test]
     fn a_secondary_that_lost_its_memory_is_no_member() {
         let first = deferred();
         let mut rig = Rig::new(1, &first);

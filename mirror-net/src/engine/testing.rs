@@ -73,6 +73,7 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
                 count: 1,
                 epoch: SliceEpoch(1),
                 loss: LossGeneration(0),
+                primary_since: MapVersion(0),
                 replicas: (1..=copies).map(replica).collect(),
             }],
         }],

@@ -284,7 +284,8 @@ pub(super) fn own_disks(map: &DistributionMap, registration: &Registration) -> b
 /// Whether a copy whose process ended had stored all that it acknowledged. A primary does; one that was promoted
 /// stores what it held in memory before it adopts that map, and until then is a secondary as any other.
 fn stored_all(device: &Device, span: &Span, replica: &Replica, node: &Registered) -> bool {
-    let adopted = |life: &Life| life.process == replica.incarnation.process && life.adopted.0 >= span.epoch.0;
+    let adopted =
+        |life: &Life| life.process == replica.incarnation.process && life.adopted >= span.primary_since;
     device.commit == Commit::Immediate
         || (span.primary().disk == replica.disk && node.lives.iter().any(adopted))
 }

@@ -185,7 +185,14 @@ fn in_sync(disk: DiskId, segment: Segment, incarnation: Incarnation) -> Replica 
 }
 
 fn span(first: u32, count: u32, replicas: Vec<Replica>) -> Span {
-    Span { first: SliceIndex(first), count, epoch: SliceEpoch(1), loss: LossGeneration(0), replicas }
+    Span {
+        first: SliceIndex(first),
+        count,
+        epoch: SliceEpoch(1),
+        loss: LossGeneration(0),
+        primary_since: MapVersion(0),
+        replicas,
+    }
 }
 
 /// Takes `slices` slots from the partner's disks, in order.

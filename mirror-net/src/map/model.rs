@@ -54,6 +54,10 @@ pub struct Node {
     pub switch: Option<String>,
 }
 
+fn is_first(version: &MapVersion) -> bool {
+    version.0 == 0
+}
+
 fn is_false(flag: &bool) -> bool {
     !flag
 }
@@ -237,6 +241,10 @@ pub struct Span {
     /// Grows when acknowledged, unflushed data may have been lost.
     #[serde(default)]
     pub loss: LossGeneration,
+    /// The map version that made a copy primary which was not before; what it then held in memory for the one before
+    /// it stored before it adopted that map. 0: since the beginning.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub primary_since: MapVersion,
     /// The copies; the first is the primary, the rest are secondaries.
     pub replicas: Vec<Replica>,
 }

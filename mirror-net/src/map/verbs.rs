@@ -323,6 +323,9 @@ impl DistributionMap {
         for span in device.spans.iter_mut().filter(|span| span.first >= run.first && span.end() <= end) {
             let before = span.replicas.clone();
             change(run.device, span)?;
+            if span.replicas[0].disk != before[0].disk {
+                span.primary_since = MapVersion(epoch.0);
+            }
             if span.replicas != before {
                 span.epoch = epoch;
             }
@@ -366,6 +369,7 @@ fn merge_equal_spans(device: &mut Device) {
         let equal = left.epoch == right.epoch && left.loss == right.loss && left.replicas == right.replicas;
         if equal {
             left.count += right.count;
+            left.primary_since = left.primary_since.max(right.primary_since);
         }
         equal
     });

@@ -122,6 +122,7 @@ fn span_of(roster: &Roster) -> Span {
         count: 1,
         epoch: SliceEpoch(BASE),
         loss: LossGeneration(roster.loss.into()),
+        primary_since: MapVersion(0),
         replicas: listed.map(replica).collect(),
     }
 }

@@ -72,6 +72,7 @@ fn shipped(map: &Map, nodes: usize) -> DistributionMap {
         count: 1,
         epoch: SliceEpoch(slice.epoch.into()),
         loss: LossGeneration(0),
+        primary_since: MapVersion(0),
         replicas: slice.copies.iter().filter(|copy| copy.state != 0).map(replica).collect(),
     };
     let claim = Claim {

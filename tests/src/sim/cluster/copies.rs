@@ -175,7 +175,7 @@ impl Cluster {
             let (span, member) = member;
             let mounted = self.mounted(member.disk);
             // A disk that failed a flush has lost something, and is a member until the manager knows.
-            if !self.is_intact(device, span, member) || mounted.media.has_failed {
+            if !self.is_intact(device, member) || mounted.media.has_failed {
                 continue;
             }
             let staged = self.staged(member.disk, device.id);
@@ -290,7 +290,7 @@ impl Cluster {
     /// A loss is told of: no member has its caches still (rule 5).
     pub(super) fn check_loss(&mut self, device: &Device, span: &Span) {
         let intact = span.members().find(|member| {
-            self.is_intact(device, span, member) && !self.mounted(member.disk).media.is_dead()
+            self.counts_as_intact(device, span, member) && !self.mounted(member.disk).media.is_dead()
         });
         if let Some(intact) = intact {
             let wrong =
@@ -333,8 +333,16 @@ impl Cluster {
         self.checker.violations.append(&mut wrong);
     }
 
-    /// Whether a member still has what was in its disk's cache, and in its memory where that counts.
-    fn is_intact(&self, device: &Device, span: &Span, member: &Replica) -> bool {
+    /// Whether a member still has what was in its disk's cache, and in its memory.
+    fn is_intact(&self, device: &Device, member: &Replica) -> bool {
+        let is = member.incarnation;
+        let lost = self.memory_lost.get(&is.process.0);
+        self.mounted(member.disk).attach == is.attach.0
+            && !lost.is_some_and(|held| held.contains(&(device.id, member.disk)))
+    }
+
+    /// Whether that can be known of it.
+    fn counts_as_intact(&self, device: &Device, span: &Span, member: &Replica) -> bool {
         let (node, _) = self.locate(member.disk);
         let is = member.incarnation;
         let in_memory = device.commit == Commit::Deferred
@@ -342,11 +350,20 @@ impl Cluster {
                 // One that had not adopted that it is primary is no better than a secondary.
                 true => {
                     let mut lives = self.agents[usize::from(node) - 1].lives.iter();
-                    !lives.any(|life| life.process == is.process && life.adopted.0 >= span.epoch.0)
+                    !lives.any(|life| life.process == is.process && life.adopted >= span.primary_since)
                 }
                 false => true,
             };
         self.mounted(member.disk).attach == is.attach.0 && (!in_memory || self.alive(node, is.process.0))
+    }
+
+    /// A process is about to end: what it holds in memory is gone with it.
+    pub(super) fn lose_memory(&mut self, node: u16) {
+        let at = self.node(node);
+        let Some(process) = &at.process else { return };
+        let held = process.engine.staged().map(|staged| (staged.device, staged.disk)).collect();
+        let id = at.process_id;
+        self.memory_lost.insert(id, held);
     }
 
     /// What a node holds in memory of a device for its primaries, in the order of its arrival: offset and bytes.

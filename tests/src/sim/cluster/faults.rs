@@ -64,6 +64,7 @@ impl Cluster {
     pub(super) fn stop(&mut self, node: u16, power: bool) {
         self.check_members();
         let mut random = self.random.clone();
+        self.lose_memory(node);
         self.node_mut(node).stop(power, &mut random);
         self.random = random;
         for disk in &mut self.node_mut(node).disks {

@@ -124,6 +124,7 @@ fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
                     count: SLICES,
                     epoch: SliceEpoch(1),
                     loss: LossGeneration(0),
+                    primary_since: MapVersion(0),
                     replicas: (0..usize::from(copies(device))).map(|copy| replica(device, copy)).collect(),
                 }],
             })

@@ -17,11 +17,11 @@ use crate::sim::node::{Mounted, Node, SLICE};
 use crate::sim::process::Process;
 use crate::sim::scheduler::{MS, Nanos, Queue, Random};
 use crate::sim::workload::{Asked, SLICES};
-use mirror_net::ids::{ClusterId, DiskId, NodeId, ProcessId};
+use mirror_net::ids::{ClusterId, DeviceId, DiskId, NodeId, ProcessId};
 use mirror_net::manager::Proposal;
 use mirror_net::map::DevicePolicy;
 use mirror_net::wire::header::CrcSeed;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Between two looks at what is not connected.
 const HEARTBEAT: Nanos = 100 * MS;
@@ -125,6 +125,8 @@ pub struct Cluster {
     asked: BTreeMap<u64, Asked>,
     /// Requests of exporters that are gone, by device.
     orphans: Vec<Vec<usize>>,
+    /// By process that ended: of which devices and disks it held something in memory only.
+    memory_lost: BTreeMap<u64, BTreeSet<(DeviceId, DiskId)>>,
     /// Who exports, and under which claim's generation.
     exporting: Vec<Option<(u16, u64)>>,
     exported: Vec<u64>,
@@ -175,6 +177,7 @@ impl Cluster {
             queue: Queue::default(),
             asked: BTreeMap::new(),
             orphans: vec![Vec::new(); devices],
+            memory_lost: BTreeMap::new(),
             exporting: vec![None; devices],
             exported: vec![0; devices],
             former: Vec::new(),

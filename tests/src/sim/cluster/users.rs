@@ -335,6 +335,12 @@ impl Cluster {
                     self.checker.acknowledge(now, *id, fua, lost);
                 }
             }
+            // It was given up: it may have taken effect, but nothing that is asked for later gives way to it.
+            (Err(error), _) if error == "NoQuorum" => {
+                for id in &asked.writes {
+                    self.checker.end(now, *id);
+                }
+            }
             (Err(_), _) => self.orphans[device].extend(&asked.writes),
         }
         if early {
