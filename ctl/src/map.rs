@@ -6,7 +6,7 @@ use crate::json::{MapJson, state_name};
 use crate::output;
 use mirror_net::config::format_bytes;
 use mirror_net::control::{OperatorReply, OperatorRequest};
-use mirror_net::map::DistributionMap;
+use mirror_net::map::{Commit, Device, DistributionMap, OnNoQuorum};
 use std::path::Path;
 
 /// `mirrorctl map show`.
@@ -60,11 +60,38 @@ pub(crate) fn text(map: &DistributionMap) -> String {
             ]);
         }
     }
+    let choices: String = map.devices.iter().filter_map(choices).collect();
+    let gap = if choices.is_empty() { "" } else { "\n" };
     format!(
-        "cluster {}, map {}, slices of {}\n\n{}",
+        "cluster {}, map {}, slices of {}\n\n{}{gap}{choices}",
         map.cluster_name,
         map.version,
         format_bytes(u64::from(map.slice_bytes)),
         output::table_text(&table)
     )
+}
+
+/// How a device differs from others by choice.
+fn choices(device: &Device) -> Option<String> {
+    let deferred = (device.commit == Commit::Deferred).then_some("mirrors acknowledge from memory");
+    let fails = (device.on_no_quorum == OnNoQuorum::Error).then_some("what cannot be served fails");
+    let both: Vec<&str> = [deferred, fails].into_iter().flatten().collect();
+    (!both.is_empty()).then(|| format!("{}: {}\n", device.name, both.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshots::first_map;
+
+    #[test]
+    fn what_was_chosen_for_a_device_is_told() {
+        let mut map = first_map();
+        let plain = text(&map);
+        map.devices[0].commit = Commit::Deferred;
+        map.devices[0].on_no_quorum = OnNoQuorum::Error;
+        let name = map.devices[0].name.clone();
+        let told = format!("\n{name}: mirrors acknowledge from memory, what cannot be served fails\n");
+        assert_eq!(text(&map), plain + &told);
+    }
 }

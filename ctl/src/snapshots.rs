@@ -25,7 +25,7 @@ fn check(name: &str, text: &str) {
     assert!(wanted == text, "{} says\n{wanted}\nand now it is\n{text}", path.display());
 }
 
-fn first_map() -> DistributionMap {
+pub(crate) fn first_map() -> DistributionMap {
     let node = |index: u64| NodeSpec {
         name: format!("n{index}"),
         address: format!("10.0.0.{index}:7301"),
