@@ -39,7 +39,7 @@
 //!
 //! # What is missing here
 //! FUA, torn sectors, validity and reused slots, discards, read repair, full disks and slots, the bounds of
-//! windows: those are the simulator's. Deferred commit and forced promotion are in neither. The engine itself
+//! windows, deferred commit: those are the simulator's. Forced promotion is in neither. The engine itself
 //! is not run by the model (its state is no small value); it runs under the same rules in the simulator.
 //!
 //! # What the search said of special cases
