@@ -27,6 +27,7 @@ fn lay_out(file: &ClusterFile) {
                 switch: node.switch.clone(),
                 disks: disks.collect::<Option<_>>()?,
                 spare: node.spare,
+                devices: node.devices,
             })
         })
         .collect();

@@ -42,6 +42,7 @@ fn device(id: u32, exporter: u16, spans: &[(u32, &[u16])]) -> Device {
                 count: *count,
                 epoch: SliceEpoch(1),
                 loss: LossGeneration(0),
+                primary_since: MapVersion(0),
                 replicas: nodes.iter().map(|node| replica(*node)).collect(),
             };
             first += count;
@@ -54,6 +55,8 @@ fn device(id: u32, exporter: u16, spans: &[(u32, &[u16])]) -> Device {
         slices: first,
         block_bytes: 512,
         copies: spans[0].replicas.len() as u8,
+        commit: Default::default(),
+        on_no_quorum: Default::default(),
         claim: Claim { node: NodeId(exporter), generation: ClaimGeneration(1), since: MapVersion(1) },
         spans,
     }

@@ -54,6 +54,9 @@ pub(super) struct Etcd {
     file: EtcdFile,
     options: ConnectOptions,
     members: Vec<Option<Member>>,
+    /// Why each member does not let us in, if it said so and has not answered since. A server of TLS 1.3 says so after
+    /// the client may have begun to speak: as often as not that is all that arrives, that the connection is closed.
+    refusals: Vec<Option<String>>,
     /// The one that answered last; all clones learn of it.
     current: Arc<AtomicUsize>,
     /// Which etcd it is: an answer of another one is an error.
@@ -68,6 +71,7 @@ impl Etcd {
             file: file.clone(),
             options: access::options(file)?,
             members: file.endpoints.iter().map(|_| None).collect(),
+            refusals: vec![None; file.endpoints.len()],
             current: Arc::default(),
             cluster: None,
         })
@@ -80,6 +84,7 @@ impl Etcd {
             file: EtcdFile { endpoints: vec![endpoint.to_owned()], ..self.file.clone() },
             options: self.options.clone(),
             members: vec![None],
+            refusals: vec![None],
             current: Arc::default(),
             cluster: None,
         }
@@ -134,12 +139,20 @@ impl Etcd {
         for _ in 0..self.members.len() {
             let index = self.current.load(Ordering::Relaxed);
             let trouble = match self.ask_member(index, limit, &call).await {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => {
+                    self.refusals[index] = None;
+                    return Ok(answer);
+                }
                 Err(trouble) => trouble,
             };
-            refused &= trouble.refused;
-            if !reasons.contains(&trouble.why) {
-                reasons.push(trouble.why);
+            if trouble.refused {
+                self.refusals[index] = Some(trouble.why.clone());
+            }
+            let refusal = self.refusals[index].clone();
+            refused &= refusal.is_some();
+            let why = refusal.unwrap_or(trouble.why);
+            if !reasons.contains(&why) {
+                reasons.push(why);
             }
             // Unless another clone has turned away from it meanwhile.
             let next = (index + 1) % self.members.len();
