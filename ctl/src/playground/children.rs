@@ -90,6 +90,11 @@ impl Process {
         Ok(())
     }
 
+    /// Whether its first thread has ended: it looks dead, and cannot be waited for while others of its threads end.
+    pub(super) fn is_ending(&self) -> bool {
+        self.pid().is_some_and(|pid| start_ticks(pid).is_none())
+    }
+
     /// How it ended, if it has ended.
     pub(super) fn ended(&mut self) -> Option<ExitStatus> {
         if let Some(child) = &mut self.child
@@ -173,6 +178,24 @@ mod tests {
         assert!(child.try_wait().unwrap().is_none());
         mark.kill_leftover().await;
         assert!(!child.wait().await.unwrap().success());
+    }
+
+    #[tokio::test]
+    async fn one_that_looks_dead_is_ending() {
+        let dir = tempfile::tempdir().unwrap();
+        let arguments = vec!["60".into()];
+        let mut process = Process::new("n1", Path::new("/bin/sleep"), arguments, dir.path().join("log"));
+        process.spawn().unwrap();
+        assert!(!process.is_ending());
+        let pid = Pid::from_raw(process.pid().unwrap() as i32);
+        kill(pid, Signal::SIGKILL).unwrap();
+        while !process.is_ending() {
+            sleep(Duration::from_millis(5)).await;
+        }
+        while process.ended().is_none() {
+            sleep(Duration::from_millis(5)).await;
+        }
+        assert!(!process.is_ending());
     }
 
     #[tokio::test]

@@ -22,6 +22,8 @@ const START_MAX: Duration = Duration::from_secs(30);
 const EXPORT_MAX: Duration = Duration::from_secs(60);
 /// How long a process may take to end.
 const STOP_MAX: Duration = Duration::from_secs(20);
+/// A process whose first thread has ended is soon gone as a whole.
+const ENDING_MAX: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(50);
 
 /// A playground that is being brought up, runs, or is being taken down.
@@ -271,6 +273,10 @@ impl Playground {
     async fn start(&mut self, name: &str) -> Result<String, Failure> {
         let before = self.process_id(name).await;
         let process = self.process(name)?;
+        let asked = Instant::now();
+        while process.is_ending() && process.ended().is_none() && asked.elapsed() < ENDING_MAX {
+            sleep(POLL).await;
+        }
         if process.ended().is_none() && process.pid().is_some() {
             return Err(Failure::new(format!("{name} runs already")));
         }
