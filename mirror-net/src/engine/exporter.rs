@@ -58,8 +58,6 @@ pub(super) struct RequestPart {
     /// Counts how often it was sent: answers to earlier ones mean nothing any more.
     attempt: u32,
     place: PartPlace,
-    /// Since when it has nowhere to go, if it is held.
-    held_since: Nanos,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -186,7 +184,6 @@ impl Engine {
                     sequence: self.exporter_sequence,
                     attempt: 0,
                     place: PartPlace::Held,
-                    held_since: self.now,
                 });
                 self.requests[key].remaining += 1;
                 self.route(part);
@@ -301,7 +298,6 @@ impl Engine {
     fn hold_part(&mut self, key: PartKey) {
         if let Some(part) = self.parts.get_mut(key) {
             part.place = PartPlace::Held;
-            part.held_since = self.now;
             self.held.push(key);
         }
     }
@@ -554,10 +550,15 @@ impl Engine {
 
     // ---- what cannot be served ----
 
-    /// Parts that have been held for too long.
+    /// Parts that have nowhere to go now, of requests that were asked for too long ago; wherever they have been meanwhile.
     pub(super) fn overdue_parts(&self) -> impl Iterator<Item = PartKey> {
         let held = self.parts.iter().filter(|(_, part)| part.place == PartPlace::Held);
-        held.filter(|(_, part)| self.is_overdue(part.device, part.held_since)).map(|(key, _)| key)
+        held.filter(|(_, part)| self.is_late(part.request)).map(|(key, _)| key)
+    }
+
+    fn is_late(&self, request: RequestKey) -> bool {
+        let request = self.requests.get(request);
+        request.is_some_and(|request| self.is_overdue(request.device, request.asked))
     }
 
     /// Flushes that wait for a primary, or here for a copy, for too long.
@@ -568,11 +569,8 @@ impl Engine {
             // It gives up by itself.
             TargetState::Asked(None) | TargetState::Done => false,
         };
-        let flushes = self.export_flushes.iter().filter(move |(_, flush)| {
-            let asked = self.requests.get(flush.request).map(|request| request.asked);
-            asked.is_some_and(|asked| self.is_overdue(flush.device, asked)) && flush.targets.iter().any(waits)
-        });
-        flushes.map(|(key, _)| key)
+        let late = move |flush: &ExportFlush| self.is_late(flush.request) && flush.targets.iter().any(waits);
+        self.export_flushes.iter().filter(move |(_, flush)| late(flush)).map(|(key, _)| key)
     }
 
     pub(super) fn give_up_part(&mut self, key: PartKey) {

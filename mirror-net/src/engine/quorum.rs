@@ -89,6 +89,9 @@ mod tests {
 
     const AFTER_MS: u64 = 10_100;
 
+    /// What node 3 says with what it forwards.
+    const TRAILER: Trailer = Trailer { claim: 1, exporter_session: 1, exporter_sequence: 1, origin: 3 };
+
     #[test]
     fn what_cannot_be_served_fails_where_it_is_to_and_waits_otherwise() {
         for fails in [false, true] {
@@ -151,8 +154,7 @@ mod tests {
             length: 4096,
             ..Header::new(Kind::ForwardWrite)
         };
-        let trailer = Trailer { claim: 1, exporter_session: 1, exporter_sequence: 1, origin: 3 };
-        rig.frame(3, write, Some(trailer));
+        rig.frame(3, write, Some(TRAILER));
         rig.wait(AFTER_MS, &[3]);
         let replies = rig.take(Kind::Reply);
         assert_eq!(replies.len(), 1);
@@ -162,6 +164,20 @@ mod tests {
         rig.lane_down(1);
         let token = rig.write(0, 4096);
         rig.wait(AFTER_MS, &[]);
+        assert_eq!(rig.result(token), Some(Err(RequestError::NoQuorum)));
+    }
+
+    /// The exporter does not hear of the map that its primary acts on.
+    #[test]
+    fn what_is_refused_again_and_again_is_given_up() {
+        let mut rig = Rig::new(3, &failing(3, 3));
+        let token = rig.write(0, 4096);
+        for _ in 0..AFTER_MS / 50 {
+            for sent in rig.take(Kind::ForwardWrite) {
+                rig.answer(&sent, Kind::Reply, Status::Fenced);
+            }
+            rig.wait(50, &[1, 2]);
+        }
         assert_eq!(rig.result(token), Some(Err(RequestError::NoQuorum)));
     }
 
@@ -193,13 +209,12 @@ mod tests {
     #[test]
     fn a_flush_is_given_up_where_a_copy_is_missing_only() {
         let flush = Header { device: DEVICE.0, ..Header::new(Kind::ForwardFlush) };
-        let trailer = Trailer { claim: 1, exporter_session: 1, exporter_sequence: 1, origin: 3 };
         for missing in [true, false] {
             let mut rig = Rig::new(1, &failing(3, 3));
             if missing {
                 rig.lane_down(2);
             }
-            rig.frame(3, flush, Some(trailer));
+            rig.frame(3, flush, Some(TRAILER));
             let peers: &[u16] = if missing { &[3] } else { &[2, 3] };
             rig.wait(AFTER_MS, peers);
             let replies: Vec<u8> = rig.take(Kind::Reply).iter().map(|sent| sent.header.flags).collect();
