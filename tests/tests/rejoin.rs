@@ -99,6 +99,14 @@ impl Faults<'_> {
     }
 }
 
+/// Holds the workload, compares all that was acknowledged with what is there, and lets it go on.
+fn nothing_is_lost(play: &Playground, workload: &Workload) -> anyhow::Result<()> {
+    workload.pause()?;
+    workload.check().with_context(|| play.logs())?;
+    workload.go_on();
+    Ok(())
+}
+
 #[test]
 fn nothing_acknowledged_is_lost_whoever_dies_when() -> anyhow::Result<()> {
     let (seed, rounds) = match std::env::var("UBLK_MIRROR_LONG").is_ok() {
@@ -130,9 +138,7 @@ fn nothing_acknowledged_is_lost_whoever_dies_when() -> anyhow::Result<()> {
             let whole = Instant::now();
             play.healthy().with_context(seen)?;
             slowest = slowest.max(whole.elapsed());
-            workload.pause().with_context(seen)?;
-            workload.check().with_context(|| format!("{}\n{}", seen(), play.logs()))?;
-            workload.go_on();
+            nothing_is_lost(&play, &workload).with_context(seen)?;
             let (elapsed, counts) = (begun.elapsed().as_secs(), faults.counts);
             println!("round {round}: {elapsed} s, in sync after {:?}, faults {counts:?}", whole.elapsed());
         }
@@ -166,10 +172,9 @@ fn with_deferred_commit_one_failure_at_a_time_loses_nothing() -> anyhow::Result<
             play.kill(node)?;
             std::thread::sleep(Duration::from_millis(random.below(4000)));
             play.restart(node)?;
-            play.healthy().with_context(|| format!("round {round}: {node}"))?;
-            workload.pause()?;
-            workload.check().with_context(|| format!("round {round}: {node}\n{}", play.logs()))?;
-            workload.go_on();
+            let seen = || format!("round {round}: {node}");
+            play.healthy().with_context(seen)?;
+            nothing_is_lost(&play, &workload).with_context(seen)?;
         }
         Ok(())
     })?;

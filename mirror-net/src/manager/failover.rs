@@ -121,6 +121,10 @@ fn successor(
             (_, Standing::Unknown | Standing::Away) => {
                 why.push(format!("{partner}, which has the other copy, is not connected; start it first"));
             }
+            (_, Standing::Changed { power_lost: false, .. }) => why.push(format!(
+                "ublk-server on {partner} was restarted with acknowledged writes in its memory, which {own} has; bring \
+                 {here} back"
+            )),
             (_, Standing::Changed { .. }) => why.push(format!(
                 "{disk} was attached anew or {partner} lost power, and only {own} can tell whether the copy there \
                  is complete; bring {here} back"

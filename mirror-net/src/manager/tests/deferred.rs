@@ -27,7 +27,11 @@ fn a_deferred_secondary_that_restarted_is_not_promoted() {
     let mut bench = Bench::up(&deferred());
     bench.disconnect(1);
     bench.register(2, restarted(2));
-    assert!(matches!(bench.failover("n1"), OperatorReply::Refused { .. }));
+    let OperatorReply::Refused { reason } = bench.failover("n1") else { panic!("it was promoted") };
+    assert!(
+        reason.contains("ublk-server on n2 was restarted with acknowledged writes in its memory"),
+        "{reason}"
+    );
     assert_eq!(bench.copies("n1-d1"), "n1+ n2+");
     bench.register(1, restarted(1));
     assert_eq!(bench.copies("n1-d1"), "n1+ n2-", "what n2 had in memory only, n1 has on its disk");

@@ -89,6 +89,18 @@ impl Trouble {
         Self { why, refused: false, forgotten: false }
     }
 
+    /// What it comes to, given what that member said before: a server of TLS 1.3 turns us away after the client may have
+    /// begun to speak, and as often as not all that arrives is that the connection is closed.
+    pub fn with_what_was_said(self, refusal: &mut Option<String>) -> Self {
+        if self.refused {
+            *refusal = Some(self.why.clone());
+        }
+        match refusal {
+            Some(why) => Self { why: why.clone(), refused: true, ..self },
+            None => self,
+        }
+    }
+
     pub fn of(error: &Error, file: &EtcdFile) -> Self {
         let mut why = text(error);
         let forgotten = ["invalid auth token", "revision of auth store is old"];
@@ -150,4 +162,22 @@ fn todo(why: &str, file: &EtcdFile) -> Option<String> {
     } else {
         return None;
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_member_said_once_counts_until_it_answers() {
+        let trouble = |why: &str, refused| Trouble { why: why.into(), refused, forgotten: false };
+        let mut said = None;
+        let closed = || trouble("connection closed", false);
+        assert!(!closed().with_what_was_said(&mut said).refused, "it may be away");
+        assert!(trouble("no certificate", true).with_what_was_said(&mut said).refused);
+        let again = closed().with_what_was_said(&mut said);
+        assert_eq!((again.why.as_str(), again.refused), ("no certificate", true));
+        said = None;
+        assert!(!closed().with_what_was_said(&mut said).refused, "it let us in meanwhile");
+    }
 }

@@ -54,8 +54,7 @@ pub(super) struct Etcd {
     file: EtcdFile,
     options: ConnectOptions,
     members: Vec<Option<Member>>,
-    /// Why each member does not let us in, if it said so and has not answered since. A server of TLS 1.3 says so after
-    /// the client may have begun to speak: as often as not that is all that arrives, that the connection is closed.
+    /// Why each member does not let us in, if it said so and has not answered since.
     refusals: Vec<Option<String>>,
     /// The one that answered last; all clones learn of it.
     current: Arc<AtomicUsize>,
@@ -143,16 +142,11 @@ impl Etcd {
                     self.refusals[index] = None;
                     return Ok(answer);
                 }
-                Err(trouble) => trouble,
+                Err(trouble) => trouble.with_what_was_said(&mut self.refusals[index]),
             };
-            if trouble.refused {
-                self.refusals[index] = Some(trouble.why.clone());
-            }
-            let refusal = self.refusals[index].clone();
-            refused &= refusal.is_some();
-            let why = refusal.unwrap_or(trouble.why);
-            if !reasons.contains(&why) {
-                reasons.push(why);
+            refused &= trouble.refused;
+            if !reasons.contains(&trouble.why) {
+                reasons.push(trouble.why);
             }
             // Unless another clone has turned away from it meanwhile.
             let next = (index + 1) % self.members.len();
