@@ -9,6 +9,7 @@ use crate::control::PlanOrder;
 use crate::ids::{DiskId, PlanId};
 use crate::map::plan::{Move, Plan};
 use crate::map::verbs::{Run, Verb};
+use crate::map::wanted::next::Begin;
 use crate::map::{DistributionMap, ReplicaState, Span};
 use std::collections::BTreeSet;
 
@@ -43,30 +44,50 @@ pub fn ordered(map: &DistributionMap, id: PlanId, order: PlanOrder) -> Result<Ch
         }
         // What is in sync stays, and counts: nothing is less protected than before.
         PlanOrder::Cancel => {
-            let mut batch = give_up(map, plan, |_| true);
-            batch.push(Verb::EndPlan { plan: id });
+            let batch = give_up(map, plan, |_| true);
             (batch, format!("plan {} is cancelled: copies that were not in sync yet are given up", id.0))
         }
     };
     Ok(Change { batch, why: vec![format!("{what}, by the operator")] })
 }
 
-/// Drops new copies that are not in sync, of moves that `wanted` chooses. Their disks are spares again
-/// if nothing is left on them.
-fn give_up(map: &DistributionMap, plan: &Plan, wanted: impl Fn(&Move) -> bool) -> Vec<Verb> {
+/// Gives up those moves of a plan that `gone` chooses; it goes on with the rest, if there is any. New copies that are
+/// not in sync go, and their disks are spares again if nothing is left on them.
+fn give_up(map: &DistributionMap, plan: &Plan, gone: impl Fn(&Move) -> bool) -> Vec<Verb> {
     let mut batch = Vec::new();
     let mut targets = BTreeSet::new();
-    for step in plan.moves.iter().filter(|step| wanted(step)) {
+    for step in plan.moves.iter().filter(|step| gone(step)) {
         targets.insert(step.to);
         for (span, run) in pieces(map, step) {
-            let there = span.replica_on(step.to).is_some_and(|copy| copy.state != ReplicaState::InSync);
-            if there && span.primary().disk != step.to {
+            // What was there before the plan is not its to give up.
+            let Some(new) = span.replica_on(step.to).filter(|copy| copy.added.0 >= plan.id.0) else {
+                continue;
+            };
+            let is_primary = span.primary().disk == step.to;
+            // Of two in one failure set one has to go with the plan: as many are in sync as before it, either way.
+            let beside = beside(map, span, step);
+            if new.state == ReplicaState::InSync && (is_primary || beside != Some(ReplicaState::InSync)) {
+                let old = step.from.filter(|_| beside.is_some());
+                batch.extend(old.map(|disk| Verb::DropReplica { run, disk }));
+            } else if new.state != ReplicaState::InSync || beside.is_some() {
                 batch.push(Verb::DropReplica { run, disk: step.to });
             }
         }
     }
+    batch.push(Verb::EndPlan { plan: plan.id });
+    let moves: Vec<Move> = plan.moves.iter().filter(|step| !gone(step)).copied().collect();
+    if !moves.is_empty() {
+        batch.push(Verb::BeginPlan { plan: Plan { moves, ..plan.clone() } });
+    }
     batch.extend(spares_after(map, &batch, targets));
     batch
+}
+
+/// What the old copy of a move is worth if it may be beside the new one for as long as the plan lasts only.
+fn beside(map: &DistributionMap, span: &Span, step: &Move) -> Option<ReplicaState> {
+    let old = step.from.and_then(|from| span.replica_on(from))?;
+    let (a, b) = (map.node_of(old.disk)?, map.node_of(step.to)?);
+    (!map.other_set(a, b)).then_some(old.state)
 }
 
 /// Makes spares of those disks that work and hold no copies any more once a batch is applied.
@@ -91,15 +112,27 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
     let lost = super::regeneration::lost_disks(map, now);
     let is_lost = |disk: DiskId| lost.iter().find(|lost| lost.disk == disk);
     if let Some(lost) = plan.moves.iter().find_map(|step| is_lost(step.to)) {
-        // Another spare is found for what it was to take, as if nothing had been begun.
-        let mut batch = give_up(map, plan, |step| is_lost(step.to).is_some());
-        batch.push(Verb::EndPlan { plan: plan.id });
-        let why = vec![format!(
-            "{} is given up: {}, where it goes to: {}",
-            plan.id,
-            map.disk_name(lost.disk),
-            lost.why
-        )];
+        // One in whose place the old copy cannot be now, since it has what that lacks: somebody goes first or comes back.
+        let needed = |step: &Move| {
+            let newer =
+                |span: &Span| span.replica_on(step.to).is_some_and(|copy| copy.state == ReplicaState::InSync);
+            let first = |span: &Span| span.primary().disk == step.to;
+            pieces(map, step).any(|(span, _)| match beside(map, span, step) {
+                Some(old) => newer(span) && (first(span) || old != ReplicaState::InSync),
+                None => false,
+            })
+        };
+        if plan.moves.iter().any(|step| is_lost(step.to).is_some() && needed(step)) {
+            return Change::default();
+        }
+        // Another place is found for what it was to take, as if nothing had been begun.
+        let batch = give_up(map, plan, |step| is_lost(step.to).is_some());
+        let name = map.disk_name(lost.disk);
+        let what = match plan.moves.iter().all(|step| is_lost(step.to).is_some()) {
+            true => "is given up",
+            false => "goes on without what is given up",
+        };
+        let why = vec![format!("{} {what}: {name}, where it goes to: {}", plan.id, lost.why)];
         return Change { batch, why };
     }
     let mut change = Change::default();
@@ -149,6 +182,9 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
             change.why.extend(lines.finish(&device.name, device.slices));
         }
     }
+    if !done {
+        begin_copies(map, now, plan, &mut change);
+    }
     if done {
         change.batch.push(Verb::EndPlan { plan: plan.id });
         // What was replaced comes back as the spare, never as the owner.
@@ -162,6 +198,37 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
         change.why.push(format!("{} is done: {}", plan.id, plan.cause));
     }
     change
+}
+
+/// Begins the copies that have room by now, and gives up a plan of which nothing can be done any more.
+fn begin_copies(map: &DistributionMap, now: &Situation<'_>, plan: &Plan, change: &mut Change) {
+    let outlook = map.outlook(plan);
+    if outlook.is_stuck() && change.is_empty() && map.plans.len() == 1 {
+        change.batch = give_up(map, plan, |_| true);
+        change.why.push(format!(
+            "{} is given up: what is left of it has no room any more, since copies have gone elsewhere meanwhile; what \
+             it has moved stays",
+            plan.id
+        ));
+        return;
+    }
+    let mut slices = 0;
+    let mut disks = BTreeSet::new();
+    for Begin { run, disk, segment } in outlook.begin {
+        // One that is away for a moment is waited for.
+        if let Some(incarnation) = now.registry.usable(map, disk, now.now_ms) {
+            change.batch.push(Verb::AddReplica { run, disk, segment, incarnation });
+            slices += u64::from(run.count);
+            disks.insert(disk);
+        }
+    }
+    if slices > 0 {
+        let onto = match disks.len() {
+            1..=4 => disks.iter().map(|disk| map.disk_name(*disk)).collect::<Vec<_>>().join(", "),
+            count => format!("{count} disks"),
+        };
+        change.why.push(format!("{}: {slices} slices begin to be copied onto {onto}", plan.id));
+    }
 }
 
 /// The part of a span that a run covers.

@@ -8,6 +8,7 @@ mod model;
 pub mod plan;
 pub mod validate;
 pub mod verbs;
+pub mod wanted;
 
 pub use model::{
     Claim, Device, Disk, DistributionMap, Failed, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,

@@ -238,7 +238,7 @@ impl Device {
 impl DistributionMap {
     /// The node with that id.
     pub fn node(&self, id: NodeId) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.id == id)
+        self.nodes.binary_search_by_key(&id, |node| node.id).ok().map(|index| &self.nodes[index])
     }
 
     /// The node with that name.

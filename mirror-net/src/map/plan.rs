@@ -22,7 +22,8 @@ pub struct Plan {
     /// Begins nothing new; copies that are being filled go on.
     #[serde(default)]
     pub paused: bool,
-    /// What moves. No two of them are about the same slice and disk.
+    /// What moves, in an order in which each can be made once those before it are done
+    /// ([`outlook`](DistributionMap::outlook)). No two of them bring the same slice to the same disk.
     pub moves: Vec<Move>,
 }
 
@@ -32,10 +33,11 @@ pub struct Plan {
 pub struct Move {
     /// Where in the address space.
     pub run: Run,
-    /// The disk that is rid of it once the new copy is in sync; `None` if a copy was missing.
+    /// The disk that is rid of it once the copy at `to` is in sync; `None` if a copy was missing, or only its role
+    /// changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<DiskId>,
-    /// The disk that takes it.
+    /// The disk that takes it, or has it already.
     pub to: DiskId,
     /// The segment whose slots it takes up there.
     pub segment: Segment,
@@ -92,11 +94,9 @@ impl DistributionMap {
     pub fn spans_of(&self, run: Run) -> impl Iterator<Item = (&super::Span, u32)> {
         let end = run.first.0.saturating_add(run.count);
         self.device(run.device).into_iter().flat_map(move |device| {
-            device.spans.iter().filter_map(move |span| {
-                let first = span.first.0.max(run.first.0);
-                let count = span.end().min(end).saturating_sub(first);
-                (count > 0).then_some((span, count))
-            })
+            let first = device.spans.partition_point(|span| span.end() <= run.first.0);
+            let spans = device.spans[first..].iter().take_while(move |span| span.first.0 < end);
+            spans.map(move |span| (span, span.end().min(end) - span.first.0.max(run.first.0)))
         })
     }
 }

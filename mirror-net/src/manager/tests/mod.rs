@@ -6,6 +6,7 @@ mod creation;
 mod force;
 mod plans;
 mod rebuild;
+mod redistribution;
 mod rejoin;
 mod rules;
 mod slow;
