@@ -153,7 +153,7 @@ pub async fn show(config: &Path, plan: u64, json: bool) -> Result<u8, Failure> {
             to: map.disk_name(step.to),
             segment: step.segment,
             becomes_primary: step.primary,
-            in_sync: Plan { moves: vec![*step], ..plan.clone() }.progress(&map).in_sync,
+            in_sync: step.progress(&map).in_sync,
         })
         .collect();
     if json {

@@ -54,8 +54,7 @@ fn a_thousand_nodes_lose_one() {
     let wanted = map.wanted(&wish).unwrap();
     let planned = begun.elapsed();
     let json = |map: &DistributionMap| serde_json::to_vec(map).unwrap().len();
-    let plan =
-        Plan { id: PlanId(2), cause: "a node died".into(), paused: false, moves: wanted.moves.clone() };
+    let plan = Plan::new(PlanId(2), "a node died".into(), wanted.moves.clone());
     let begun_map = map.apply(&[Verb::BeginPlan { plan: plan.clone() }]).unwrap().unwrap();
     let begun = Instant::now();
     let outlook = begun_map.outlook(&plan);

@@ -1,6 +1,7 @@
 //! A plan goes on: what became in sync takes the place of what was there.
 //!
-//! The steps are found anew from the map at every look, so nobody's death can lose any of them.
+//! The steps are found anew from the map at every look, so nobody's death can lose any of them. A move that is finished
+//! leaves its plan in the same change, so it is never made again against whoever decides otherwise afterwards.
 
 use super::regeneration::Situation;
 use super::registry::Standing;
@@ -52,13 +53,16 @@ pub fn ordered(map: &DistributionMap, id: PlanId, order: PlanOrder) -> Result<Ch
 }
 
 /// Gives up those moves of a plan that `gone` chooses; it goes on with the rest, if there is any. New copies that are
-/// not in sync go, and their disks are spares again if nothing is left on them.
+/// not in sync go, and the spares that it took are spares again if nothing is left on them.
 fn give_up(map: &DistributionMap, plan: &Plan, gone: impl Fn(&Move) -> bool) -> Vec<Verb> {
     let mut batch = Vec::new();
-    let mut targets = BTreeSet::new();
     for step in plan.moves.iter().filter(|step| gone(step)) {
-        targets.insert(step.to);
         for (span, run) in pieces(map, step) {
+            // Without the old copy, the new one is the only one that there is besides: it is resynced, or made again
+            // on another spare, like any other.
+            if step.from.is_some_and(|from| span.replica_on(from).is_none()) {
+                continue;
+            }
             // What was there before the plan is not its to give up.
             let Some(new) = span.replica_on(step.to).filter(|copy| copy.added.0 >= plan.id.0) else {
                 continue;
@@ -74,12 +78,20 @@ fn give_up(map: &DistributionMap, plan: &Plan, gone: impl Fn(&Move) -> bool) -> 
             }
         }
     }
-    batch.push(Verb::EndPlan { plan: plan.id });
     let moves: Vec<Move> = plan.moves.iter().filter(|step| !gone(step)).copied().collect();
+    let spares =
+        plan.spares.iter().copied().filter(|disk| !moves.iter().any(|step| step.to == *disk)).collect();
+    batch.extend(go_on(plan, moves, plan.finished));
+    batch.extend(spares_after(map, &batch, spares));
+    batch
+}
+
+/// A plan goes on with these moves and no others; without any it is at its end.
+fn go_on(plan: &Plan, moves: Vec<Move>, finished: u64) -> Vec<Verb> {
+    let mut batch = vec![Verb::EndPlan { plan: plan.id }];
     if !moves.is_empty() {
-        batch.push(Verb::BeginPlan { plan: Plan { moves, ..plan.clone() } });
+        batch.push(Verb::BeginPlan { plan: Plan { moves, finished, ..plan.clone() } });
     }
-    batch.extend(spares_after(map, &batch, targets));
     batch
 }
 
@@ -136,30 +148,23 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
         return Change { batch, why };
     }
     let mut change = Change::default();
-    let mut done = true;
+    let mut rest: Vec<Move> = Vec::new();
     for step in &plan.moves {
         let mut lines = Lines::default();
         let name = map.disk_name(step.to);
+        let mut left = Vec::new();
         for (span, run) in pieces(map, step) {
-            let in_sync = span.replica_on(step.to).is_some_and(|copy| copy.state == ReplicaState::InSync);
-            let old = step.from.and_then(|from| span.replica_on(from));
-            // The new copy had taken the old one's place, and was dropped since: not for this plan to bring back.
-            let over = step.from.is_some() && old.is_none() && span.replica_on(step.to).is_none();
-            done &= in_sync || over;
-            if !in_sync {
+            if step.is_done(span) {
                 continue;
             }
-            let Some(copy) = span.replica_on(step.to) else { continue };
-            let is_primary = span.primary().disk == step.to;
-            let old_is_primary = step.from == Some(span.primary().disk);
-            // A copy that is not what the map says is another matter first.
-            let intact = now.registry.standing(map, span, copy, now.now_ms) == Standing::Intact;
-            let goes_first = (step.primary || old_is_primary) && !is_primary;
-            if goes_first && !intact {
-                done = false;
+            // What the map says of one that is not here may be untrue by now; until it is back the old copy stays.
+            let mut members = span.members().filter(|copy| copy.disk == step.to);
+            if !members.any(|new| now.registry.standing(map, span, new, now.now_ms) == Standing::Intact) {
+                left.push(run);
                 continue;
             }
-            if goes_first {
+            let first = span.primary().disk;
+            if first != step.to && (step.primary || step.from == Some(first)) {
                 change.batch.extend(promotion(
                     map,
                     now.registry,
@@ -170,7 +175,7 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
                 ));
                 lines.add(&as_run(span, run), format!("served by {name} from now on"));
             }
-            if let Some(old) = old {
+            if let Some(old) = step.from.and_then(|from| span.replica_on(from)) {
                 change.batch.push(Verb::DropReplica { run, disk: old.disk });
                 lines.add(
                     &as_run(span, run),
@@ -178,17 +183,23 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
                 );
             }
         }
+        rest.extend(joined(left).map(|run| Move { run, ..*step }));
         if let Some(device) = map.device(step.run.device) {
             change.why.extend(lines.finish(&device.name, device.slices));
         }
+    }
+    let done = rest.is_empty();
+    if rest != plan.moves {
+        let slices = |moves: &[Move]| -> u64 { moves.iter().map(|step| u64::from(step.run.count)).sum() };
+        let finished = plan.finished + slices(&plan.moves) - slices(&rest);
+        change.batch.extend(go_on(plan, rest, finished));
     }
     if !done {
         begin_copies(map, now, plan, &mut change);
     }
     if done {
-        change.batch.push(Verb::EndPlan { plan: plan.id });
         // What was replaced comes back as the spare, never as the owner.
-        let spares = spares_after(map, &change.batch, plan.sources());
+        let spares = spares_after(map, &change.batch, plan.spares.clone());
         for verb in &spares {
             if let Verb::SetSpare { disk, .. } = verb {
                 change.why.push(format!("{} is a spare from now on", map.disk_name(*disk)));
@@ -198,6 +209,18 @@ fn advance_plan(map: &DistributionMap, now: &Situation<'_>, plan: &Plan) -> Chan
         change.why.push(format!("{} is done: {}", plan.id, plan.cause));
     }
     change
+}
+
+/// Runs of one device in their order, those that touch as one.
+fn joined(runs: Vec<Run>) -> impl Iterator<Item = Run> {
+    let mut joined: Vec<Run> = Vec::new();
+    for run in runs {
+        match joined.last_mut() {
+            Some(last) if last.first.0 + last.count == run.first.0 => last.count += run.count,
+            _ => joined.push(run),
+        }
+    }
+    joined.into_iter()
 }
 
 /// Begins the copies that have room by now, and gives up a plan of which nothing can be done any more.

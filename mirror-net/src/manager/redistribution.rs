@@ -80,7 +80,7 @@ impl View<'_> {
             !map.is_in_use(**disk) && !wanted.moves.iter().any(|step| step.from == Some(**disk))
         });
         let batch = idle.map(|disk| Verb::SetSpare { disk: *disk, spare: true }).collect();
-        self.begin(batch, wanted, format!("{name} becomes a spare, by the operator"), lines)
+        self.begin(batch, wanted, emptied, format!("{name} becomes a spare, by the operator"), lines)
     }
 
     fn balance(&self) -> Result<Change, String> {
@@ -110,7 +110,8 @@ impl View<'_> {
             ));
         }
         let lines = self.lines(&wanted);
-        self.begin(Vec::new(), wanted, "disks become equally full, by the operator".to_owned(), lines)
+        let cause = "disks become equally full, by the operator".to_owned();
+        self.begin(Vec::new(), wanted, BTreeSet::new(), cause, lines)
     }
 
     /// The disks that an operator means by `NODE` or `NODE/DISK`.
@@ -290,6 +291,7 @@ impl View<'_> {
         &self,
         mut batch: Vec<Verb>,
         wanted: Wanted,
+        mut spares: BTreeSet<DiskId>,
         cause: String,
         mut lines: Vec<String>,
     ) -> Result<Change, String> {
@@ -307,13 +309,15 @@ impl View<'_> {
             }
         }
         let targets: BTreeSet<DiskId> = wanted.moves.iter().map(|step| step.to).collect();
-        let spares = targets.iter().filter(|disk| map.disk(**disk).is_some_and(|disk| disk.spare));
-        batch.extend(spares.map(|disk| Verb::SetSpare { disk: *disk, spare: false }));
+        for disk in targets.into_iter().filter(|disk| map.disk(*disk).is_some_and(|disk| disk.spare)) {
+            batch.push(Verb::SetSpare { disk, spare: false });
+            spares.insert(disk);
+        }
         let id = PlanId(map.version.0 + 1);
         if self.carry_out {
             lines.push(format!("plan {} does it: mirrorctl plan watch {}", id.0, id.0));
         }
-        batch.push(Verb::BeginPlan { plan: Plan { id, cause, paused: false, moves: wanted.moves } });
+        batch.push(Verb::BeginPlan { plan: Plan { spares, ..Plan::new(id, cause, wanted.moves) } });
         Ok(Change { batch, why: lines })
     }
 }

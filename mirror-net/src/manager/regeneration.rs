@@ -96,6 +96,7 @@ pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>
         let mut taken = BTreeSet::new();
         let mut batch = Vec::new();
         let mut moves = Vec::new();
+        let mut spares = BTreeSet::new();
         let mut why = Vec::new();
         for Lost { disk, why: cause } in lost {
             match replace(map, now, disk, &mut taken) {
@@ -107,6 +108,7 @@ pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>
                     ));
                     batch.extend(steps);
                     moves.extend(of_disk);
+                    spares.extend([disk, to]);
                 }
                 Err(reason) => {
                     hindered.push(format!("{} cannot be made again: {reason}", map.disk_name(disk)));
@@ -116,7 +118,7 @@ pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>
         if !moves.is_empty() {
             let id = PlanId(map.version.0 + 1);
             let cause = format!("regeneration of what {} had: {}", map.node_name(node), why.join("; "));
-            batch.push(Verb::BeginPlan { plan: Plan { id, cause, paused: false, moves } });
+            batch.push(Verb::BeginPlan { plan: Plan { spares, ..Plan::new(id, cause, moves) } });
             return (Change { batch, why }, hindered);
         }
     }

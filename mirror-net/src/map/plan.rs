@@ -22,9 +22,21 @@ pub struct Plan {
     /// Begins nothing new; copies that are being filled go on.
     #[serde(default)]
     pub paused: bool,
-    /// What moves, in an order in which each can be made once those before it are done
+    /// Disks that are spares at its end if they hold no copies then: those that it is to empty, and the spares that it
+    /// takes.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub spares: BTreeSet<DiskId>,
+    /// Slices whose moves are finished. They are not among [`moves`](Self::moves) any more: what becomes of a copy
+    /// afterwards is no matter of this plan.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub finished: u64,
+    /// What is still to move, in an order in which each can be made once those before it are done
     /// ([`outlook`](DistributionMap::outlook)). No two of them bring the same slice to the same disk.
     pub moves: Vec<Move>,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// One copy of a run of slices gets another place.
@@ -56,24 +68,39 @@ pub struct PlanProgress {
     pub syncing: u64,
 }
 
-impl Plan {
+impl Move {
     /// How far it is under that map.
     pub fn progress(&self, map: &DistributionMap) -> PlanProgress {
-        let mut progress = PlanProgress::default();
-        for step in &self.moves {
-            progress.slices += u64::from(step.run.count);
-            for (span, count) in map.spans_of(step.run) {
-                match span.replica_on(step.to).map(|replica| replica.state) {
-                    Some(ReplicaState::InSync) => progress.in_sync += u64::from(count),
-                    Some(_) => progress.syncing += u64::from(count),
-                    None => {}
-                }
+        let mut progress = PlanProgress { slices: u64::from(self.run.count), ..PlanProgress::default() };
+        for (span, count) in map.spans_of(self.run) {
+            match span.replica_on(self.to).map(|replica| replica.state) {
+                Some(ReplicaState::InSync) => progress.in_sync += u64::from(count),
+                Some(_) => progress.syncing += u64::from(count),
+                None => {}
             }
         }
         progress
     }
+}
 
-    /// The disks that it empties, each once.
+impl Plan {
+    /// One of which nothing is done yet.
+    pub fn new(id: PlanId, cause: String, moves: Vec<Move>) -> Self {
+        Self { id, cause, paused: false, spares: BTreeSet::new(), finished: 0, moves }
+    }
+
+    /// How far it is under that map.
+    pub fn progress(&self, map: &DistributionMap) -> PlanProgress {
+        let finished =
+            PlanProgress { slices: self.finished, in_sync: self.finished, ..PlanProgress::default() };
+        self.moves.iter().map(|step| step.progress(map)).fold(finished, |sum, step| PlanProgress {
+            slices: sum.slices + step.slices,
+            in_sync: sum.in_sync + step.in_sync,
+            syncing: sum.syncing + step.syncing,
+        })
+    }
+
+    /// The disks that are rid of something by what is still to move, each once.
     pub fn sources(&self) -> BTreeSet<DiskId> {
         self.moves.iter().filter_map(|step| step.from).collect()
     }

@@ -3,6 +3,7 @@
 mod bench;
 mod broadcast;
 mod creation;
+mod ends;
 mod force;
 mod plans;
 mod rebuild;

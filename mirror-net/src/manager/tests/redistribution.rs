@@ -11,7 +11,7 @@ use crate::map::verbs::Verb;
 use crate::map::{DistributionMap, ReplicaState, SegmentSlots};
 
 /// Six nodes: four that mirror each other two by two, with an eighth of their slots free, and two spares.
-fn roomy() -> DistributionMap {
+pub(super) fn roomy() -> DistributionMap {
     let mut map = map_of(4);
     for disk in &mut map.disks {
         disk.slots = SegmentSlots { primary: 16, secondary: 16, unmirrored: 4 };
@@ -31,13 +31,13 @@ fn roomy() -> DistributionMap {
     map
 }
 
-fn spare(emptied: &str, onto: &[&str], carry_out: bool) -> RedistributionOrder {
+pub(super) fn spare(emptied: &str, onto: &[&str], carry_out: bool) -> RedistributionOrder {
     let onto = onto.iter().map(|name| (*name).to_owned()).collect();
     RedistributionOrder { wish: Redistribution::Spare { emptied: emptied.into(), onto }, carry_out }
 }
 
 impl Bench {
-    fn redistribute(&mut self, order: RedistributionOrder) -> Result<Vec<String>, String> {
+    pub(super) fn redistribute(&mut self, order: RedistributionOrder) -> Result<Vec<String>, String> {
         self.input(Input::Redistribute { ticket: Ticket(9), order });
         match self.replies.pop().unwrap().1 {
             OperatorReply::Done { lines } => Ok(lines),
@@ -46,7 +46,7 @@ impl Bench {
         }
     }
 
-    fn refused(&mut self, order: RedistributionOrder) -> String {
+    pub(super) fn refused(&mut self, order: RedistributionOrder) -> String {
         let (before, stored) = (self.map().version, self.stored.len());
         let reason = self.redistribute(order).unwrap_err();
         assert_eq!((self.map().version, self.stored.len()), (before, stored), "nothing changed");
@@ -55,7 +55,7 @@ impl Bench {
     }
 
     /// Every node says what it would: primaries ask to have what is syncing in sync, and everybody adopts.
-    fn copy_on(&mut self, up: &[u64]) {
+    pub(super) fn copy_on(&mut self, up: &[u64]) {
         for _ in 0..200 {
             if self.map().plans.iter().all(|plan| plan.paused) {
                 return;
@@ -65,7 +65,7 @@ impl Bench {
         panic!("it does not end: {:?}", self.map().plans);
     }
 
-    fn copy_once(&mut self, up: &[u64]) {
+    pub(super) fn copy_once(&mut self, up: &[u64]) {
         for node in up {
             self.adopt(*node);
             self.heartbeat(*node);
@@ -91,12 +91,12 @@ impl Bench {
         self.pass(100);
     }
 
-    fn slices_on(&self, disk: u32) -> u32 {
+    pub(super) fn slices_on(&self, disk: u32) -> u32 {
         let spans = self.map().devices.iter().flat_map(|device| &device.spans);
         spans.filter(|span| span.replica_on(DiskId(disk)).is_some()).map(|span| span.count).sum()
     }
 
-    fn all_have_their_copies(&self) {
+    pub(super) fn all_have_their_copies(&self) {
         for device in &self.map().devices {
             for span in &device.spans {
                 let states: Vec<_> = span.replicas.iter().map(|copy| copy.state).collect();
@@ -106,7 +106,7 @@ impl Bench {
     }
 }
 
-const ALL: [u64; 6] = [1, 2, 3, 4, 5, 6];
+pub(super) const ALL: [u64; 6] = [1, 2, 3, 4, 5, 6];
 
 #[test]
 fn a_node_is_emptied_onto_the_others_and_is_a_spare_then() {
@@ -216,7 +216,7 @@ fn one_that_is_cancelled_leaves_what_was_there_and_what_is_in_sync() {
 }
 
 /// n1, n3 and n5 hang on one feed, n2, n4 and n6 on another.
-fn on_two_feeds() -> DistributionMap {
+pub(super) fn on_two_feeds() -> DistributionMap {
     let mut map = roomy();
     for (index, node) in map.nodes.iter_mut().enumerate() {
         node.power = Some(["feed-a", "feed-b"][index % 2].into());
@@ -280,7 +280,7 @@ fn a_plan_that_has_become_impossible_is_given_up() {
     let (disk, segment) = (DiskId(5), Segment::Secondary);
     let taken = Verb::AddReplica { run: run("n3-d1"), disk, segment, incarnation: incarnation(5) };
     let step = Move { run: run("n2-d1"), from: Some(DiskId(1)), to: disk, segment, primary: false };
-    let plan = Plan { id: PlanId(2), cause: "n1/d1 is to be empty".into(), paused: false, moves: vec![step] };
+    let plan = Plan::new(PlanId(2), "n1/d1 is to be empty".into(), vec![step]);
     let mut bench = Bench::new(Some(map.apply(&[taken, Verb::BeginPlan { plan }]).unwrap().unwrap()));
     for node in ALL {
         bench.register(node, incarnation(node));

@@ -19,7 +19,7 @@ fn members(map: &DistributionMap) -> Vec<usize> {
 
 fn begin(map: &DistributionMap, moves: Vec<Move>) -> DistributionMap {
     let id = PlanId(map.version.0 + 1);
-    let plan = Plan { id, cause: "a test".into(), paused: false, moves };
+    let plan = Plan::new(id, "a test".into(), moves);
     map.apply(&[Verb::BeginPlan { plan }]).unwrap().unwrap()
 }
 
