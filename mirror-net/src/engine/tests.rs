@@ -197,6 +197,22 @@ fn whoever_is_alone_waits_for_the_lease_of_the_copy_that_was_dropped() {
 }
 
 #[test]
+fn the_lease_of_a_dropped_copy_is_waited_for_although_the_device_is_not_mirrored_any_more() {
+    let first = map(2, 2, 2);
+    let mut rig = Rig::new(2, &first);
+    rig.frame(1, Header::new(Kind::Ping), None);
+    let mut alone = next(&first, |span| {
+        span.replicas.remove(0);
+    });
+    alone.devices[0].copies = 1;
+    rig.adopt(&alone);
+    let read = rig.request(RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "node 1 may still be reading");
+    rig.wait(1_200, &[]);
+    assert_eq!(rig.result(read), Some(Ok(())));
+}
+
+#[test]
 fn a_flush_of_an_ended_session_does_not_hold_up_the_next() {
     let first = map(3, 2, 3);
     let mut rig = Rig::new(1, &first);
