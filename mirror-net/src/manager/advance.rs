@@ -226,7 +226,10 @@ fn joined(runs: Vec<Run>) -> impl Iterator<Item = Run> {
 /// Begins the copies that have room by now, and gives up a plan of which nothing can be done any more.
 fn begin_copies(map: &DistributionMap, now: &Situation<'_>, plan: &Plan, change: &mut Change) {
     let outlook = map.outlook(plan);
-    if outlook.is_stuck() && change.is_empty() && map.plans.len() == 1 {
+    // Another plan may still make room, but not one that rests or has none itself.
+    let waits = |other: &Plan| other.paused || map.outlook(other).is_stuck();
+    let alone = || map.plans.iter().all(|other| other.id == plan.id || waits(other));
+    if outlook.is_stuck() && change.is_empty() && alone() {
         change.batch = give_up(map, plan, |_| true);
         change.why.push(format!(
             "{} is given up: what is left of it has no room any more, since copies have gone elsewhere meanwhile; what \

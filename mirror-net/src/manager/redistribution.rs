@@ -75,9 +75,10 @@ impl View<'_> {
                 if spares.len() == 1 { ("is a spare", "then") } else { ("are spares", "then") };
             lines.push(format!("{when} {} {verb}", spares.join(", ")));
         }
-        // What the plan does not empty is empty already.
+        // What the plan does not empty is empty already, and may be a spare already.
         let idle = emptied.iter().filter(works).filter(|disk| {
-            !map.is_in_use(**disk) && !wanted.moves.iter().any(|step| step.from == Some(**disk))
+            let spare = map.disk(**disk).is_some_and(|disk| disk.spare);
+            !spare && !map.is_in_use(**disk) && !wanted.moves.iter().any(|step| step.from == Some(**disk))
         });
         let batch = idle.map(|disk| Verb::SetSpare { disk: *disk, spare: true }).collect();
         self.begin(batch, wanted, emptied, format!("{name} becomes a spare, by the operator"), lines)

@@ -232,3 +232,57 @@ fn rebalancing_makes_no_spare_of_a_disk_that_is_in_use() {
     bench.cancel(2);
     assert!(bench.map().disks.iter().all(|disk| !disk.spare));
 }
+
+#[test]
+fn emptying_what_is_empty_changes_spares_only_where_there_are_none() {
+    let mut map = roomy();
+    // n5 has two disks: a spare, and one that never was.
+    map.disks[5].node = map.nodes[4].id;
+    map.disks[5].name = "d2".into();
+    map.disks[5].spare = false;
+    let mut bench = Bench::up(&map);
+    bench.redistribute(spare("n5", &[], true)).unwrap();
+    let last = bench.stored.last().unwrap();
+    assert_eq!(last.batch, [Verb::SetSpare { disk: DiskId(6), spare: true }]);
+}
+
+#[test]
+fn of_two_plans_that_cannot_go_on_neither_waits_for_the_other() {
+    for paused in [false, true] {
+        let mut map = roomy();
+        let slots = |secondary| crate::map::SegmentSlots { primary: 0, secondary, unmirrored: 0 };
+        for disk in &mut map.disks[4..] {
+            (disk.spare, disk.slots) = (false, slots(8));
+        }
+        let segment = Segment::Secondary;
+        let run = |name: &str| {
+            let device = map.device_named(name).unwrap();
+            run_of(device.id, &device.spans[0])
+        };
+        let step = |name: &str, from, to| Move {
+            run: run(name),
+            from: Some(DiskId(from)),
+            to: DiskId(to),
+            segment,
+            primary: false,
+        };
+        let add = |name: &str, disk: u32| Verb::AddReplica {
+            run: run(name),
+            disk: DiskId(disk),
+            segment,
+            incarnation: incarnation(disk.into()),
+        };
+        // The slots of both have been given to other copies.
+        let one = Plan::new(PlanId(2), "one".into(), vec![step("n2-d1", 1, 5)]);
+        let other = Plan { paused, ..Plan::new(PlanId(3), "another".into(), vec![step("n4-d1", 3, 6)]) };
+        let map = map.apply(&[add("n3-d1", 5), Verb::BeginPlan { plan: one }]).unwrap().unwrap();
+        let map = map.apply(&[add("n1-d1", 6), Verb::BeginPlan { plan: other }]).unwrap().unwrap();
+        let mut bench = Bench::new(Some(map));
+        for node in ALL {
+            bench.register(node, incarnation(node));
+        }
+        bench.pass(10);
+        assert!(bench.map().plan(PlanId(2)).is_none());
+        assert_eq!(bench.map().plan(PlanId(3)).is_some(), paused);
+    }
+}
