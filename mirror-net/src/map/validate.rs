@@ -107,6 +107,7 @@ impl DistributionMap {
             }
         }
         let mut committed: HashMap<(DiskId, Segment), u64> = HashMap::new();
+        let moving = Moving::of(self);
         for device in &self.devices {
             if !nodes.contains(&device.claim.node) {
                 return Err(InvalidMap::ClaimWithoutNode(device.name.clone()));
@@ -116,7 +117,7 @@ impl DistributionMap {
                 return Err(InvalidMap::ClaimAhead(device.name.clone()));
             }
             block_bytes("device", device.id, device.block_bytes)?;
-            self.validate_spans(device, &mut committed)?;
+            self.validate_spans(device, &moving, &mut committed)?;
         }
         for (&(disk, segment), &wanted) in &committed {
             let slots = self.disk(disk).map_or(0, |disk| disk.slots.of(segment));
@@ -144,6 +145,7 @@ impl DistributionMap {
     fn validate_spans(
         &self,
         device: &Device,
+        moving: &Moving,
         committed: &mut HashMap<(DiskId, Segment), u64>,
     ) -> Result<(), InvalidMap> {
         let name = || device.name.clone();
@@ -186,7 +188,7 @@ impl DistributionMap {
                     });
                 }
                 for other in &span.replicas[..index] {
-                    self.validate_apart(device, span, disk, other.disk)?;
+                    self.validate_apart(device, span, moving, disk, other.disk)?;
                 }
                 if replica.added > self.version {
                     return Err(InvalidMap::AddedAhead { device: name(), slice, disk: disk.id });
@@ -206,6 +208,7 @@ impl DistributionMap {
         &self,
         device: &Device,
         span: &Span,
+        moving: &Moving,
         disk: &Disk,
         other: DiskId,
     ) -> Result<(), InvalidMap> {
@@ -214,7 +217,7 @@ impl DistributionMap {
         if disk.node == other_node {
             return Err(InvalidMap::SameNode { device: name(), slice });
         }
-        if self.other_set(disk.node, other_node) || self.is_moving(device.id, span, disk.id, other) {
+        if self.other_set(disk.node, other_node) || moving.has(device.id, span, disk.id, other) {
             return Ok(());
         }
         Err(InvalidMap::SameSet { device: name(), slice })
@@ -226,24 +229,43 @@ impl DistributionMap {
         let same = |a: &Option<String>, b: &Option<String>| a.is_some() && a == b;
         !same(&a.power, &b.power) && !same(&a.switch, &b.switch)
     }
+}
 
-    /// Whether a plan moves all slices of a span from one of the disks to the other.
-    fn is_moving(&self, device: DeviceId, span: &Span, a: DiskId, b: DiskId) -> bool {
-        let ends = |step: &Move| (step.from, step.to) == (Some(a), b) || (step.from, step.to) == (Some(b), a);
-        let moves = self.plans.iter().flat_map(|plan| &plan.moves);
-        let mut runs: Vec<(u32, u32)> = moves
-            .filter(|step| step.run.device == device && ends(step))
-            .map(|step| (step.run.first.0, step.run.first.0.saturating_add(step.run.count)))
-            .collect();
-        // Equal spans are merged, so more than one run may make one up.
-        runs.sort_unstable();
-        let mut reached = span.first.0;
-        for (first, end) in runs {
-            if first <= reached {
-                reached = reached.max(end);
-            }
+/// What plans move, by device and the two disks, the lower id first: runs as first slice and end, in order, none of
+/// which touches another. Found once for a map, since every node validates every map.
+struct Moving(HashMap<(DeviceId, DiskId, DiskId), Vec<(u32, u32)>>);
+
+impl Moving {
+    fn of(map: &DistributionMap) -> Self {
+        let mut by_ends: HashMap<_, Vec<(u32, u32)>> = HashMap::new();
+        for step in map.plans.iter().flat_map(|plan| &plan.moves) {
+            let Some(from) = step.from else { continue };
+            let run = (step.run.first.0, step.run.first.0.saturating_add(step.run.count));
+            by_ends.entry(Self::key(step.run.device, from, step.to)).or_default().push(run);
         }
-        reached >= span.end()
+        for runs in by_ends.values_mut() {
+            runs.sort_unstable();
+            // Equal spans are merged, so more than one run may make one up.
+            runs.dedup_by(|next, run| {
+                let touches = next.0 <= run.1;
+                if touches {
+                    run.1 = run.1.max(next.1);
+                }
+                touches
+            });
+        }
+        Self(by_ends)
+    }
+
+    fn key(device: DeviceId, a: DiskId, b: DiskId) -> (DeviceId, DiskId, DiskId) {
+        (device, a.min(b), a.max(b))
+    }
+
+    /// Whether all slices of a span are moved from one of the disks to the other.
+    fn has(&self, device: DeviceId, span: &Span, a: DiskId, b: DiskId) -> bool {
+        let Some(runs) = self.0.get(&Self::key(device, a, b)) else { return false };
+        let after = runs.partition_point(|(first, _)| *first <= span.first.0);
+        after > 0 && runs[after - 1].1 >= span.end()
     }
 }
 

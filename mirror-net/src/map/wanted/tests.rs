@@ -352,6 +352,21 @@ fn within_a_failure_set_a_copy_is_at_both_ends_for_a_while() {
     let wanted = map.wanted(&wish).unwrap();
     let end = arrive(&map, &wanted.moves, None);
     assert_eq!((used(&end, DiskId(1)), used(&end, DiskId(3))), (0, 18));
+    // The moves of one span may be several, in any order; if one of them is missing it is not moved as a whole.
+    let parts = |first: u32, count| Move {
+        run: Run { device: DeviceId(1), first: SliceIndex(first), count },
+        from: Some(DiskId(1)),
+        to: DiskId(3),
+        segment: Segment::Primary,
+        primary: true,
+    };
+    for (moves, allowed) in [(vec![parts(5, 3), parts(0, 5)], true), (vec![parts(5, 3), parts(0, 4)], false)]
+    {
+        let begun = begin(&map, moves);
+        let (disk, segment, incarnation) = (DiskId(3), Segment::Primary, Incarnation::default());
+        let run = parts(0, 8).run;
+        assert_eq!(begun.apply(&[Verb::AddReplica { run, disk, segment, incarnation }]).is_ok(), allowed);
+    }
     // Only a plan may do that.
     let run = Run { device: DeviceId(1), first: SliceIndex(0), count: 8 };
     let (disk, segment, incarnation) = (DiskId(3), Segment::Primary, Incarnation::default());
