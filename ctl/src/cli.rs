@@ -363,7 +363,7 @@ pub enum PlanVerb {
         /// The plan's number
         plan: u64,
     },
-    /// Give it up where it is: what is in sync stays
+    /// Take back what has not taken its new place yet
     Cancel {
         /// The plan's number
         plan: u64,

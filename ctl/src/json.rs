@@ -101,6 +101,7 @@ pub struct MapPlanJson {
     pub plan: u64,
     pub cause: String,
     pub paused: bool,
+    pub cancelled: bool,
 }
 
 /// A node in the map.
@@ -186,6 +187,7 @@ impl MapJson {
             plan: plan.id.0,
             cause: plan.cause.clone(),
             paused: plan.paused,
+            cancelled: plan.cancelled,
         });
         let devices = map.devices.iter().map(|device| MapDeviceJson {
             name: device.name.clone(),

@@ -411,7 +411,7 @@ pub enum PlanOrder {
     Pause,
     /// Go on.
     Resume,
-    /// Give up the new copies that are not in sync yet.
+    /// Take back what has not taken its new place yet.
     Cancel,
 }
 

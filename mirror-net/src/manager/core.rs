@@ -457,7 +457,7 @@ impl Manager {
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }
             } else if let Some((ticket, plan, order)) = self.orders.pop_front() {
-                match advance::ordered(map, plan, order) {
+                match advance::ordered(map, &self.situation(now_ms), plan, order) {
                     Ok(change) => {
                         if order == PlanOrder::Cancel {
                             // One that is well is made again if it dies later.
@@ -529,7 +529,10 @@ impl Manager {
         if !change.is_empty() || !policy.auto_spare {
             return change;
         }
-        let (change, hindered) = regeneration::begin(map, &now, &self.held);
+        let (mut change, hindered) = regeneration::begin(map, &now, &self.held);
+        if change.is_empty() {
+            change = advance::give_up_held(map, &now);
+        }
         if hindered != self.hindered {
             let new = hindered.iter().filter(|line| !self.hindered.contains(line));
             self.outputs.extend(new.map(|line| Output::Event(EventKind::Spare, line.clone())));

@@ -36,6 +36,7 @@ pub mod redistribution;
 pub mod regeneration;
 pub mod registry;
 pub mod repair;
+mod settle;
 pub mod stale;
 #[cfg(test)]
 mod tests;

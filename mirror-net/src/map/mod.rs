@@ -6,6 +6,7 @@
 pub mod layout;
 mod model;
 pub mod plan;
+pub mod runs;
 pub mod validate;
 pub mod verbs;
 pub mod wanted;

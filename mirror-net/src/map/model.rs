@@ -7,6 +7,7 @@ use crate::ids::{
 };
 use crate::map::plan::Plan;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 
 /// The version of the map's JSON form; a reader refuses any other.
 pub const MAP_FORMAT: u32 = 2;
@@ -272,6 +273,12 @@ impl DistributionMap {
         let mut replicas =
             self.devices.iter().flat_map(|device| &device.spans).flat_map(|span| &span.replicas);
         replicas.any(|replica| replica.disk == disk && replica.segment != Segment::Unmirrored)
+    }
+
+    /// The disks in whose primary or secondary segment anything lies.
+    pub fn disks_in_use(&self) -> HashSet<DiskId> {
+        let replicas = self.devices.iter().flat_map(|device| &device.spans).flat_map(|span| &span.replicas);
+        replicas.filter(|copy| copy.segment != Segment::Unmirrored).map(|copy| copy.disk).collect()
     }
 
     /// A node's name, or its id where the map does not know it; for messages.

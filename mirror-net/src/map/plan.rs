@@ -5,7 +5,7 @@
 //! is no progress to be lost. Its steps are the map's [verbs](super::verbs) and nothing else.
 
 use super::verbs::Run;
-use super::{DistributionMap, ReplicaState};
+use super::{DistributionMap, ReplicaState, Span};
 use crate::format::alloc::Segment;
 use crate::ids::{DiskId, PlanId};
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,10 @@ pub struct Plan {
     /// Begins nothing new; copies that are being filled go on.
     #[serde(default)]
     pub paused: bool,
+    /// It is taken back: nothing begins any more, and of what has begun one copy goes, the new one or the old, once it
+    /// is certain which of them can ([`settle`](crate::manager::settle)).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub cancelled: bool,
     /// Disks that are spares at its end if they hold no copies then: those that it is to empty, and the spares that it
     /// takes.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
@@ -33,6 +37,10 @@ pub struct Plan {
     /// What is still to move, in an order in which each can be made once those before it are done
     /// ([`outlook`](DistributionMap::outlook)). No two of them bring the same slice to the same disk.
     pub moves: Vec<Move>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 fn is_zero(number: &u64) -> bool {
@@ -69,6 +77,15 @@ pub struct PlanProgress {
 }
 
 impl Move {
+    /// The spans that it reaches into, each with the part of it that it moves.
+    pub fn pieces<'a>(&self, map: &'a DistributionMap) -> impl Iterator<Item = (&'a Span, Run)> + use<'a> {
+        let run = self.run;
+        map.spans_of(run).map(move |(span, count)| {
+            let first = span.first.max(run.first);
+            (span, Run { device: run.device, first, count })
+        })
+    }
+
     /// How far it is under that map.
     pub fn progress(&self, map: &DistributionMap) -> PlanProgress {
         let mut progress = PlanProgress { slices: u64::from(self.run.count), ..PlanProgress::default() };
@@ -86,7 +103,7 @@ impl Move {
 impl Plan {
     /// One of which nothing is done yet.
     pub fn new(id: PlanId, cause: String, moves: Vec<Move>) -> Self {
-        Self { id, cause, paused: false, spares: BTreeSet::new(), finished: 0, moves }
+        Self { id, cause, paused: false, cancelled: false, spares: BTreeSet::new(), finished: 0, moves }
     }
 
     /// How far it is under that map.
@@ -118,7 +135,7 @@ impl DistributionMap {
     }
 
     /// The spans that a run reaches into, each with how many of its slices lie in the run.
-    pub fn spans_of(&self, run: Run) -> impl Iterator<Item = (&super::Span, u32)> {
+    pub fn spans_of(&self, run: Run) -> impl Iterator<Item = (&Span, u32)> {
         let end = run.first.0.saturating_add(run.count);
         self.device(run.device).into_iter().flat_map(move |device| {
             let first = device.spans.partition_point(|span| span.end() <= run.first.0);

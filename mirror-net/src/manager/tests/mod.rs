@@ -12,6 +12,7 @@ mod rejoin;
 mod rules;
 mod slow;
 mod status;
+mod surplus;
 mod world;
 
 use bench::{Bench, map_of};

@@ -3,10 +3,11 @@
 use crate::format::alloc::Segment;
 use crate::ids::{DeviceId, DiskId, SliceIndex};
 use crate::map::plan::{Move, Plan};
+use crate::map::runs::Runs;
 use crate::map::validate::REPLICAS_MAX;
 use crate::map::verbs::Run;
 use crate::map::{DistributionMap, ReplicaState, Span};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 /// A copy that is to begin.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,27 +35,6 @@ impl Outlook {
     /// Nothing is left to wait for, and yet it is not done: the map has changed under it.
     pub fn is_stuck(&self) -> bool {
         self.waits && !self.under_way && self.begin.is_empty()
-    }
-}
-
-/// Slices of one device, as runs that do not touch.
-#[derive(Default)]
-struct Runs(BTreeMap<u32, u32>);
-
-impl Runs {
-    fn overlaps(&self, first: u32, end: u32) -> bool {
-        self.0.range(..end).next_back().is_some_and(|(_, other)| *other > first)
-    }
-
-    fn add(&mut self, mut first: u32, mut end: u32) {
-        while let Some((start, other)) =
-            self.0.range(..=end).next_back().filter(|(_, other)| **other >= first)
-        {
-            (first, end) = (first.min(*start), end.max(*other));
-            let start = *start;
-            self.0.remove(&start);
-        }
-        self.0.insert(first, end);
     }
 }
 
