@@ -1,7 +1,7 @@
 //! Regeneration: copies that are gone are made again on a spare, those of the primary segment from
 //! their mirrors and those of the secondary segment from the primaries, all at the same time.
 //!
-//! What decides is a disk: one that failed, or that of a node that has been away for long. All its
+//! What decides is a disk: one that failed, one that its node is there without, or that of a node that is away, for long. All its
 //! copies go to one spare disk, in one plan for all disks of a node. The plan's first step
 //! adds the new copies, which the primaries then fill; when they are in sync the old ones are dropped,
 //! and what had its home there is served from there ([`advance`](super::advance)).
@@ -17,7 +17,7 @@ use crate::ids::{DeviceId, DiskId, Incarnation, NodeId, PlanId, SliceIndex};
 use crate::map::plan::{Move, Plan};
 use crate::map::runs::Runs;
 use crate::map::verbs::{Run, Verb};
-use crate::map::{Disk, DistributionMap, ReplicaState};
+use crate::map::{Disk, DistributionMap, Node, ReplicaState};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// What the decision depends on besides the map.
@@ -54,7 +54,13 @@ pub fn lost_disks(map: &DistributionMap, now: &Situation<'_>) -> Vec<Lost> {
                     Some(away) if away >= spare_after => {
                         format!("{} has been away for {} s", node.name, away / 1_000)
                     }
-                    _ => continue,
+                    Some(_) => continue,
+                    None => match without_ms(map, now, node, disk.id) {
+                        Some(without) if without >= spare_after => {
+                            format!("{} has been there without it for {} s", node.name, without / 1_000)
+                        }
+                        _ => continue,
+                    },
                 }
             }
             (None, None) => continue,
@@ -62,6 +68,13 @@ pub fn lost_disks(map: &DistributionMap, now: &Situation<'_>) -> Vec<Lost> {
         lost.push(Lost { disk: disk.id, why });
     }
     lost
+}
+
+/// For how long a node that is there has not had one of its disks; `None` if it has it.
+fn without_ms(map: &DistributionMap, now: &Situation<'_>, node: &Node, disk: DiskId) -> Option<u64> {
+    let entry = now.registry.get(&node.name)?;
+    let missing = entry.incarnation(map.cluster, disk).is_none();
+    missing.then(|| now.now_ms.saturating_sub(entry.disks_since_ms))
 }
 
 /// One copy that is gone.

@@ -83,6 +83,7 @@ mod tests {
             depth: 0,
             discards: false,
             wanders: false,
+            operator: false,
         };
         (*Cluster::new(1, shape, false).manager.map).clone()
     }

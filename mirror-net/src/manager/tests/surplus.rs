@@ -265,3 +265,46 @@ fn a_spare_that_was_taken_by_the_operator_and_dies_is_replaced_by_another() {
         assert_eq!(bench.both(), [on, other]);
     }
 }
+
+/// It was pulled out, or did not come up with the machine: nobody reports that it failed.
+#[test]
+fn a_disk_that_its_node_has_come_back_without_is_not_waited_for() {
+    let mut map = roomy();
+    map.disks[4].spare = false;
+    let step = step(&map, "n2-d1", 1, 5);
+    let plan = Plan::new(PLAN, "n1 has less".into(), vec![step]);
+    let mut bench = Bench::up_with(&map.apply(&[Verb::BeginPlan { plan }]).unwrap().unwrap(), AUTO_SPARE);
+    for device in ["n1-d1", "n2-d1"] {
+        assert_eq!(bench.map().device_named(device).unwrap().spans.len(), 1);
+    }
+    bench.pass(10);
+    assert_eq!(bench.both(), ["n1+ n2+", "n2+ n1+ n5~"]);
+    let lacks = |bench: &mut Bench, node: u64| {
+        let mut registration = bench.registration(node, incarnation(node));
+        registration.disks[0].content = crate::control::DiskContent::Blank;
+        bench.register_as(registration);
+    };
+    lacks(&mut bench, 5);
+    for round in 0..8 {
+        for node in ALL {
+            bench.heartbeat(node);
+        }
+        // Another connection begins nothing anew.
+        if round == 4 {
+            lacks(&mut bench, 5);
+        }
+        bench.pass(10_000);
+    }
+    assert!(bench.map().plans.is_empty());
+    assert_eq!(bench.both(), ["n1+ n2+", "n2+ n1+"]);
+    // And what lies on one that is missing is made again.
+    lacks(&mut bench, 1);
+    bench.ask_stale(2, 1);
+    for _ in 0..8 {
+        for node in ALL {
+            bench.heartbeat(node);
+        }
+        bench.pass(10_000);
+    }
+    assert_eq!(bench.both(), ["n2+ n1- n6~", "n2+ n1- n6~"]);
+}
