@@ -10,10 +10,11 @@ use crate::config::format_bytes;
 use crate::control::{Redistribution, RedistributionOrder};
 use crate::ids::{DeviceId, DiskId, PlanId};
 use crate::map::plan::{Move, Plan};
+use crate::map::runs::Runs;
 use crate::map::verbs::Verb;
 use crate::map::wanted::{NoPlan, Wanted, Wish};
 use crate::map::{Disk, DistributionMap};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Disks that a line names; more would not make it clearer.
 const NAMED_MAX: usize = 6;
@@ -97,12 +98,9 @@ impl View<'_> {
                 why: vec!["nothing is to be moved: it is as even as the rules allow".to_owned()],
             });
         }
-        let run = |step: &Move| (step.run.device, step.run.first, step.run.count);
-        let moved: BTreeSet<_> = wanted.moves.iter().map(run).collect();
+        let moved = moved(wanted.moves.iter());
         let unserved = self.unserved(|device, first, count| {
-            moved.iter().any(|(other, start, length)| {
-                *other == device && start.0 < first + count && first < start.0 + length
-            })
+            moved.get(&device).is_some_and(|runs| runs.overlaps(first, first + count))
         });
         if !unserved.is_empty() {
             return Err(format!(
@@ -171,6 +169,11 @@ impl View<'_> {
     /// Disks that may take something unless an operator chooses others, and why some may not.
     fn takers(&self, emptied: &BTreeSet<DiskId>) -> (BTreeSet<DiskId>, Vec<String>) {
         let (mut takers, mut left_out) = (BTreeSet::new(), Vec::new());
+        let mut concerned: HashMap<DiskId, PlanId> = HashMap::new();
+        for plan in &self.map.plans {
+            let disks = plan.moves.iter().flat_map(|step| [Some(step.to), step.from]).flatten();
+            disks.for_each(|disk| drop(concerned.entry(disk).or_insert(plan.id)));
+        }
         for disk in self.map.disks.iter().filter(|disk| !emptied.contains(&disk.id)) {
             let name = || self.map.disk_name(disk.id);
             if disk.failed.is_some() {
@@ -179,8 +182,8 @@ impl View<'_> {
                 left_out.push(format!("{} is a spare", name()));
             } else if self.registry.usable(self.map, disk.id, self.now_ms).is_none() {
                 left_out.push(format!("{} is not there", name()));
-            } else if let Some(plan) = self.map.plans.iter().find(|plan| plan.concerns(disk.id)) {
-                left_out.push(format!("{} belongs to plan {}", name(), plan.id.0));
+            } else if let Some(plan) = concerned.get(&disk.id) {
+                left_out.push(format!("{} belongs to plan {}", name(), plan.0));
             } else {
                 takers.insert(disk.id);
             }
@@ -269,12 +272,11 @@ impl View<'_> {
     /// What a failure could take meanwhile: no more than now, but that may be something.
     fn at_risk(&self, wanted: &Wanted) -> String {
         let mut alone = Vec::new();
+        let moved = moved(wanted.moves.iter());
         for device in &self.map.devices {
             let mut lines = Lines::default();
-            let moved = wanted.moves.iter().filter(|step| step.run.device == device.id);
-            let firsts: BTreeSet<u32> =
-                moved.flat_map(|step| self.map.spans_of(step.run)).map(|(span, _)| span.first.0).collect();
-            for span in device.spans.iter().filter(|span| firsts.contains(&span.first.0)) {
+            let Some(runs) = moved.get(&device.id) else { continue };
+            for span in device.spans.iter().filter(|span| runs.overlaps(span.first.0, span.end())) {
                 let members = span.members().count();
                 if members < usize::from(device.copies) {
                     lines.add(span, format!("{members} of {} copies in sync", device.copies));
@@ -300,14 +302,13 @@ impl View<'_> {
         if wanted.moves.is_empty() {
             return Ok(Change { batch, why: lines });
         }
-        let overlaps = |a: &Move, b: &Move| {
-            let end = |step: &Move| step.run.first.0.saturating_add(step.run.count);
-            a.run.device == b.run.device && a.run.first.0 < end(b) && b.run.first.0 < end(a)
+        let new = moved(wanted.moves.iter());
+        let overlaps = |step: &Move| {
+            let end = step.run.first.0.saturating_add(step.run.count);
+            new.get(&step.run.device).is_some_and(|runs| runs.overlaps(step.run.first.0, end))
         };
-        for plan in &map.plans {
-            if plan.moves.iter().any(|step| wanted.moves.iter().any(|new| overlaps(step, new))) {
-                return Err(already(plan, "some of these slices"));
-            }
+        if let Some(plan) = map.plans.iter().find(|plan| plan.moves.iter().any(overlaps)) {
+            return Err(already(plan, "some of these slices"));
         }
         let targets: BTreeSet<DiskId> = wanted.moves.iter().map(|step| step.to).collect();
         for disk in targets.into_iter().filter(|disk| map.disk(*disk).is_some_and(|disk| disk.spare)) {
@@ -321,6 +322,15 @@ impl View<'_> {
         batch.push(Verb::BeginPlan { plan: Plan { spares, ..Plan::new(id, cause, wanted.moves) } });
         Ok(Change { batch, why: lines })
     }
+}
+
+/// The slices that are moved, by device.
+fn moved<'a>(moves: impl Iterator<Item = &'a Move>) -> HashMap<DeviceId, Runs> {
+    let mut moved: HashMap<DeviceId, Runs> = HashMap::new();
+    for Move { run, .. } in moves {
+        moved.entry(run.device).or_default().add(run.first.0, run.first.0.saturating_add(run.count));
+    }
+    moved
 }
 
 fn runs_text(runs: usize) -> String {

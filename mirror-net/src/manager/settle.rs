@@ -8,11 +8,12 @@
 use super::left_behind;
 use super::regeneration::{Situation, lost_disks};
 use super::registry::Standing;
-use crate::ids::DiskId;
+use crate::ids::{DeviceId, DiskId};
 use crate::map::plan::{Move, Plan};
+use crate::map::runs::Runs;
 use crate::map::verbs::Run;
 use crate::map::{DistributionMap, Replica, ReplicaState, Span};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// What becomes of a piece of a move now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,12 +43,22 @@ pub(super) struct Judge<'a> {
     pub(super) now: &'a Situation<'a>,
     /// Disks that are lost, with the reason.
     pub(super) lost: BTreeMap<DiskId, String>,
+    /// What plans take from those, by device and disk.
+    replaced: HashMap<(DeviceId, DiskId), Runs>,
 }
 
 impl<'a> Judge<'a> {
     pub(super) fn new(map: &'a DistributionMap, now: &'a Situation<'a>) -> Self {
-        let lost = lost_disks(map, now).into_iter().map(|lost| (lost.disk, lost.why)).collect();
-        Self { map, now, lost }
+        let lost: BTreeMap<_, _> =
+            lost_disks(map, now).into_iter().map(|lost| (lost.disk, lost.why)).collect();
+        let mut replaced: HashMap<_, Runs> = HashMap::new();
+        for step in map.plans.iter().flat_map(|plan| &plan.moves) {
+            if let Some(from) = step.from.filter(|from| lost.contains_key(from)) {
+                let end = step.run.first.0.saturating_add(step.run.count);
+                replaced.entry((step.run.device, from)).or_default().add(step.run.first.0, end);
+            }
+        }
+        Self { map, now, lost, replaced }
     }
 
     /// Whether a copy is what the map says, and its node is there.
@@ -133,12 +144,9 @@ impl<'a> Judge<'a> {
     /// A copy on a disk that is lost, and in whose place nothing comes: two that are in sync may both stay instead.
     fn replaceable(&self, span: &Span, run: Run) -> Option<DiskId> {
         let gone = |copy: &&Replica| copy.state != ReplicaState::InSync && self.lost.contains_key(&copy.disk);
-        let end = |run: Run| run.first.0.saturating_add(run.count);
+        let (first, end) = (run.first.0, run.first.0.saturating_add(run.count));
         let comes = |disk: DiskId| {
-            self.map.plans.iter().flat_map(|plan| &plan.moves).any(|step| {
-                let meets = run.first.0 < end(step.run) && step.run.first.0 < end(run);
-                step.from == Some(disk) && step.run.device == run.device && meets
-            })
+            self.replaced.get(&(run.device, disk)).is_some_and(|runs| runs.overlaps(first, end))
         };
         span.replicas.iter().find(|copy| gone(copy) && !comes(copy.disk)).map(|copy| copy.disk)
     }
