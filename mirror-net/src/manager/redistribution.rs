@@ -172,7 +172,9 @@ impl View<'_> {
         let mut concerned: HashMap<DiskId, PlanId> = HashMap::new();
         for plan in &self.map.plans {
             let disks = plan.moves.iter().flat_map(|step| [Some(step.to), step.from]).flatten();
-            disks.for_each(|disk| drop(concerned.entry(disk).or_insert(plan.id)));
+            for disk in disks {
+                concerned.entry(disk).or_insert(plan.id);
+            }
         }
         for disk in self.map.disks.iter().filter(|disk| !emptied.contains(&disk.id)) {
             let name = || self.map.disk_name(disk.id);

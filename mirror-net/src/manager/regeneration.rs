@@ -87,7 +87,7 @@ struct Gone {
 }
 
 /// What plans have begun, by device.
-struct Begun<'a> {
+pub(super) struct Begun<'a> {
     map: &'a DistributionMap,
     /// By the disk that is rid of it as well: what is made again already.
     replaced: HashMap<(DeviceId, DiskId), Runs>,
@@ -95,7 +95,7 @@ struct Begun<'a> {
 }
 
 impl<'a> Begun<'a> {
-    fn of(map: &'a DistributionMap) -> Self {
+    pub(super) fn of(map: &'a DistributionMap) -> Self {
         let mut begun = Self { map, replaced: HashMap::new(), moved: HashMap::new() };
         for step in map.plans.iter().flat_map(|plan| &plan.moves) {
             for (_, run) in step.pieces(map).filter(|(span, _)| span.replica_on(step.to).is_some()) {
@@ -107,6 +107,12 @@ impl<'a> Begun<'a> {
             }
         }
         begun
+    }
+
+    /// Whether any of a disk's copies of a run is made again elsewhere.
+    pub(super) fn replaces(&self, run: Run, disk: DiskId) -> bool {
+        let end = run.first.0.saturating_add(run.count);
+        self.replaced.get(&(run.device, disk)).is_some_and(|runs| runs.overlaps(run.first.0, end))
     }
 
     /// The copies on lost disks that can be made again, by disk: stale, with a member elsewhere, and not made again

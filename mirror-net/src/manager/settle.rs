@@ -6,14 +6,14 @@
 //! is back, or is recorded stale, or is made again elsewhere.
 
 use super::left_behind;
-use super::regeneration::{Situation, lost_disks};
+use super::regeneration::{Begun, Situation, lost_disks};
 use super::registry::Standing;
-use crate::ids::{DeviceId, DiskId};
+use crate::ids::DiskId;
 use crate::map::plan::{Move, Plan};
-use crate::map::runs::Runs;
 use crate::map::verbs::Run;
 use crate::map::{DistributionMap, Replica, ReplicaState, Span};
-use std::collections::{BTreeMap, HashMap};
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
 
 /// What becomes of a piece of a move now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,22 +43,14 @@ pub(super) struct Judge<'a> {
     pub(super) now: &'a Situation<'a>,
     /// Disks that are lost, with the reason.
     pub(super) lost: BTreeMap<DiskId, String>,
-    /// What plans take from those, by device and disk.
-    replaced: HashMap<(DeviceId, DiskId), Runs>,
+    /// Looked at only if something is lost.
+    begun: OnceCell<Begun<'a>>,
 }
 
 impl<'a> Judge<'a> {
     pub(super) fn new(map: &'a DistributionMap, now: &'a Situation<'a>) -> Self {
-        let lost: BTreeMap<_, _> =
-            lost_disks(map, now).into_iter().map(|lost| (lost.disk, lost.why)).collect();
-        let mut replaced: HashMap<_, Runs> = HashMap::new();
-        for step in map.plans.iter().flat_map(|plan| &plan.moves) {
-            if let Some(from) = step.from.filter(|from| lost.contains_key(from)) {
-                let end = step.run.first.0.saturating_add(step.run.count);
-                replaced.entry((step.run.device, from)).or_default().add(step.run.first.0, end);
-            }
-        }
-        Self { map, now, lost, replaced }
+        let lost = lost_disks(map, now).into_iter().map(|lost| (lost.disk, lost.why)).collect();
+        Self { map, now, lost, begun: OnceCell::new() }
     }
 
     /// Whether a copy is what the map says, and its node is there.
@@ -144,10 +136,8 @@ impl<'a> Judge<'a> {
     /// A copy on a disk that is lost, and in whose place nothing comes: two that are in sync may both stay instead.
     fn replaceable(&self, span: &Span, run: Run) -> Option<DiskId> {
         let gone = |copy: &&Replica| copy.state != ReplicaState::InSync && self.lost.contains_key(&copy.disk);
-        let (first, end) = (run.first.0, run.first.0.saturating_add(run.count));
-        let comes = |disk: DiskId| {
-            self.replaced.get(&(run.device, disk)).is_some_and(|runs| runs.overlaps(first, end))
-        };
+        // What waits for its turn may wait for this very move.
+        let comes = |disk: DiskId| self.begun.get_or_init(|| Begun::of(self.map)).replaces(run, disk);
         span.replicas.iter().find(|copy| gone(copy) && !comes(copy.disk)).map(|copy| copy.disk)
     }
 

@@ -308,3 +308,23 @@ fn a_disk_that_its_node_has_come_back_without_is_not_waited_for() {
     }
     assert_eq!(bench.both(), ["n2+ n1- n6~", "n2+ n1- n6~"]);
 }
+
+/// A plan takes one copy of some slices elsewhere, and then the other: each waits for the other if that is lost.
+#[test]
+fn what_waits_behind_a_move_does_not_keep_it_waiting() {
+    let mut map = roomy();
+    for disk in &mut map.disks[4..] {
+        disk.spare = false;
+    }
+    let moves = vec![step(&map, "n2-d1", 1, 5), Move { primary: true, ..step(&map, "n2-d1", 2, 6) }];
+    let plan = Plan::new(PLAN, "both go".into(), moves);
+    let mut bench = Bench::up_with(&map.apply(&[Verb::BeginPlan { plan }]).unwrap().unwrap(), AUTO_SPARE);
+    bench.pass(10);
+    assert_eq!(bench.copies("n2-d1"), "n2+ n1+ n5~");
+    bench.breaks(2);
+    for _ in 0..5 {
+        bench.copy_once(&[1, 3, 4, 5, 6]);
+    }
+    assert!(bench.map().plans.is_empty(), "{:?}", bench.map().plans);
+    assert_eq!(bench.copies("n2-d1"), "n1+ n5+");
+}
