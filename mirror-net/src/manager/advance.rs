@@ -294,7 +294,9 @@ impl<'a> Pass<'a> {
             return;
         }
         // What was replaced comes back as the spare, never as the owner; and what was taken for nothing is one again.
-        let needed: BTreeSet<DiskId> = self.rest.iter().map(|step| step.to).collect();
+        let others = self.judge.map.plans.iter().filter(|other| other.id != plan.id);
+        let others = others.flat_map(|other| &other.moves);
+        let needed: BTreeSet<DiskId> = self.rest.iter().chain(others).map(|step| step.to).collect();
         let spares = plan.spares.iter().copied().filter(|disk| !needed.contains(disk)).collect();
         for verb in spares_after(self.judge.map, &self.change.batch, spares) {
             if let Verb::SetSpare { disk, .. } = verb {

@@ -172,7 +172,7 @@ impl View<'_> {
         let mut concerned: HashMap<DiskId, PlanId> = HashMap::new();
         for plan in &self.map.plans {
             let disks = plan.moves.iter().flat_map(|step| [Some(step.to), step.from]).flatten();
-            for disk in disks {
+            for disk in disks.chain(plan.spares.iter().copied()) {
                 concerned.entry(disk).or_insert(plan.id);
             }
         }
@@ -340,6 +340,13 @@ fn runs_text(runs: usize) -> String {
 }
 
 fn already(plan: &Plan, what: &str) -> String {
+    if plan.cancelled {
+        return format!(
+            "plan {} moved {what}, is cancelled and not over: a slice has a copy too many until it is certain which can \
+             go, see `mirrorctl status`",
+            plan.id.0
+        );
+    }
     format!(
         "plan {0} moves {what} at this moment: wait for its end with `mirrorctl plan watch {0}`, or give it up with \
          `mirrorctl plan cancel {0}`",

@@ -122,9 +122,10 @@ impl Plan {
         self.moves.iter().filter_map(|step| step.from).collect()
     }
 
-    /// Whether it takes something to that disk, or from it.
+    /// Whether it takes something to that disk, or from it, or makes a spare of it.
     pub fn concerns(&self, disk: DiskId) -> bool {
-        self.moves.iter().any(|step| step.to == disk || step.from == Some(disk))
+        self.spares.contains(&disk)
+            || self.moves.iter().any(|step| step.to == disk || step.from == Some(disk))
     }
 }
 

@@ -81,6 +81,15 @@ fn a_cancelled_plan_never_gives_up_what_is_there_for_what_is_not() {
     // Where n1 is primary nobody can say yet who goes on; where it is not, its copy goes.
     assert_eq!(bench.both(), ["n1+ n2+ n5+", "n2+ n5+"]);
     assert!(bench.map().plans[0].cancelled);
+    let told = bench.manager.status(bench.now_ms).findings;
+    assert!(told.iter().any(|told| told.what.starts_with("plan 2 is cancelled: 10 slices have")), "{told:?}");
+    assert!(bench.refused(spare("n1", &["n6"], true)).contains("is cancelled and not over"));
+    // It cannot be taken back, nor go on.
+    for order in [PlanOrder::Pause, PlanOrder::Resume, PlanOrder::Cancel] {
+        bench.input(Input::Plan { ticket: Ticket(1), plan: PLAN, order });
+        let reply = bench.replies.pop().unwrap().1;
+        assert!(matches!(reply, OperatorReply::Refused { .. }), "{reply:?}");
+    }
     // Whoever is manager then.
     bench.restart(Policy::MANUAL);
     for node in [2, 3, 4, 5, 6] {
@@ -327,4 +336,33 @@ fn what_waits_behind_a_move_does_not_keep_it_waiting() {
     }
     assert!(bench.map().plans.is_empty(), "{:?}", bench.map().plans);
     assert_eq!(bench.copies("n2-d1"), "n1+ n5+");
+}
+
+/// A disk that is to be a spare need not hold anything that is moved: nobody else takes it meanwhile.
+#[test]
+fn what_one_plan_makes_a_spare_of_no_other_takes() {
+    let mut map = roomy();
+    map.disks[5].spare = false;
+    let first = Plan {
+        spares: [DiskId(1), DiskId(6)].into(),
+        ..Plan::new(PLAN, "n1 and n6 are spares".into(), vec![step(&map, "n2-d1", 1, 5)])
+    };
+    map.disks[4].spare = false;
+    let map = map.apply(&[Verb::BeginPlan { plan: first }]).unwrap().unwrap();
+    let mut bench = Bench::up_with(&map, Policy::MANUAL);
+    let reason = bench.refused(spare("n3", &["n6"], true));
+    assert!(reason.starts_with("plan 2 moves n6/d1"), "{reason}");
+    // One that was there before is not disturbed.
+    let second = Plan {
+        paused: true,
+        ..Plan::new(PlanId(3), "n6 has more".into(), vec![step(bench.map(), "n4-d1", 3, 6)])
+    };
+    let map = bench.map().apply(&[Verb::BeginPlan { plan: second }]).unwrap().unwrap();
+    bench.input(Input::Conflict { newest: Some(Box::new(map)) });
+    bench.copy_on(&ALL);
+    assert!(bench.map().plan(PLAN).is_none());
+    assert!(!bench.map().disks[5].spare);
+    bench.input(Input::Plan { ticket: Ticket(1), plan: PlanId(3), order: PlanOrder::Resume });
+    bench.copy_on(&ALL);
+    assert_eq!(bench.slices_on(6), 8);
 }
