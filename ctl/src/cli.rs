@@ -4,6 +4,7 @@ use crate::failure::Failure;
 use crate::playground::PlaygroundArguments;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where the cluster file is unless the command line or the environment says otherwise.
 const CONFIG_DEFAULT: &str = "/etc/ublk-mirror/cluster.toml";
@@ -87,6 +88,20 @@ pub enum Command {
         #[command(subcommand)]
         verb: BroadcastVerb,
     },
+    /// Disks that hold nothing until they take the place of others
+    Spare {
+        /// What to do
+        #[command(subcommand)]
+        verb: SpareVerb,
+    },
+    /// Make all disks that are in use equally full, and bring primaries home
+    Rebalance {
+        /// Only show what would be moved
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// How likely data is lost in a year, as it is laid out and as it could be
+    Risk(RiskArguments),
     /// What is being moved
     Plan {
         /// What to do
@@ -155,9 +170,72 @@ pub enum ManagerVerb {
     },
 }
 
+/// What [`Command::Risk`] is told.
+#[derive(clap::Args, Debug)]
+pub struct RiskArguments {
+    /// Mean time until a disk fails
+    #[arg(long, default_value = "50years", value_parser = time, value_name = "TIME")]
+    pub disk_mttf: Duration,
+    /// Mean time until a node is lost with all its disks
+    #[arg(long, default_value = "20years", value_parser = time, value_name = "TIME")]
+    pub node_mttf: Duration,
+    /// Mean time until a power feed or a switch takes all its nodes with it for good
+    #[arg(long, default_value = "200years", value_parser = time, value_name = "TIME")]
+    pub set_mttf: Duration,
+    /// Bytes in a second that a disk takes while it is filled
+    #[arg(long, default_value = "100MiB", value_parser = size, value_name = "SIZE")]
+    pub rate: u64,
+    /// Where there is no spare: how long it takes until a lost disk is replaced
+    #[arg(long, default_value = "3days", value_parser = time, value_name = "TIME")]
+    pub replace_after: Duration,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if time.is_zero() { Err("it has to be longer than nothing".to_owned()) } else { Ok(time) }
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let size = mirror_net::config::parse_bytes(text).filter(|size| *size > 0);
+    size.ok_or_else(|| format!("{text:?} is not a size such as \"100MiB\""))
+}
+
+/// Verbs of `spare`.
+#[derive(Subcommand, Debug)]
+pub enum SpareVerb {
+    /// Move everything away from a node or a disk, online; afterwards its disks are spares
+    Make(SpareMakeArguments),
+}
+
+/// What [`SpareVerb::Make`] is told.
+#[derive(clap::Args, Debug)]
+pub struct SpareMakeArguments {
+    /// The node, with all its disks
+    #[arg(required_unless_present = "disk", conflicts_with = "disk")]
+    pub node: Option<String>,
+    /// One disk of a node
+    #[arg(long, value_name = "NODE/DISK")]
+    pub disk: Option<String>,
+    /// Where it goes: nodes or disks, spares too [default: all disks that are in use]
+    #[arg(long, value_name = "NODE[/DISK],…", value_delimiter = ',')]
+    pub onto: Vec<String>,
+    /// Only show what would be moved, and what is at risk meanwhile
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
 /// Verbs of `map`.
 #[derive(Subcommand, Debug)]
 pub enum MapVerb {
+    /// Show how full every disk is, and how much is served from it
+    Balance {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Make it again after the loss of every store
     Rebuild(RebuildArguments),
     /// Show where every slice lies
@@ -165,6 +243,12 @@ pub enum MapVerb {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// Draw nodes, disks and who mirrors whom into this file
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "dot"])]
+        svg: Option<PathBuf>,
+        /// Print the same for Graphviz
+        #[arg(long, conflicts_with = "json")]
+        dot: bool,
     },
 }
 
@@ -279,7 +363,7 @@ pub enum PlanVerb {
         /// The plan's number
         plan: u64,
     },
-    /// Give it up where it is: what is in sync stays
+    /// Take back what has not taken its new place yet
     Cancel {
         /// The plan's number
         plan: u64,

@@ -4,8 +4,10 @@
 
 use mirror_net::control::{ClusterStatus, DiskContent, Finding, NodeStatus, Severity};
 use mirror_net::format::alloc::Segment;
+use mirror_net::ids::DiskId;
 use mirror_net::map::{Commit, Device, DistributionMap, OnNoQuorum, ReplicaState, SegmentSlots};
 use serde::Serialize;
+use std::collections::HashMap;
 
 /// How a copy's state is written.
 pub fn state_name(state: ReplicaState) -> &'static str {
@@ -39,6 +41,59 @@ pub struct MapJson {
     pub plans: Vec<MapPlanJson>,
 }
 
+/// How full a disk is: one of `map balance --json`.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct BalanceJson {
+    pub node: String,
+    pub disk: String,
+    pub state: &'static str,
+    pub bytes: u64,
+    pub used_bytes: u64,
+    pub primary_bytes: u64,
+    pub slots: SegmentSlots,
+    pub used: SegmentSlots,
+}
+
+impl BalanceJson {
+    /// Every disk of a map, in order of id.
+    pub fn of(map: &DistributionMap) -> Vec<Self> {
+        let mut used: HashMap<DiskId, (SegmentSlots, u64)> = HashMap::new();
+        for span in map.devices.iter().flat_map(|device| &device.spans) {
+            for (position, copy) in span.replicas.iter().enumerate() {
+                let (used, served) = used.entry(copy.disk).or_default();
+                *match copy.segment {
+                    Segment::Primary => &mut used.primary,
+                    Segment::Secondary => &mut used.secondary,
+                    Segment::Unmirrored => &mut used.unmirrored,
+                } += span.count;
+                if position == 0 {
+                    *served += u64::from(span.count);
+                }
+            }
+        }
+        let bytes = |slices: u64| slices * u64::from(map.slice_bytes);
+        let disks = map.disks.iter().map(|disk| {
+            let (used, served) = used.get(&disk.id).copied().unwrap_or_default();
+            Self {
+                node: map.node_name(disk.node),
+                disk: disk.name.clone(),
+                state: match (&disk.failed, disk.spare) {
+                    (Some(_), _) => "failed",
+                    (None, true) => "spare",
+                    (None, false) => "in_use",
+                },
+                bytes: bytes(disk.slots.total()),
+                used_bytes: bytes(used.total()),
+                primary_bytes: bytes(served),
+                slots: disk.slots,
+                used,
+            }
+        });
+        disks.collect()
+    }
+}
+
 /// What is being moved.
 #[derive(Serialize, Debug)]
 #[allow(missing_docs)]
@@ -46,6 +101,7 @@ pub struct MapPlanJson {
     pub plan: u64,
     pub cause: String,
     pub paused: bool,
+    pub cancelled: bool,
 }
 
 /// A node in the map.
@@ -133,6 +189,7 @@ impl MapJson {
             plan: plan.id.0,
             cause: plan.cause.clone(),
             paused: plan.paused,
+            cancelled: plan.cancelled,
         });
         let devices = map.devices.iter().map(|device| MapDeviceJson {
             name: device.name.clone(),

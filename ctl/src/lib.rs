@@ -17,8 +17,11 @@ pub mod manager;
 mod map;
 mod node;
 mod output;
+mod picture;
 mod plan;
 pub mod playground;
+mod redistribution;
+mod risk;
 
 #[cfg(test)]
 mod snapshots;
@@ -27,7 +30,7 @@ mod status;
 use clap::Parser;
 use cli::{
     BroadcastVerb, Cli, ClusterVerb, Command, DeviceVerb, DiskVerb, KeyVerb, ManagerVerb, MapVerb, NodeVerb,
-    PlanVerb,
+    PlanVerb, SpareVerb,
 };
 use failure::Failure;
 use mirror_net::control::{BroadcastKind, PlanOrder};
@@ -66,7 +69,10 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Map { verb: MapVerb::Rebuild(arguments) } => {
             map::rebuild(&config, arguments.force_without, arguments.dry_run).await
         }
-        Command::Map { verb: MapVerb::Show { json } } => map::show(&config, json).await,
+        Command::Map { verb: MapVerb::Balance { json } } => map::balance(&config, json).await,
+        Command::Map { verb: MapVerb::Show { svg: Some(file), .. } } => map::draw(&config, &file).await,
+        Command::Map { verb: MapVerb::Show { dot: true, .. } } => map::dot(&config).await,
+        Command::Map { verb: MapVerb::Show { json, .. } } => map::show(&config, json).await,
         Command::Status { json } => status::status(&config, json).await,
         Command::Node { verb: NodeVerb::Failover { node, json } } => {
             node::failover(&config, &node, json).await
@@ -81,6 +87,11 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
             };
             broadcast::broadcast(&config, kind, json).await
         }
+        Command::Spare { verb: SpareVerb::Make(arguments) } => {
+            redistribution::make_spare(&config, arguments).await
+        }
+        Command::Risk(arguments) => risk::risk_of_cluster(&config, &arguments).await,
+        Command::Rebalance { dry_run } => redistribution::rebalance(&config, dry_run).await,
         Command::Plan { verb: PlanVerb::List { json } } => plan::list(&config, json).await,
         Command::Plan { verb: PlanVerb::Show { plan, json } } => plan::show(&config, plan, json).await,
         Command::Plan { verb: PlanVerb::Watch { plan } } => plan::watch(&config, plan).await,

@@ -2,30 +2,81 @@
 
 use crate::client::{Client, load_file, unexpected};
 use crate::failure::{Failure, OK};
-use crate::json::{MapJson, state_name};
-use crate::output;
+use crate::json::{BalanceJson, MapJson, state_name};
+use crate::{output, picture};
 use mirror_net::config::format_bytes;
 use mirror_net::control::{OperatorReply, OperatorRequest};
 use mirror_net::map::{Commit, Device, DistributionMap, OnNoQuorum};
 use std::path::Path;
 
+async fn ask(config: &Path) -> Result<Box<DistributionMap>, Failure> {
+    ask_at(&Client::from_config(config)?).await
+}
+
+/// The map, if there is one.
+pub(crate) async fn ask_at(client: &Client) -> Result<Box<DistributionMap>, Failure> {
+    match client.ask(&OperatorRequest::Map).await? {
+        OperatorReply::Map { map: Some(map) } => Ok(map),
+        OperatorReply::Map { map: None } => Err(Failure::new(
+            "no cluster has been created yet: start ublk-server on every node, then type `mirrorctl cluster create`",
+        )),
+        reply => Err(unexpected(&reply)),
+    }
+}
+
 /// `mirrorctl map show`.
 pub async fn show(config: &Path, json: bool) -> Result<u8, Failure> {
-    let map = match Client::from_config(config)?.ask(&OperatorRequest::Map).await? {
-        OperatorReply::Map { map: Some(map) } => map,
-        OperatorReply::Map { map: None } => {
-            return Err(Failure::new(
-                "no cluster has been created yet: start ublk-server on every node, then type `mirrorctl cluster create`",
-            ));
-        }
-        reply => return Err(unexpected(&reply)),
-    };
+    let map = ask(config).await?;
     if json {
         output::print_json(&MapJson::of(&map))?;
     } else {
         output::print(&text(&map));
     }
     Ok(OK)
+}
+
+/// `mirrorctl map show --svg`.
+pub async fn draw(config: &Path, file: &Path) -> Result<u8, Failure> {
+    let map = ask(config).await?;
+    std::fs::write(file, picture::svg(&map)).map_err(|error| {
+        Failure::new(format!("cannot write the picture to {}: {error}; name another file", file.display()))
+    })?;
+    output::print(&format!("map {} is drawn in {}", map.version, file.display()));
+    Ok(OK)
+}
+
+/// `mirrorctl map show --dot`.
+pub async fn dot(config: &Path) -> Result<u8, Failure> {
+    output::print(&picture::dot(&*ask(config).await?));
+    Ok(OK)
+}
+
+/// `mirrorctl map balance`.
+pub async fn balance(config: &Path, json: bool) -> Result<u8, Failure> {
+    let disks = BalanceJson::of(&*ask(config).await?);
+    if json {
+        output::print_json(&disks)?;
+    } else {
+        output::print(&balance_text(&disks));
+    }
+    Ok(OK)
+}
+
+/// One line for each disk.
+pub(crate) fn balance_text(disks: &[BalanceJson]) -> String {
+    let header = ["DISK", "SIZE", "USED", "FULL", "PRIMARIES", "STATE"];
+    let mut table = output::table(&header, &[1, 2, 3, 4]);
+    for disk in disks {
+        table.add_row(vec![
+            format!("{}/{}", disk.node, disk.disk),
+            format_bytes(disk.bytes),
+            format_bytes(disk.used_bytes),
+            format!("{} %", (disk.used_bytes * 100).checked_div(disk.bytes).unwrap_or(0)),
+            format_bytes(disk.primary_bytes),
+            disk.state.to_owned(),
+        ]);
+    }
+    output::table_text(&table)
 }
 
 /// `mirrorctl map rebuild`.

@@ -24,6 +24,7 @@ struct PlanJson {
     plan: u64,
     cause: String,
     paused: bool,
+    cancelled: bool,
     slices: u64,
     in_sync: u64,
     bytes: u64,
@@ -56,6 +57,7 @@ impl PlanJson {
             plan: plan.id.0,
             cause: plan.cause.clone(),
             paused: plan.paused,
+            cancelled: plan.cancelled,
             slices: progress.slices,
             in_sync: progress.in_sync,
             bytes: progress.slices * u64::from(map.slice_bytes),
@@ -71,6 +73,9 @@ impl PlanJson {
         let mut text = format!("{} of {} slices in sync", self.in_sync, self.slices);
         if self.paused {
             text += ", paused";
+        }
+        if self.cancelled {
+            text += ", cancelled: of each of them one copy goes once it is certain which";
         }
         if self.behind_bytes > 0 {
             text += &format!(
@@ -153,7 +158,7 @@ pub async fn show(config: &Path, plan: u64, json: bool) -> Result<u8, Failure> {
             to: map.disk_name(step.to),
             segment: step.segment,
             becomes_primary: step.primary,
-            in_sync: Plan { moves: vec![*step], ..plan.clone() }.progress(&map).in_sync,
+            in_sync: step.progress(&map).in_sync,
         })
         .collect();
     if json {

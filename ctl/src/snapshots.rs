@@ -3,8 +3,9 @@
 //! `UPDATE_SNAPSHOTS=1 cargo test -p ctl` writes the files anew.
 
 use crate::broadcast::{self, BroadcastJson};
-use crate::json::{DeviceJson, MapJson, StatusJson};
-use crate::{device, map, output, status};
+use crate::json::{BalanceJson, DeviceJson, MapJson, StatusJson};
+use crate::{device, map, output, risk, status};
+use clap::Parser;
 use mirror_net::control::{
     BroadcastKind, BroadcastRow, BroadcastStatus, ClusterStatus, ContentSum, DiskContent, DiskInventory,
     ExportReport, Finding, NodeReport, NodeStatus, ResyncReport, SessionReport, Severity, Unserved,
@@ -186,6 +187,32 @@ fn surveyed() -> BroadcastStatus {
         ],
         unserved: vec![unserved],
     }
+}
+
+#[test]
+fn what_the_risk_is() {
+    let arguments = crate::cli::Cli::try_parse_from(["mirrorctl", "risk"]).unwrap().command;
+    let crate::cli::Command::Risk(arguments) = arguments else { panic!("{arguments:?}") };
+    let found = risk::of(&first_map(), &arguments, std::time::Duration::from_secs(60));
+    check("risk.txt", &risk::text(&found));
+    let mut together = first_map();
+    together.nodes.iter_mut().for_each(|node| node.power = Some("feed-1".into()));
+    assert!(risk::text(&risk::of(&together, &arguments, arguments.replace_after)).contains("warning: "));
+}
+
+#[test]
+fn pictures_of_the_map() {
+    let status = failed_over();
+    let map = status.map.as_ref().unwrap();
+    check("map.svg", &crate::picture::svg(map));
+    check("map.dot", &crate::picture::dot(map));
+}
+
+#[test]
+fn how_full_disks_are() {
+    let disks = BalanceJson::of(failed_over().map.as_ref().unwrap());
+    check("balance.txt", &map::balance_text(&disks));
+    check("balance.json", &output::to_json(&disks).unwrap());
 }
 
 #[test]

@@ -368,6 +368,8 @@ pub enum OperatorRequest {
         /// What is to become of it.
         order: PlanOrder,
     },
+    /// Copies are to be elsewhere.
+    Redistribute(RedistributionOrder),
     /// Every store is lost: make the map again from what the nodes have kept.
     Rebuild {
         /// The text of the cluster file.
@@ -404,6 +406,30 @@ pub struct ForceOrder {
     pub carry_out: bool,
 }
 
+/// Copies that are to be elsewhere, by a plan.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RedistributionOrder {
+    /// What is wished.
+    pub wish: Redistribution,
+    /// Begin with it; else only tell what would be done.
+    pub carry_out: bool,
+}
+
+/// Where copies are to be.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Redistribution {
+    /// Not there, so that it is a spare.
+    Spare {
+        /// `NODE`, for all its disks, or `NODE/DISK`.
+        emptied: String,
+        /// `NODE` or `NODE/DISK`: where copies may go; all disks that are in use if there are none.
+        onto: Vec<String>,
+    },
+    /// On all disks that are in use, evenly, with primaries at home.
+    Balance,
+}
+
 /// What an operator wants of a plan.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -412,7 +438,7 @@ pub enum PlanOrder {
     Pause,
     /// Go on.
     Resume,
-    /// Give up the new copies that are not in sync yet.
+    /// Take back what has not taken its new place yet.
     Cancel,
 }
 

@@ -13,4 +13,5 @@ pub mod manager;
 pub mod map;
 pub mod planted;
 pub mod region;
+pub mod risk;
 pub mod wire;

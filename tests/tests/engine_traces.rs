@@ -23,6 +23,7 @@ fn shape(nodes: u16, copies: u16) -> Shape {
         mirrored_only: false,
         depth: 0,
         wanders: false,
+        operator: false,
         discards: false,
         policy: Default::default(),
         drift: true,

@@ -153,6 +153,10 @@ impl Server<'_> {
                 self.replies.insert(ticket, reply);
                 return Some(Input::Plan { ticket, plan, order });
             }
+            OperatorRequest::Redistribute(order) => {
+                self.replies.insert(ticket, reply);
+                return Some(Input::Redistribute { ticket, order });
+            }
             OperatorRequest::Rebuild { file, without, install } => {
                 match ClusterFile::parse(&file, "cluster file") {
                     Ok(file) => {

@@ -203,7 +203,7 @@ impl Engine {
                 let mut old = before.spans.iter().filter(|old| old.first < span.end && span.first < old.end);
                 before.spans.is_empty() || old.any(|old| !old.serves())
             });
-            took_over |= serves_more && view.mirrored;
+            took_over |= serves_more && (before.mirrored || view.mirrored);
             let same =
                 before.spans.iter().map(|span| span.epoch).eq(view.spans.iter().map(|span| span.epoch));
             if !same || before.claim != view.claim {

@@ -202,6 +202,6 @@ impl Engine {
 }
 
 /// Whether that peer holds a syncing copy of what this node serves.
-fn is_syncing(span: &SpanView, peer: PeerIndex) -> bool {
+pub(super) fn is_syncing(span: &SpanView, peer: PeerIndex) -> bool {
     span.serves() && span.others.contains(&peer) && !span.members.contains(&peer)
 }

@@ -6,6 +6,7 @@
 //! ([`join`](super::join)).
 
 use super::action::Body;
+use super::join::is_syncing;
 use super::op::{Op, OpKind, Origin};
 use super::view::{DeviceView, PeerIndex};
 use super::window::Awaited;
@@ -13,6 +14,7 @@ use super::{Engine, Nanos};
 use crate::control::ResyncReport;
 use crate::format::journal::Change;
 use crate::ids::{SliceEpoch, SlotIndex};
+use crate::map::runs::Runs;
 use crate::region::masks::{RegionMasks, touched};
 use crate::wire::header::{Header, Kind, Status};
 use std::collections::VecDeque;
@@ -389,12 +391,21 @@ impl Engine {
         self.retry_unreconciled();
     }
 
-    /// Whether an operator paused the plan that takes a device's copies to that peer.
+    /// Whether all copies of a device that are being filled on that peer are those of plans that an operator paused.
+    /// They become members together, so if one has to be filled all are.
     fn is_paused(&self, device: usize, peer: PeerIndex) -> bool {
-        let Some(map) = self.map.as_deref().filter(|map| !map.plans.is_empty()) else { return false };
-        let (device, node) = (self.devices[device].view.id, self.peers[peer].node);
+        let Some(map) = self.map.as_deref().filter(|map| map.plans.iter().any(|plan| plan.paused)) else {
+            return false;
+        };
+        let view = &self.devices[device].view;
+        let node = self.peers[peer].node;
+        let mut resting = Runs::default();
         let moves = map.plans.iter().filter(|plan| plan.paused).flat_map(|plan| &plan.moves);
-        moves.into_iter().any(|step| step.run.device == device && map.node_of(step.to) == Some(node))
+        for step in moves.filter(|it| it.run.device == view.id && map.node_of(it.to) == Some(node)) {
+            resting.add(step.run.first.0, step.run.first.0.saturating_add(step.run.count));
+        }
+        let mut filled = view.spans.iter().filter(|span| is_syncing(span, peer)).peekable();
+        filled.peek().is_some() && filled.all(|span| resting.missing(span.first, span.end).is_empty())
     }
 
     fn start_copies(&mut self, device: usize, peer: PeerIndex) {
@@ -406,7 +417,7 @@ impl Engine {
             let Some(resync) = self.find_resync(device, peer) else { return };
             let urgent = resync.urgent.pop_front();
             if urgent.is_none() {
-                if paused || resync.left == 0 || no_buffer || now < resync.not_before {
+                if resync.left == 0 || no_buffer || now < resync.not_before {
                     return;
                 }
                 if let Err(again) = pace {
@@ -430,7 +441,7 @@ impl Engine {
                     }
                     _ => continue,
                 },
-                None => self.next_to_copy(device, peer),
+                None => self.next_to_copy(device, peer, paused),
             };
             let Some((slice, region)) = next else { return };
             self.start_copy(device, slice, region, peer);
@@ -450,13 +461,14 @@ impl Engine {
         entry.filter(|_| adopted).map_or(0, |behind| behind.regions & !behind.copying & !behind.failed)
     }
 
-    fn next_to_copy(&mut self, device: usize, peer: PeerIndex) -> Option<(u32, u32)> {
+    /// What to copy next; if a plan is `paused`, only what members have to be compared for.
+    fn next_to_copy(&mut self, device: usize, peer: PeerIndex, paused: bool) -> Option<(u32, u32)> {
         let slices = self.devices[device].slices.len() as u32;
         let start = self.find_resync(device, peer)?.next_copy;
         for step in 0..slices {
             let slice = (start + step) % slices;
             let regions = self.is_copyable(device, slice, peer);
-            if regions != 0 {
+            if regions != 0 && !(paused && is_syncing(self.devices[device].view.span(slice), peer)) {
                 self.find_resync(device, peer)?.next_copy = slice;
                 return Some((slice, regions.trailing_zeros()));
             }

@@ -3,8 +3,11 @@
 use super::action::{Report, RequestError, RequestKind};
 use super::testing::{DEVICE, Rig, claimed, map, next};
 use crate::config::{NodePolicy, Pace};
-use crate::ids::{ExporterSession, MapVersion, SliceEpoch};
+use crate::format::alloc::Segment;
+use crate::ids::{DiskId, ExporterSession, MapVersion, PlanId, SliceEpoch, SliceIndex};
 use crate::map::ReplicaState;
+use crate::map::plan::{Move, Plan};
+use crate::map::verbs::Run;
 use crate::wire::header::{Header, Kind, Status, Trailer};
 
 fn promote_second(span: &mut crate::map::Span) {
@@ -198,6 +201,22 @@ fn whoever_is_alone_waits_for_the_lease_of_the_copy_that_was_dropped() {
     rig.adopt(&next(&first, |span| {
         span.replicas.remove(0);
     }));
+    let read = rig.request(RequestKind::Read, 0, 4096);
+    assert_eq!(rig.result(read), None, "node 1 may still be reading");
+    rig.wait(1_200, &[]);
+    assert_eq!(rig.result(read), Some(Ok(())));
+}
+
+#[test]
+fn the_lease_of_a_dropped_copy_is_waited_for_although_the_device_is_not_mirrored_any_more() {
+    let first = map(2, 2, 2);
+    let mut rig = Rig::new(2, &first);
+    rig.frame(1, Header::new(Kind::Ping), None);
+    let mut alone = next(&first, |span| {
+        span.replicas.remove(0);
+    });
+    alone.devices[0].copies = 1;
+    rig.adopt(&alone);
     let read = rig.request(RequestKind::Read, 0, 4096);
     assert_eq!(rig.result(read), None, "node 1 may still be reading");
     rig.wait(1_200, &[]);
@@ -534,6 +553,31 @@ fn a_syncing_copy_without_a_session_is_left_out_and_caught_up() {
     assert_eq!(rig.take(Kind::Write).len(), 1, "what it missed");
     let during = rig.write(8192, 4096);
     assert_eq!(rig.result(during), None, "it has a session: it is waited for");
+}
+
+/// A plan that is paused keeps its new copies from being filled. Members are compared all the same: reads wait for that.
+#[test]
+fn what_an_operator_paused_is_not_filled_and_members_are_compared_all_the_same() {
+    for member in [true, false] {
+        for paused in [true, false] {
+            let mut first = map(2, 2, 1);
+            let run = Run { device: DEVICE, first: SliceIndex(0), count: 1 };
+            let step = Move { run, from: None, to: DiskId(1), segment: Segment::Secondary, primary: false };
+            first.plans = vec![Plan { paused, ..Plan::new(PlanId(1), "test".into(), vec![step]) }];
+            // The second takes over, and has a write that nobody acknowledged.
+            let mut rig = Rig::new(2, &first);
+            rig.frame(1, forwarded(Kind::Write, 1, 0), None);
+            rig.sent.clear();
+            rig.adopted(1, 2);
+            rig.adopt(&next(&first, |span| {
+                span.replicas.swap(0, 1);
+                span.replicas[1].state = if member { ReplicaState::InSync } else { ReplicaState::Syncing };
+            }));
+            rig.wait(2_000, &[1]);
+            let begun = [Kind::Compare, Kind::Write].iter().any(|kind| !rig.take(*kind).is_empty());
+            assert_eq!(begun, member || !paused, "{member} {paused}");
+        }
+    }
 }
 
 /// While a host asks again and again, copies go on at the rate that they may, without waiting for a tick.

@@ -5,7 +5,7 @@ use crate::format::alloc::Segment;
 use crate::ids::{
     AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, ProcessId, SliceEpoch,
 };
-use crate::map::validate::COPIES_MAX;
+use crate::map::validate::REPLICAS_MAX;
 use crate::map::{self, Claim, Commit, DistributionMap, OnNoQuorum, ReplicaState};
 use crate::planted::{self, Bug};
 
@@ -13,7 +13,7 @@ use crate::planted::{self, Bug};
 pub type PeerIndex = usize;
 
 /// Other copies of a slice, at most.
-pub const LEGS_MAX: usize = COPIES_MAX - 1;
+pub const LEGS_MAX: usize = REPLICAS_MAX - 1;
 
 /// A device as this node sees it.
 #[derive(Clone, Debug)]

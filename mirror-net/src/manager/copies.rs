@@ -7,7 +7,7 @@ use super::repair::{SpanPlan, plan_span};
 use crate::config::format_bytes;
 use crate::control::{Finding, ResyncReport, Severity};
 use crate::ids::{DiskId, NodeId};
-use crate::map::plan::Plan;
+use crate::map::plan::{Move, Plan};
 use crate::map::{Device, Replica, ReplicaState, Span};
 
 /// A copy that is not in sync, for people.
@@ -77,15 +77,36 @@ impl View<'_> {
         self.reconciled(device, found);
     }
 
-    fn plan_that_replaces(&self, disk: DiskId) -> Option<&Plan> {
-        self.map.plans.iter().find(|plan| plan.moves.iter().any(|step| step.from == Some(disk)))
+    /// The plan that makes a copy again elsewhere.
+    fn plan_that_replaces(&self, device: &Device, span: &Span, disk: DiskId) -> Option<&Plan> {
+        let end = |step: &Move| step.run.first.0.saturating_add(step.run.count);
+        let replaces = |step: &Move| {
+            let meets = step.run.first.0 < span.end() && span.first.0 < end(step);
+            step.from == Some(disk) && step.run.device == device.id && meets
+        };
+        self.map.plans.iter().find(|plan| !plan.cancelled && plan.moves.iter().any(replaces))
     }
 
     /// What becomes of what a disk held that is gone, and what to type about it.
     pub(super) fn replacement(&self, disk: DiskId) -> String {
-        if let Some(plan) = self.plan_that_replaces(disk) {
-            return format!("its copies are made again elsewhere: mirrorctl plan watch {}", plan.id.0);
+        let mut plans = self.map.plans.iter().filter(|plan| !plan.cancelled);
+        let Some(plan) = plans.find(|plan| plan.moves.iter().any(|step| step.from == Some(disk))) else {
+            return self.without_replacement(disk);
+        };
+        let spans =
+            self.map.devices.iter().flat_map(|device| device.spans.iter().map(move |span| (device, span)));
+        let mut left = spans.filter(|(_, span)| span.replica_on(disk).is_some());
+        let watch = format!("mirrorctl plan watch {}", plan.id.0);
+        match left.any(|(device, span)| self.plan_that_replaces(device, span, disk).is_none()) {
+            false => format!("its copies are made again elsewhere: {watch}"),
+            true => {
+                let others = self.without_replacement(disk);
+                format!("some of its copies are made again elsewhere: {watch}; of the others: {others}")
+            }
         }
+    }
+
+    fn without_replacement(&self, disk: DiskId) -> String {
         if !self.map.is_in_use(disk) {
             return "nothing: what it held is elsewhere by now".to_owned();
         }
@@ -104,9 +125,12 @@ impl View<'_> {
         let primary = self.map.node_of(span.primary().disk);
         let up = self.is_up(replica.disk);
         let usable = self.registry.usable(self.map, replica.disk, self.now_ms).is_some();
-        let replaced = !up && self.plan_that_replaces(replica.disk).is_some();
-        let todo = if replaced || self.registry.has_failed(self.map, replica.disk) {
-            self.replacement(replica.disk)
+        let failed = self.registry.has_failed(self.map, replica.disk);
+        let plan = self.plan_that_replaces(device, span, replica.disk).filter(|_| failed || !up);
+        let todo = if let Some(plan) = plan {
+            format!("its copies are made again elsewhere: mirrorctl plan watch {}", plan.id.0)
+        } else if failed {
+            self.without_replacement(replica.disk)
         } else if !up {
             format!("start ublk-server on {name}; its copies are resynced by themselves")
         } else if !usable {

@@ -10,12 +10,12 @@ use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
 use super::{
     Change, ConnectionId, Input, Output, Proposal, Ticket, advance, detector, export, failover, findings,
-    force,
+    force, redistribution,
 };
 use crate::config::Policy;
 use crate::control::{
     ClusterStatus, DiskContent, EventKind, ForceOrder, ManagerMessage, NodeMessage, NodeStatus,
-    OperatorReply, PlanOrder, Registration,
+    OperatorReply, PlanOrder, RedistributionOrder, Registration,
 };
 use crate::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId, PlanId};
 use crate::map::DistributionMap;
@@ -43,6 +43,7 @@ pub struct Manager {
     failovers: VecDeque<(Ticket, String)>,
     forces: VecDeque<(Ticket, ForceOrder)>,
     orders: VecDeque<(Ticket, PlanId, PlanOrder)>,
+    redistributions: VecDeque<(Ticket, RedistributionOrder)>,
     broadcasts: Broadcasts,
     /// Nodes that count as failed, as was last said.
     down: BTreeSet<NodeId>,
@@ -78,6 +79,7 @@ impl Manager {
             failovers: VecDeque::new(),
             forces: VecDeque::new(),
             orders: VecDeque::new(),
+            redistributions: VecDeque::new(),
             broadcasts: Broadcasts::default(),
             down: BTreeSet::new(),
             creation: None,
@@ -169,6 +171,7 @@ impl Manager {
             Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
             Input::Force { ticket, order } => self.forces.push_back((ticket, order)),
             Input::Plan { ticket, plan, order } => self.orders.push_back((ticket, plan, order)),
+            Input::Redistribute { ticket, order } => self.redistributions.push_back((ticket, order)),
             Input::Rebuild { ticket, file, without, install } => {
                 if self.creation.is_some() || self.storing.is_some() || self.rebuild.is_some() {
                     let reason = "a map is being made at this moment; wait for it".to_owned();
@@ -412,7 +415,8 @@ impl Manager {
                 let waiting = std::mem::take(&mut self.failovers).into_iter().map(|(ticket, _)| ticket);
                 let orders = std::mem::take(&mut self.orders).into_iter().map(|(ticket, ..)| ticket);
                 let forces = std::mem::take(&mut self.forces).into_iter().map(|(ticket, _)| ticket);
-                for ticket in waiting.chain(orders).chain(forces).collect::<Vec<_>>() {
+                let moves = std::mem::take(&mut self.redistributions).into_iter().map(|(ticket, _)| ticket);
+                for ticket in waiting.chain(orders).chain(forces).chain(moves).collect::<Vec<_>>() {
                     let reason = "no cluster has been created yet".to_owned();
                     self.reply(ticket, OperatorReply::Refused { reason });
                 }
@@ -453,13 +457,30 @@ impl Manager {
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }
             } else if let Some((ticket, plan, order)) = self.orders.pop_front() {
-                match advance::ordered(map, plan, order) {
+                match advance::ordered(map, &self.situation(now_ms), plan, order) {
                     Ok(change) => {
                         if order == PlanOrder::Cancel {
-                            self.held.extend(map.plan(plan).into_iter().flat_map(Plan::sources));
+                            // One that is well is made again if it dies later.
+                            let now = self.situation(now_ms);
+                            let lost = regeneration::lost_disks(map, &now).into_iter().map(|lost| lost.disk);
+                            let lost: BTreeSet<DiskId> = lost.collect();
+                            let sources = map.plan(plan).into_iter().flat_map(Plan::sources);
+                            self.held.extend(sources.filter(|disk| lost.contains(disk)));
                         }
                         let lines = change.why.clone();
                         self.propose(change, Then::Ordered { ticket, lines });
+                    }
+                    Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
+                }
+            } else if let Some((ticket, order)) = self.redistributions.pop_front() {
+                match redistribution::plan(map, &self.registry, now_ms, &order) {
+                    Ok(Change { batch, why: lines }) if !order.carry_out || batch.is_empty() => {
+                        self.reply(ticket, OperatorReply::Done { lines });
+                    }
+                    Ok(Change { batch, why: lines }) => {
+                        let cause = "redistribution by the operator".to_owned();
+                        let why = std::iter::once(cause).chain(lines.iter().cloned()).collect();
+                        self.propose(Change { batch, why }, Then::Ordered { ticket, lines });
                     }
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }
@@ -472,6 +493,11 @@ impl Manager {
                 return;
             }
         }
+    }
+
+    fn situation(&self, now_ms: u64) -> Situation<'_> {
+        let started_ms = self.started_ms.unwrap_or(now_ms);
+        Situation { registry: &self.registry, policy: &self.policy, started_ms, now_ms }
     }
 
     /// What is done without being asked for.
@@ -498,12 +524,15 @@ impl Manager {
                 return Change { batch, why: cause.chain(moved).collect() };
             }
         }
-        let now = Situation { registry, policy, started_ms, now_ms };
+        let now = self.situation(now_ms);
         let change = advance::advance(map, &now);
         if !change.is_empty() || !policy.auto_spare {
             return change;
         }
-        let (change, hindered) = regeneration::begin(map, &now, &self.held);
+        let (mut change, hindered) = regeneration::begin(map, &now, &self.held);
+        if change.is_empty() {
+            change = advance::give_up_held(map, &now);
+        }
         if hindered != self.hindered {
             let new = hindered.iter().filter(|line| !self.hindered.contains(line));
             self.outputs.extend(new.map(|line| Output::Event(EventKind::Spare, line.clone())));

@@ -49,6 +49,15 @@ pub fn findings(
     for node in &map.nodes {
         View { map, registry, now_ms }.node(node, &mut found);
     }
+    found.extend(map.plans.iter().filter(|plan| plan.cancelled).map(|plan| {
+        let slices: u64 = plan.moves.iter().map(|step| u64::from(step.run.count)).sum();
+        let what = format!(
+            "plan {} is cancelled: {slices} slices have a copy too many until it is certain which of two can go",
+            plan.id.0
+        );
+        let todo = "nothing if all nodes are there; else start those that are not".to_owned();
+        Finding { severity: Severity::Note, device: None, node: None, what, todo }
+    }));
     found.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     found
 }

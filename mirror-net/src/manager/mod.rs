@@ -13,6 +13,8 @@
 //! recorded stale ([`stale`], rule 1), and has it back ([`join`], rules 3, 6 and 7); a device is exported when every primary knows its claim
 //! ([`export`], rule 15).
 //!
+//! Where copies are to be elsewhere an operator says so ([`redistribution`]).
+//!
 //! What an operator could do it does by itself where the [policy](crate::config::Policy) says so: a node
 //! that failed ([`detector`]) is failed over, copies that are gone for long are made again on a spare
 //! ([`regeneration`]), and plans go on ([`advance`]).
@@ -30,9 +32,11 @@ pub mod findings;
 pub mod force;
 pub mod join;
 mod rebuild;
+pub mod redistribution;
 pub mod regeneration;
 pub mod registry;
 pub mod repair;
+mod settle;
 pub mod stale;
 #[cfg(test)]
 mod tests;
@@ -43,7 +47,8 @@ pub use self::core::Manager;
 use self::registry::{Registry, Standing};
 use crate::config::ClusterFile;
 use crate::control::{
-    BroadcastKind, EventKind, ForceOrder, ManagerMessage, NodeMessage, OperatorReply, PlanOrder, Registration,
+    BroadcastKind, EventKind, ForceOrder, ManagerMessage, NodeMessage, OperatorReply, PlanOrder,
+    RedistributionOrder, Registration,
 };
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
 use crate::map::verbs::{Run, Verb};
@@ -121,6 +126,13 @@ pub enum Input {
         plan: PlanId,
         /// What is to become of it.
         order: PlanOrder,
+    },
+    /// An operator wants copies to be elsewhere.
+    Redistribute {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// Where exactly.
+        order: RedistributionOrder,
     },
     /// An operator wants the map made again from what the nodes have kept.
     Rebuild {

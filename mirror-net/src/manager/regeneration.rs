@@ -1,20 +1,24 @@
 //! Regeneration: copies that are gone are made again on a spare, those of the primary segment from
 //! their mirrors and those of the secondary segment from the primaries, all at the same time.
 //!
-//! What decides is a disk: one that failed, or that of a node that has been away for long. All its
+//! What decides is a disk: one that failed, one that its node is there without, or that of a node that is away, for long. All its
 //! copies go to one spare disk, in one plan for all disks of a node. The plan's first step
 //! adds the new copies, which the primaries then fill; when they are in sync the old ones are dropped,
 //! and what had its home there is served from there ([`advance`](super::advance)).
+//!
+//! A plan that takes copies away from such a disk goes on with those that it has begun to make elsewhere. All others are
+//! made again here, those too that it has not come to yet.
 
 use super::registry::Registry;
-use super::{Change, detector, run_of};
+use super::{Change, detector};
 use crate::config::Policy;
 use crate::format::alloc::Segment;
-use crate::ids::{DeviceId, DiskId, Incarnation, NodeId, PlanId};
+use crate::ids::{DeviceId, DiskId, Incarnation, NodeId, PlanId, SliceIndex};
 use crate::map::plan::{Move, Plan};
+use crate::map::runs::Runs;
 use crate::map::verbs::{Run, Verb};
-use crate::map::{DistributionMap, ReplicaState};
-use std::collections::{BTreeMap, BTreeSet};
+use crate::map::{Disk, DistributionMap, Node, ReplicaState};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// What the decision depends on besides the map.
 pub struct Situation<'a> {
@@ -50,7 +54,13 @@ pub fn lost_disks(map: &DistributionMap, now: &Situation<'_>) -> Vec<Lost> {
                     Some(away) if away >= spare_after => {
                         format!("{} has been away for {} s", node.name, away / 1_000)
                     }
-                    _ => continue,
+                    Some(_) => continue,
+                    None => match without_ms(map, now, node, disk.id) {
+                        Some(without) if without >= spare_after => {
+                            format!("{} has been there without it for {} s", node.name, without / 1_000)
+                        }
+                        _ => continue,
+                    },
                 }
             }
             (None, None) => continue,
@@ -60,23 +70,73 @@ pub fn lost_disks(map: &DistributionMap, now: &Situation<'_>) -> Vec<Lost> {
     lost
 }
 
+/// For how long a node that is there has not had one of its disks; `None` if it has it.
+fn without_ms(map: &DistributionMap, now: &Situation<'_>, node: &Node, disk: DiskId) -> Option<u64> {
+    let entry = now.registry.get(&node.name)?;
+    let missing = entry.incarnation(map.cluster, disk).is_none();
+    missing.then(|| now.now_ms.saturating_sub(entry.disks_since_ms))
+}
+
 /// One copy that is gone.
 #[derive(Clone, Copy)]
 struct Gone {
     run: Run,
     segment: Segment,
+    /// A plan moves another copy of these slices.
+    beside_a_move: bool,
 }
 
-/// The copies of a disk that can be made again: stale, with a member elsewhere.
-fn gone_copies(map: &DistributionMap, disk: DiskId) -> Vec<Gone> {
-    let mut gone = Vec::new();
-    for device in &map.devices {
-        for span in &device.spans {
-            let copy = span.replica_on(disk).filter(|copy| copy.state == ReplicaState::Stale);
-            gone.extend(copy.map(|copy| Gone { run: run_of(device.id, span), segment: copy.segment }));
+/// What plans have begun, by device.
+pub(super) struct Begun<'a> {
+    map: &'a DistributionMap,
+    /// By the disk that is rid of it as well: what is made again already.
+    replaced: HashMap<(DeviceId, DiskId), Runs>,
+    moved: HashMap<DeviceId, Runs>,
+}
+
+impl<'a> Begun<'a> {
+    pub(super) fn of(map: &'a DistributionMap) -> Self {
+        let mut begun = Self { map, replaced: HashMap::new(), moved: HashMap::new() };
+        for step in map.plans.iter().flat_map(|plan| &plan.moves) {
+            for (_, run) in step.pieces(map).filter(|(span, _)| span.replica_on(step.to).is_some()) {
+                let (first, end) = (run.first.0, run.first.0 + run.count);
+                begun.moved.entry(run.device).or_default().add(first, end);
+                if let Some(from) = step.from {
+                    begun.replaced.entry((run.device, from)).or_default().add(first, end);
+                }
+            }
         }
+        begun
     }
-    gone
+
+    /// Whether any of a disk's copies of a run is made again elsewhere.
+    pub(super) fn replaces(&self, run: Run, disk: DiskId) -> bool {
+        let end = run.first.0.saturating_add(run.count);
+        self.replaced.get(&(run.device, disk)).is_some_and(|runs| runs.overlaps(run.first.0, end))
+    }
+
+    /// The copies on lost disks that can be made again, by disk: stale, with a member elsewhere, and not made again
+    /// already. What a plan has not begun to take from there counts as gone: nobody waits for its turn.
+    fn gone(&self, lost: &BTreeSet<DiskId>) -> BTreeMap<DiskId, Vec<Gone>> {
+        let mut gone: BTreeMap<DiskId, Vec<Gone>> = BTreeMap::new();
+        for device in &self.map.devices {
+            for span in &device.spans {
+                let stale = span.replicas.iter().filter(|copy| copy.state == ReplicaState::Stale);
+                for copy in stale.filter(|copy| lost.contains(&copy.disk)) {
+                    let replaced = self.replaced.get(&(device.id, copy.disk));
+                    let whole = vec![(span.first.0, span.end())];
+                    let left = replaced.map_or(whole, |runs| runs.missing(span.first.0, span.end()));
+                    gone.entry(copy.disk).or_default().extend(left.into_iter().map(|(first, end)| Gone {
+                        run: Run { device: device.id, first: SliceIndex(first), count: end - first },
+                        segment: copy.segment,
+                        beside_a_move:
+                            self.moved.get(&device.id).is_some_and(|runs| runs.overlaps(first, end)),
+                    }));
+                }
+            }
+        }
+        gone
+    }
 }
 
 /// What regeneration begins now: one change, or why the first disk that needs a spare gets none.
@@ -84,29 +144,37 @@ fn gone_copies(map: &DistributionMap, disk: DiskId) -> Vec<Gone> {
 /// `held` are disks that an operator does not want made again.
 pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>) -> (Change, Vec<String>) {
     let mut hindered = Vec::new();
-    let mut by_node: BTreeMap<NodeId, Vec<Lost>> = BTreeMap::new();
-    for lost in lost_disks(map, now) {
-        let node = map.node_of(lost.disk).unwrap_or_default();
-        let planned = map.plans.iter().any(|plan| plan.concerns(lost.disk));
-        if !planned && !held.contains(&lost.disk) && !gone_copies(map, lost.disk).is_empty() {
-            by_node.entry(node).or_default().push(lost);
-        }
+    let lost: BTreeMap<DiskId, String> = lost_disks(map, now)
+        .into_iter()
+        .filter(|lost| !held.contains(&lost.disk))
+        .map(|lost| (lost.disk, lost.why))
+        .collect();
+    if lost.is_empty() {
+        return (Change::default(), hindered);
     }
-    for (node, lost) in by_node {
+    let gone = Begun::of(map).gone(&lost.keys().copied().collect());
+    let mut by_node: BTreeMap<NodeId, Vec<(DiskId, Vec<Gone>)>> = BTreeMap::new();
+    for (disk, gone) in gone.into_iter().filter(|(_, gone)| !gone.is_empty()) {
+        by_node.entry(map.node_of(disk).unwrap_or_default()).or_default().push((disk, gone));
+    }
+    for (node, disks) in by_node {
         let mut taken = BTreeSet::new();
         let mut batch = Vec::new();
         let mut moves = Vec::new();
+        let mut spares = BTreeSet::new();
         let mut why = Vec::new();
-        for Lost { disk, why: cause } in lost {
-            match replace(map, now, disk, &mut taken) {
+        for (disk, gone) in disks {
+            match replace(map, now, disk, &gone, &mut taken) {
                 Ok((to, steps, of_disk)) => {
                     why.push(format!(
-                        "{} is made again on {}: {cause}",
+                        "{} is made again on {}: {}",
                         map.disk_name(disk),
-                        map.disk_name(to)
+                        map.disk_name(to),
+                        lost[&disk]
                     ));
                     batch.extend(steps);
                     moves.extend(of_disk);
+                    spares.extend([disk, to]);
                 }
                 Err(reason) => {
                     hindered.push(format!("{} cannot be made again: {reason}", map.disk_name(disk)));
@@ -116,65 +184,105 @@ pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>
         if !moves.is_empty() {
             let id = PlanId(map.version.0 + 1);
             let cause = format!("regeneration of what {} had: {}", map.node_name(node), why.join("; "));
-            batch.push(Verb::BeginPlan { plan: Plan { id, cause, paused: false, moves } });
+            batch.extend(without(map, &moves));
+            batch.push(Verb::BeginPlan { plan: Plan { spares, ..Plan::new(id, cause, moves) } });
             return (Change { batch, why }, hindered);
         }
     }
     (Change::default(), hindered)
 }
 
-/// Finds a spare for all copies of a disk; the steps that add them, and the moves.
+/// The plans that were to take the same copies elsewhere and have not begun to do so go on without them.
+fn without(map: &DistributionMap, moves: &[Move]) -> Vec<Verb> {
+    let mut made_again: HashMap<(DeviceId, DiskId), Runs> = HashMap::new();
+    for step in moves {
+        let Some(from) = step.from else { continue };
+        let runs = made_again.entry((step.run.device, from)).or_default();
+        runs.add(step.run.first.0, step.run.first.0 + step.run.count);
+    }
+    let mut batch = Vec::new();
+    for plan in &map.plans {
+        let mut rest = Vec::new();
+        for step in &plan.moves {
+            let Some(runs) = step.from.and_then(|from| made_again.get(&(step.run.device, from))) else {
+                rest.push(*step);
+                continue;
+            };
+            // What has begun was not made again otherwise.
+            let left = runs.missing(step.run.first.0, step.run.first.0 + step.run.count);
+            rest.extend(left.into_iter().map(|(first, end)| Move {
+                run: Run { first: SliceIndex(first), count: end - first, ..step.run },
+                ..*step
+            }));
+        }
+        if rest != plan.moves {
+            batch.push(Verb::EndPlan { plan: plan.id });
+            batch.push(Verb::BeginPlan { plan: Plan { moves: rest, ..plan.clone() } });
+        }
+    }
+    batch
+}
+
+/// Finds a spare for all that is gone with a disk, or at least for what no plan has to do with; the steps that add the
+/// copies, and the moves.
 fn replace(
     map: &DistributionMap,
     now: &Situation<'_>,
     from: DiskId,
+    gone: &[Gone],
     taken: &mut BTreeSet<DiskId>,
 ) -> Result<(DiskId, Vec<Verb>, Vec<Move>), String> {
-    let gone = gone_copies(map, from);
-    let mut spares: Vec<_> = map.disks.iter().filter(|disk| disk.spare).collect();
-    // The smallest that will do: a larger one may be needed for a larger disk.
-    spares.sort_by_key(|disk| (disk.slots.total(), disk.id));
     let mut reasons = Vec::new();
-    for spare in spares {
+    let apart: Vec<Gone> = gone.iter().filter(|gone| !gone.beside_a_move).copied().collect();
+    for (spare, taken_over) in candidates(map, from) {
         let name = map.disk_name(spare.id);
         let Some(incarnation) = now.registry.usable(map, spare.id, now.now_ms) else {
             reasons.push(format!("the spare {name} is not there"));
             continue;
         };
-        if taken.contains(&spare.id) || map.plans.iter().any(|plan| plan.concerns(spare.id)) {
+        let is_taken = || map.plans.iter().any(|plan| plan.concerns(spare.id));
+        if taken.contains(&spare.id) || (!taken_over && is_taken()) {
             reasons.push(format!("the spare {name} is taken"));
             continue;
         }
-        let needs =
-            |segment| gone.iter().filter(|gone| gone.segment == segment).map(|gone| gone.run.count).sum();
-        let short = [Segment::Primary, Segment::Secondary].into_iter().find_map(|segment| {
-            let (needs, has): (u32, u32) = (needs(segment), spare.slots.of(segment));
-            (needs > has).then(|| {
-                format!("the spare {name} has {has} slots in its {segment:?} segment, {needs} are needed")
-            })
-        });
-        if let Some(short) = short {
-            reasons.push(short);
-            continue;
-        }
-        // What the map allows decides. The old copies stay until the new ones are in sync, unless they
-        // stand in the way: on the same node, in the same failure set, or one copy too many.
-        let attempts = [false, true].map(|drop_first| steps(from, spare.id, incarnation, &gone, drop_first));
-        let outcomes = attempts.map(|steps| map.apply(&steps).map(|_| steps));
-        match outcomes {
-            [Ok(steps), _] | [Err(_), Ok(steps)] => {
-                taken.insert(spare.id);
-                let moves = gone.iter().map(|gone| Move {
-                    run: gone.run,
-                    from: Some(from),
-                    to: spare.id,
-                    segment: gone.segment,
-                    primary: gone.segment == Segment::Primary,
-                });
-                return Ok((spare.id, steps, moves.collect()));
+        let mut reason = String::new();
+        for gone in [gone, &apart] {
+            if gone.is_empty() {
+                continue;
             }
-            [_, Err(error)] => reasons.push(format!("the spare {name} cannot take it: {error}")),
+            let needs =
+                |segment| gone.iter().filter(|gone| gone.segment == segment).map(|gone| gone.run.count).sum();
+            let short = [Segment::Primary, Segment::Secondary].into_iter().find_map(|segment| {
+                let (needs, has): (u32, u32) = (needs(segment), spare.slots.of(segment));
+                (needs > has).then(|| {
+                    format!("the spare {name} has {has} slots in its {segment:?} segment, {needs} are needed")
+                })
+            });
+            if let Some(short) = short {
+                reason = short;
+                continue;
+            }
+            // What the map allows decides. The old copies stay until the new ones are in sync, unless they
+            // stand in the way: on the same node, in the same failure set, or one copy too many.
+            for drop_first in [false, true] {
+                let steps = steps(from, spare.id, incarnation, gone, drop_first);
+                match map.apply(&steps) {
+                    Ok(_) => {
+                        taken.insert(spare.id);
+                        let moves = gone.iter().map(|gone| Move {
+                            run: gone.run,
+                            from: Some(from),
+                            to: spare.id,
+                            segment: gone.segment,
+                            primary: gone.segment == Segment::Primary,
+                        });
+                        return Ok((spare.id, steps, moves.collect()));
+                    }
+                    Err(error) => reason = format!("the spare {name} cannot take it: {error}"),
+                }
+            }
         }
+        reasons.push(reason);
     }
     if reasons.is_empty() {
         reasons.push("there is no spare".to_owned());
@@ -182,18 +290,29 @@ fn replace(
     Err(reasons.join("; "))
 }
 
+/// Disks on which what a disk had may be made again, the best first, and whether they are spares no more: those on which
+/// other copies of it are made again already.
+fn candidates(map: &DistributionMap, from: DiskId) -> Vec<(&Disk, bool)> {
+    let mut candidates: Vec<(&Disk, bool)> = Vec::new();
+    for plan in map.plans.iter().filter(|plan| !plan.cancelled && plan.spares.contains(&from)) {
+        let onto = plan.moves.iter().filter(|step| step.from == Some(from)).map(|step| step.to);
+        let onto: BTreeSet<DiskId> = onto.filter(|disk| plan.spares.contains(disk)).collect();
+        candidates.extend(onto.into_iter().filter_map(|disk| Some((map.disk(disk)?, true))));
+    }
+    let mut spares: Vec<&Disk> = map.disks.iter().filter(|disk| disk.spare).collect();
+    // The smallest that will do: a larger one may be needed for a larger disk.
+    spares.sort_by_key(|disk| (disk.slots.total(), disk.id));
+    candidates.extend(spares.into_iter().map(|disk| (disk, false)));
+    candidates
+}
+
 fn steps(from: DiskId, to: DiskId, incarnation: Incarnation, gone: &[Gone], drop_first: bool) -> Vec<Verb> {
     let mut steps = vec![Verb::SetSpare { disk: to, spare: false }];
-    for Gone { run, segment } in gone.iter().copied() {
+    for Gone { run, segment, .. } in gone.iter().copied() {
         if drop_first {
             steps.push(Verb::DropReplica { run, disk: from });
         }
         steps.push(Verb::AddReplica { run, disk: to, segment, incarnation });
     }
     steps
-}
-
-/// The devices that a plan is about, each once.
-pub fn devices_of(plan: &Plan) -> BTreeSet<DeviceId> {
-    plan.moves.iter().map(|step| step.run.device).collect()
 }

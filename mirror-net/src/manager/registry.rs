@@ -6,7 +6,7 @@ use crate::ids::{
     ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, Incarnation, MapVersion, ProcessId,
 };
 use crate::map::{Commit, Device, DistributionMap, Replica, Span};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A node that has registered; kept when its connection goes, since what it said of its
 /// incarnation stays true.
@@ -28,6 +28,8 @@ pub struct Registered {
     pub disks: Vec<DiskInventory>,
     /// What its processes had adopted when it registered.
     pub lives: Vec<Life>,
+    /// Since when it has had those of ours, and no others, whatever it was connected by.
+    pub disks_since_ms: u64,
     /// Given once stored; before that the node is sent nothing.
     pub session: Option<ExporterSession>,
     /// Its last report.
@@ -133,6 +135,10 @@ impl Registry {
         registration: Registration,
     ) -> Option<ConnectionId> {
         let Registration { node, process, adopted, address, disks, lives } = registration;
+        let ours =
+            |disks: &[DiskInventory]| -> BTreeSet<DiskId> { disks.iter().filter_map(our_disk).collect() };
+        let same = |old: &&Registered| ours(&old.disks) == ours(&disks);
+        let disks_since_ms = self.nodes.get(&node).filter(same).map_or(now_ms, |old| old.disks_since_ms);
         let entry = Registered {
             connection,
             connected: true,
@@ -142,6 +148,7 @@ impl Registry {
             address,
             disks,
             lives,
+            disks_since_ms,
             session: None,
             report: None,
             exported: BTreeMap::new(),
@@ -251,6 +258,13 @@ impl Registry {
             }
             _ => Ok(()),
         }
+    }
+}
+
+fn our_disk(inventory: &DiskInventory) -> Option<DiskId> {
+    match inventory.content {
+        DiskContent::Ours { disk, .. } => Some(disk),
+        _ => None,
     }
 }
 

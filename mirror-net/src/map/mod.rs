@@ -6,8 +6,10 @@
 pub mod layout;
 mod model;
 pub mod plan;
+pub mod runs;
 pub mod validate;
 pub mod verbs;
+pub mod wanted;
 
 pub use model::{
     Claim, Commit, Device, DevicePolicy, Disk, DistributionMap, Failed, MAP_FORMAT, Node, OnNoQuorum,

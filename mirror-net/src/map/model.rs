@@ -7,6 +7,7 @@ use crate::ids::{
 };
 use crate::map::plan::Plan;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 
 /// The version of the map's JSON form; a reader refuses any other.
 pub const MAP_FORMAT: u32 = 2;
@@ -327,7 +328,7 @@ impl Device {
 impl DistributionMap {
     /// The node with that id.
     pub fn node(&self, id: NodeId) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.id == id)
+        self.nodes.binary_search_by_key(&id, |node| node.id).ok().map(|index| &self.nodes[index])
     }
 
     /// The node with that name.
@@ -361,6 +362,12 @@ impl DistributionMap {
         let mut replicas =
             self.devices.iter().flat_map(|device| &device.spans).flat_map(|span| &span.replicas);
         replicas.any(|replica| replica.disk == disk && replica.segment != Segment::Unmirrored)
+    }
+
+    /// The disks in whose primary or secondary segment anything lies.
+    pub fn disks_in_use(&self) -> HashSet<DiskId> {
+        let replicas = self.devices.iter().flat_map(|device| &device.spans).flat_map(|span| &span.replicas);
+        replicas.filter(|copy| copy.segment != Segment::Unmirrored).map(|copy| copy.disk).collect()
     }
 
     /// A node's name, or its id where the map does not know it; for messages.

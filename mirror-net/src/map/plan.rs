@@ -5,7 +5,7 @@
 //! is no progress to be lost. Its steps are the map's [verbs](super::verbs) and nothing else.
 
 use super::verbs::Run;
-use super::{DistributionMap, ReplicaState};
+use super::{DistributionMap, ReplicaState, Span};
 use crate::format::alloc::Segment;
 use crate::ids::{DiskId, PlanId};
 use serde::{Deserialize, Serialize};
@@ -22,8 +22,29 @@ pub struct Plan {
     /// Begins nothing new; copies that are being filled go on.
     #[serde(default)]
     pub paused: bool,
-    /// What moves. No two of them are about the same slice and disk.
+    /// It is taken back: nothing begins any more, and of what has begun one copy goes, the new one or the old, once it
+    /// is certain which of them can ([`settle`](crate::manager::settle)).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub cancelled: bool,
+    /// Disks that are spares at its end if they hold no copies then: those that it is to empty, and the spares that it
+    /// takes.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub spares: BTreeSet<DiskId>,
+    /// Slices whose moves are finished. They are not among [`moves`](Self::moves) any more: what becomes of a copy
+    /// afterwards is no matter of this plan.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub finished: u64,
+    /// What is still to move, in an order in which each can be made once those before it are done
+    /// ([`outlook`](DistributionMap::outlook)). No two of them bring the same slice to the same disk.
     pub moves: Vec<Move>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// One copy of a run of slices gets another place.
@@ -32,10 +53,11 @@ pub struct Plan {
 pub struct Move {
     /// Where in the address space.
     pub run: Run,
-    /// The disk that is rid of it once the new copy is in sync; `None` if a copy was missing.
+    /// The disk that is rid of it once the copy at `to` is in sync; `None` if a copy was missing, or only its role
+    /// changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<DiskId>,
-    /// The disk that takes it.
+    /// The disk that takes it, or has it already.
     pub to: DiskId,
     /// The segment whose slots it takes up there.
     pub segment: Segment,
@@ -54,31 +76,56 @@ pub struct PlanProgress {
     pub syncing: u64,
 }
 
-impl Plan {
+impl Move {
+    /// The spans that it reaches into, each with the part of it that it moves.
+    pub fn pieces<'a>(&self, map: &'a DistributionMap) -> impl Iterator<Item = (&'a Span, Run)> + use<'a> {
+        let run = self.run;
+        map.spans_of(run).map(move |(span, count)| {
+            let first = span.first.max(run.first);
+            (span, Run { device: run.device, first, count })
+        })
+    }
+
     /// How far it is under that map.
     pub fn progress(&self, map: &DistributionMap) -> PlanProgress {
-        let mut progress = PlanProgress::default();
-        for step in &self.moves {
-            progress.slices += u64::from(step.run.count);
-            for (span, count) in map.spans_of(step.run) {
-                match span.replica_on(step.to).map(|replica| replica.state) {
-                    Some(ReplicaState::InSync) => progress.in_sync += u64::from(count),
-                    Some(_) => progress.syncing += u64::from(count),
-                    None => {}
-                }
+        let mut progress = PlanProgress { slices: u64::from(self.run.count), ..PlanProgress::default() };
+        for (span, count) in map.spans_of(self.run) {
+            match span.replica_on(self.to).map(|replica| replica.state) {
+                Some(ReplicaState::InSync) => progress.in_sync += u64::from(count),
+                Some(_) => progress.syncing += u64::from(count),
+                None => {}
             }
         }
         progress
     }
+}
 
-    /// The disks that it empties, each once.
+impl Plan {
+    /// One of which nothing is done yet.
+    pub fn new(id: PlanId, cause: String, moves: Vec<Move>) -> Self {
+        Self { id, cause, paused: false, cancelled: false, spares: BTreeSet::new(), finished: 0, moves }
+    }
+
+    /// How far it is under that map.
+    pub fn progress(&self, map: &DistributionMap) -> PlanProgress {
+        let finished =
+            PlanProgress { slices: self.finished, in_sync: self.finished, ..PlanProgress::default() };
+        self.moves.iter().map(|step| step.progress(map)).fold(finished, |sum, step| PlanProgress {
+            slices: sum.slices + step.slices,
+            in_sync: sum.in_sync + step.in_sync,
+            syncing: sum.syncing + step.syncing,
+        })
+    }
+
+    /// The disks that are rid of something by what is still to move, each once.
     pub fn sources(&self) -> BTreeSet<DiskId> {
         self.moves.iter().filter_map(|step| step.from).collect()
     }
 
-    /// Whether it takes something to that disk, or from it.
+    /// Whether it takes something to that disk, or from it, or makes a spare of it.
     pub fn concerns(&self, disk: DiskId) -> bool {
-        self.moves.iter().any(|step| step.to == disk || step.from == Some(disk))
+        self.spares.contains(&disk)
+            || self.moves.iter().any(|step| step.to == disk || step.from == Some(disk))
     }
 }
 
@@ -89,14 +136,12 @@ impl DistributionMap {
     }
 
     /// The spans that a run reaches into, each with how many of its slices lie in the run.
-    pub fn spans_of(&self, run: Run) -> impl Iterator<Item = (&super::Span, u32)> {
+    pub fn spans_of(&self, run: Run) -> impl Iterator<Item = (&Span, u32)> {
         let end = run.first.0.saturating_add(run.count);
         self.device(run.device).into_iter().flat_map(move |device| {
-            device.spans.iter().filter_map(move |span| {
-                let first = span.first.0.max(run.first.0);
-                let count = span.end().min(end).saturating_sub(first);
-                (count > 0).then_some((span, count))
-            })
+            let first = device.spans.partition_point(|span| span.end() <= run.first.0);
+            let spans = device.spans[first..].iter().take_while(move |span| span.first.0 < end);
+            spans.map(move |span| (span, span.end().min(end) - span.first.0.max(run.first.0)))
         })
     }
 }

@@ -1,7 +1,7 @@
 //! What must hold of every map, checked on every load and after every change.
 
 use super::plan::Move;
-use super::{Device, DistributionMap, MAP_FORMAT, ReplicaState};
+use super::{Device, Disk, DistributionMap, MAP_FORMAT, ReplicaState, Span};
 use crate::format::alloc::Segment;
 use crate::format::geometry::SLOTS_MAX;
 use crate::ids::{DeviceId, DiskId, NodeId, PlanId};
@@ -17,8 +17,10 @@ pub const SLICE_BYTES_MAX: u32 = 1 << 30;
 pub const COUNT_MAX: u64 = 1 << 60;
 /// The same for the loss generation, whose room on disk is smaller.
 pub const LOSS_MAX: u32 = 1 << 30;
-/// Most copies of a slice.
+/// Most copies of a slice that a layout wants.
 pub const COPIES_MAX: usize = 3;
+/// Most replicas in a list: one more, since a copy that moves is at two places until the new one is in sync.
+pub const REPLICAS_MAX: usize = COPIES_MAX + 1;
 
 /// What is wrong with a map.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -50,7 +52,7 @@ pub enum InvalidMap {
     Coverage { device: String, from: u32, to: u32 },
     #[error("device {device:?} slice {slice}: no replica at all")]
     NoReplica { device: String, slice: u32 },
-    #[error("device {device:?} slice {slice}: more than {COPIES_MAX} replicas")]
+    #[error("device {device:?} slice {slice}: more than {REPLICAS_MAX} replicas")]
     TooManyReplicas { device: String, slice: u32 },
     #[error("device {device:?} slice {slice}: two replicas on the same node")]
     SameNode { device: String, slice: u32 },
@@ -105,6 +107,7 @@ impl DistributionMap {
             }
         }
         let mut committed: HashMap<(DiskId, Segment), u64> = HashMap::new();
+        let moving = Moving::of(self);
         for device in &self.devices {
             if !nodes.contains(&device.claim.node) {
                 return Err(InvalidMap::ClaimWithoutNode(device.name.clone()));
@@ -114,7 +117,7 @@ impl DistributionMap {
                 return Err(InvalidMap::ClaimAhead(device.name.clone()));
             }
             block_bytes("device", device.id, device.block_bytes)?;
-            self.validate_spans(device, &mut committed)?;
+            self.validate_spans(device, &moving, &mut committed)?;
         }
         for (&(disk, segment), &wanted) in &committed {
             let slots = self.disk(disk).map_or(0, |disk| disk.slots.of(segment));
@@ -142,6 +145,7 @@ impl DistributionMap {
     fn validate_spans(
         &self,
         device: &Device,
+        moving: &Moving,
         committed: &mut HashMap<(DiskId, Segment), u64>,
     ) -> Result<(), InvalidMap> {
         let name = || device.name.clone();
@@ -155,7 +159,7 @@ impl DistributionMap {
             if span.replicas.is_empty() {
                 return Err(InvalidMap::NoReplica { device: name(), slice });
             }
-            if span.replicas.len() > COPIES_MAX {
+            if span.replicas.len() > REPLICAS_MAX {
                 return Err(InvalidMap::TooManyReplicas { device: name(), slice });
             }
             if span.members().next().is_none() {
@@ -184,7 +188,7 @@ impl DistributionMap {
                     });
                 }
                 for other in &span.replicas[..index] {
-                    self.validate_apart(device.id, slice, disk.node, other.disk)?;
+                    self.validate_apart(device, span, moving, disk, other.disk)?;
                 }
                 if replica.added > self.version {
                     return Err(InvalidMap::AddedAhead { device: name(), slice, disk: disk.id });
@@ -198,25 +202,70 @@ impl DistributionMap {
         Ok(())
     }
 
-    /// Two replicas of a slice never share a node, nor a failure set where sets are named.
+    /// Two replicas of a slice never share a node, nor a failure set where sets are named. Only the two ends of a
+    /// move may share a set: what moves within a set is there twice until the old copy goes.
     fn validate_apart(
         &self,
-        device: DeviceId,
-        slice: u32,
-        node: NodeId,
+        device: &Device,
+        span: &Span,
+        moving: &Moving,
+        disk: &Disk,
         other: DiskId,
     ) -> Result<(), InvalidMap> {
-        let name = || self.device(device).map_or_else(String::new, |device| device.name.clone());
-        let other = self.node_of(other).unwrap_or_default();
-        if node == other {
+        let (name, slice) = (|| device.name.clone(), span.first.0);
+        let other_node = self.node_of(other).unwrap_or_default();
+        if disk.node == other_node {
             return Err(InvalidMap::SameNode { device: name(), slice });
         }
-        let (Some(a), Some(b)) = (self.node(node), self.node(other)) else { return Ok(()) };
-        let same = |a: &Option<String>, b: &Option<String>| a.is_some() && a == b;
-        if same(&a.power, &b.power) || same(&a.switch, &b.switch) {
-            return Err(InvalidMap::SameSet { device: name(), slice });
+        if self.other_set(disk.node, other_node) || moving.has(device.id, span, disk.id, other) {
+            return Ok(());
         }
-        Ok(())
+        Err(InvalidMap::SameSet { device: name(), slice })
+    }
+
+    /// Whether no failure set has both nodes.
+    pub fn other_set(&self, a: NodeId, b: NodeId) -> bool {
+        let (Some(a), Some(b)) = (self.node(a), self.node(b)) else { return true };
+        let same = |a: &Option<String>, b: &Option<String>| a.is_some() && a == b;
+        !same(&a.power, &b.power) && !same(&a.switch, &b.switch)
+    }
+}
+
+/// What plans move, by device and the two disks, the lower id first: runs as first slice and end, in order, none of
+/// which touches another. Found once for a map, since every node validates every map.
+struct Moving(HashMap<(DeviceId, DiskId, DiskId), Vec<(u32, u32)>>);
+
+impl Moving {
+    fn of(map: &DistributionMap) -> Self {
+        let mut by_ends: HashMap<_, Vec<(u32, u32)>> = HashMap::new();
+        for step in map.plans.iter().flat_map(|plan| &plan.moves) {
+            let Some(from) = step.from else { continue };
+            let run = (step.run.first.0, step.run.first.0.saturating_add(step.run.count));
+            by_ends.entry(Self::key(step.run.device, from, step.to)).or_default().push(run);
+        }
+        for runs in by_ends.values_mut() {
+            runs.sort_unstable();
+            // Equal spans are merged, so more than one run may make one up.
+            runs.dedup_by(|next, run| {
+                let touches = next.0 <= run.1;
+                if touches {
+                    run.1 = run.1.max(next.1);
+                }
+                touches
+            });
+        }
+        Self(by_ends)
+    }
+
+    fn key(device: DeviceId, a: DiskId, b: DiskId) -> (DeviceId, DiskId, DiskId) {
+        (device, a.min(b), a.max(b))
+    }
+
+    /// Whether all slices of a span are moved from one of the disks to the other.
+    fn has(&self, device: DeviceId, span: &Span, a: DiskId, b: DiskId) -> bool {
+        let Some(runs) = self.0.get(&Self::key(device, a, b)) else { return false };
+        let after = runs.partition_point(|(first, _)| *first <= span.first.0);
+        after > 0 && runs[after - 1].1 >= span.end()
     }
 }
 

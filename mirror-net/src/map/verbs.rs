@@ -280,8 +280,9 @@ impl DistributionMap {
                 Ok(())
             }
             Verb::BeginPlan { plan } => {
-                if !self.plans.iter().any(|other| other.id == plan.id) {
-                    self.plans.push(plan.clone());
+                // One that goes on with less than it began with has its number already.
+                if let Err(place) = self.plans.binary_search_by_key(&plan.id, |other| other.id) {
+                    self.plans.insert(place, plan.clone());
                 }
                 Ok(())
             }
@@ -305,11 +306,8 @@ impl DistributionMap {
         mut change: impl FnMut(DeviceId, &mut Span) -> Result<(), VerbError>,
     ) -> Result<(), VerbError> {
         let epoch = SliceEpoch(self.version.0);
-        let device = self
-            .devices
-            .iter_mut()
-            .find(|d| d.id == run.device)
-            .ok_or(VerbError::UnknownDevice(run.device))?;
+        let index = self.devices.binary_search_by_key(&run.device, |device| device.id);
+        let device = &mut self.devices[index.map_err(|_| VerbError::UnknownDevice(run.device))?];
         let end =
             run.first.0.checked_add(run.count).filter(|end| *end <= device.slices && run.count > 0).ok_or(
                 VerbError::NoSuchSlices {
@@ -320,7 +318,8 @@ impl DistributionMap {
             )?;
         cut(device, run.first.0);
         cut(device, end);
-        for span in device.spans.iter_mut().filter(|span| span.first >= run.first && span.end() <= end) {
+        let first = device.spans.partition_point(|span| span.first < run.first);
+        for span in device.spans[first..].iter_mut().take_while(|span| span.end() <= end) {
             let before = span.replicas.clone();
             change(run.device, span)?;
             if span.replicas[0].disk != before[0].disk {

@@ -1,6 +1,7 @@
 //! Runs the simulator.
 
 use clap::Parser;
+use mirror_tests::sim::operator::Deed;
 use mirror_tests::sim::schedule::{Class, Outcome, run};
 use mirror_tests::usage::{USAGE, usage};
 use std::process::ExitCode;
@@ -90,6 +91,7 @@ fn replay(seed: u64, arguments: &Arguments) -> Result<bool, String> {
 #[derive(Default)]
 struct Total {
     faults: [u64; Class::ALL.len()],
+    deeds: [u64; Deed::ALL.len()],
     completed: u64,
     reads: u64,
     failing: Vec<u64>,
@@ -103,6 +105,9 @@ impl Total {
             return;
         };
         for (sum, count) in self.faults.iter_mut().zip(outcome.faults) {
+            *sum += count;
+        }
+        for (sum, count) in self.deeds.iter_mut().zip(outcome.deeds) {
             *sum += count;
         }
         self.completed += outcome.completed;
@@ -146,6 +151,9 @@ fn campaign(arguments: &Arguments) -> bool {
     );
     for (class, count) in Class::ALL.iter().zip(total.faults) {
         println!("  {}: {count}", class.name());
+    }
+    for (deed, count) in Deed::ALL.iter().zip(total.deeds) {
+        println!("  {}: {count}", deed.name());
     }
     println!("failing: {} {:?}", total.failing.len(), total.failing);
     total.failing.is_empty()

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod network;
 pub mod node;
 pub mod numbered;
+pub mod operator;
 pub mod process;
 pub mod schedule;
 pub mod scheduler;

@@ -4,6 +4,7 @@ use crate::sim::cluster::{Cluster, Fault, Shape, Wrong};
 use crate::sim::control::is_impatient;
 use crate::sim::disk::SECTOR;
 use crate::sim::node::SLICE;
+use crate::sim::operator::{self, Deed};
 use crate::sim::scheduler::{MS, Nanos, Random};
 use crate::sim::workload::{SLICES, Wish};
 use mirror_net::engine::action::RequestKind;
@@ -158,6 +159,8 @@ pub struct Outcome {
     pub reads: u64,
     /// How often each class of fault occurred, as in [`Class::ALL`].
     pub faults: [u64; Class::ALL.len()],
+    /// What an operator did, as in [`Deed::ALL`].
+    pub deeds: [u64; Deed::ALL.len()],
 }
 
 /// Within so long after the last fault everything is answered.
@@ -450,7 +453,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let nodes = [2, 2, 3, 3, 4, 5][random.below(6) as usize];
     // Drawn apart: the seeds without a spare are what they were.
     let spares = u16::from(nodes < 5 && Random::new(seed ^ 0x59a7e).one_in(4));
-    let shape = Shape {
+    let mut shape = Shape {
         nodes: nodes + spares,
         spares,
         disks: [1, 1, 2, 3][random.below(4) as usize],
@@ -471,7 +474,12 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
                 false => OnNoQuorum::Wait,
             },
         },
+        operator: false,
     };
+    let mut operator = operator::of_seed(seed);
+    if let Some(random) = &mut operator {
+        operator::make_room(&mut shape, random);
+    }
     let mut cluster = Cluster::new(seed, shape, trace);
     let mut faults = [0; Class::ALL.len()];
     let count = match broken {
@@ -492,6 +500,9 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         };
         let close = index > 0 && planner.random.one_in(3);
         last = planner.draw(classes, last, close, &mut faults);
+    }
+    if let Some(random) = &mut operator {
+        operator::plan(&mut cluster, shape, random, last + 1_000 * MS);
     }
     cluster.run_until(last + 500 * MS + random.below(1_000 * MS));
     if count > 0 {
@@ -517,6 +528,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         completed: cluster.completed,
         reads: cluster.checker.reads,
         faults,
+        deeds: cluster.deeds,
     }
 }
 
@@ -532,6 +544,7 @@ pub fn finish(cluster: &mut Cluster) {
     cluster.run_until(cluster.now + 100 * MS);
     rejoined(cluster);
     if cluster.checker.violations.is_empty() {
+        cluster.check_copies();
         cluster.check_members();
         cluster.compare_copies(false);
         cluster.compare_copies(true);
@@ -598,6 +611,7 @@ fn read_all(cluster: &mut Cluster, device: usize) {
 fn rejoined(cluster: &mut Cluster) {
     let deadline = cluster.now + REJOIN_WITHIN;
     while cluster.checker.violations.is_empty() {
+        cluster.conclude_plans();
         let Err(away) = cluster.all_rejoined() else { return };
         if cluster.now > deadline {
             let waiting = cluster.waiting();

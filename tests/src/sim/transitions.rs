@@ -88,6 +88,7 @@ mod tests {
             discards: false,
             policy: Default::default(),
             wanders: false,
+            operator: false,
         };
         (*Cluster::new(1, shape, false).manager.map).clone()
     }

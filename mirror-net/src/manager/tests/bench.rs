@@ -41,8 +41,12 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new(map: Option<DistributionMap>) -> Self {
+        Self::with(map, Policy::MANUAL)
+    }
+
+    pub(super) fn with(map: Option<DistributionMap>, policy: Policy) -> Self {
         Self {
-            manager: Manager::new(map, Policy::MANUAL),
+            manager: Manager::new(map, policy),
             now_ms: 1_000_000,
             connections: BTreeMap::new(),
             next: 0,
@@ -62,6 +66,12 @@ impl Bench {
         }
         assert!(bench.stored.is_empty(), "nothing is to be repaired: {:?}", bench.stored);
         bench
+    }
+
+    /// The manager dies, and another begins with what is stored; nobody has registered with it.
+    pub(super) fn restart(&mut self, policy: Policy) {
+        self.manager = Manager::new(Some(self.map().clone()), policy);
+        self.connections.clear();
     }
 
     pub(super) fn input(&mut self, input: Input) {

@@ -4,13 +4,16 @@ mod bench;
 mod broadcast;
 mod creation;
 mod deferred;
+mod ends;
 mod force;
 mod plans;
 mod rebuild;
+mod redistribution;
 mod rejoin;
 mod rules;
 mod slow;
 mod status;
+mod surplus;
 mod world;
 
 use bench::{Bench, map_of};

@@ -20,7 +20,7 @@ fn a_move_whose_old_and_new_copy_are_both_gone_is_over() {
         segment: Segment::Secondary,
         primary: false,
     };
-    let plan = Plan { id: PlanId(2), cause: "n3 is away".into(), paused: false, moves: vec![step] };
+    let plan = Plan::new(PlanId(2), "n3 is away".into(), vec![step]);
     let map = map.apply(&[Verb::BeginPlan { plan }]).unwrap().unwrap();
     let mut bench = Bench::new(Some(map));
     for node in 1..=4 {

@@ -1,5 +1,6 @@
 //! Between the nodes' agents, the manager and its store.
 
+use super::operator::OTHER;
 use super::{Cluster, Event};
 use crate::sim::control::{Control, Word};
 use crate::sim::disk::SECTOR;
@@ -11,7 +12,7 @@ use mirror_net::control::{
 };
 use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{AttachId, ClusterId, DeviceId, NodeId, ProcessId};
-use mirror_net::manager::{Input, Output, Proposal, Ticket};
+use mirror_net::manager::{Input, Output, Proposal};
 use mirror_net::map::validate::COPIES_MAX;
 use mirror_net::map::verbs::{Run, Verb};
 use mirror_net::map::{DistributionMap, ReplicaState, Span};
@@ -21,7 +22,7 @@ impl Cluster {
     // ---- the manager ----
 
     /// Gives the manager an input and does what it wants.
-    fn feed(&mut self, input: Input) {
+    pub(super) fn feed(&mut self, input: Input) {
         let now_ms = self.now / MS;
         let Some(core) = &mut self.manager.core else { return };
         core.handle(now_ms, input);
@@ -45,7 +46,10 @@ impl Cluster {
                     }
                 }
                 Output::Close { connection } => self.hang_up(connection.0, 100 * MS),
-                Output::Reply { reply, .. } => self.say(|| format!("manager: answers {reply:?}")),
+                Output::Reply { ticket, reply } => {
+                    self.say(|| format!("manager: answers {reply:?}"));
+                    self.answered(ticket, &reply);
+                }
                 Output::Event(_, line) | Output::Log(line) => {
                     if line.starts_with("BUG") {
                         self.checker.violations.push(line.clone());
@@ -82,6 +86,8 @@ impl Cluster {
         let version = proposal.next.version;
         let stored = self.manager.store(proposal.base, *proposal.next);
         if stored {
+            let after = Arc::clone(&self.manager.map);
+            self.check_drops(&before, &after);
             for line in &proposal.why {
                 self.say(|| format!("store: {version}: {line}"));
             }
@@ -119,7 +125,7 @@ impl Cluster {
     }
 
     pub(super) fn fail_over(&mut self, node: u16) {
-        self.feed(Input::Failover { ticket: Ticket(0), node: format!("n{node}") });
+        self.feed(Input::Failover { ticket: OTHER, node: format!("n{node}") });
     }
 
     /// Somebody changes the map in the store; a manager that is storing finds out by itself.
@@ -295,9 +301,7 @@ impl Cluster {
     fn note_change(&mut self, before: &DistributionMap) {
         let map = Arc::clone(&self.manager.map);
         self.checker.violations.extend(wrong_with(before, &map));
-        let done = before.plans.iter().filter(|plan| map.plan(plan.id).is_none());
-        self.plans_done +=
-            done.filter(|plan| plan.progress(&map).in_sync == plan.progress(&map).slices).count() as u64;
+        self.note_plans(before, &map);
         for (device, (old, new)) in before.devices.iter().zip(&map.devices).enumerate() {
             for span in &new.spans {
                 let was = old.span(span.first);

@@ -8,7 +8,9 @@
 
 use super::{Cluster, Event};
 use crate::sim::node::position;
+use crate::sim::operator::Wish;
 use crate::sim::scheduler::{MS, Nanos};
+use mirror_net::control::PlanOrder;
 
 /// What goes wrong, or is done by an operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +34,8 @@ pub enum Fault {
     MoveClaim { device: usize, node: u16 },
     AddCopy { device: usize, node: u16, disk: usize },
     DropCopy { device: usize, node: u16 },
+    Redistribute { wish: Wish },
+    Order { order: PlanOrder, nth: usize },
 }
 
 /// What becomes wrong with a disk.
@@ -158,6 +162,9 @@ impl Cluster {
             Fault::StartManager => self.manager.start(),
             Fault::CutControl { node } => self.cut_control(node),
             Fault::MoveClaim { device, node } => self.move_claim(device, node),
+            Fault::Redistribute { wish } => self.redistribute(wish),
+            Fault::Order { order, nth } => self.order(order, nth),
+            Fault::AddCopy { .. } | Fault::DropCopy { .. } if self.shape.operator => {}
             Fault::AddCopy { device, node, disk } => self.add_copy(device, node, disk),
             Fault::DropCopy { device, node } => self.drop_copy(device, node),
         }
@@ -180,6 +187,11 @@ impl Cluster {
                 self.launch(a);
             }
         }
+    }
+
+    /// When something was planned to go wrong, in the order of planning.
+    pub fn planned(&self) -> &[Nanos] {
+        &self.planned
     }
 
     /// Plans a fault.

@@ -5,6 +5,7 @@ mod copies;
 mod driver;
 mod faults;
 mod first_map;
+mod operator;
 mod users;
 
 pub use self::faults::{Fault, Wrong};
@@ -14,6 +15,7 @@ use crate::sim::control::{Agent, Control};
 use crate::sim::disk::SECTOR;
 use crate::sim::network::{Frame, Network};
 use crate::sim::node::{Mounted, Node, SLICE};
+use crate::sim::operator::Deed;
 use crate::sim::process::Process;
 use crate::sim::scheduler::{MS, Nanos, Queue, Random};
 use crate::sim::workload::{Asked, SLICES};
@@ -78,6 +80,8 @@ pub struct Shape {
     pub discards: bool,
     /// Of the mirrored devices, and what becomes of requests that cannot be served.
     pub policy: DevicePolicy,
+    /// Whether an [operator](crate::sim::operator) has copies moved.
+    pub operator: bool,
 }
 
 /// An exporter that another replaced.
@@ -107,8 +111,10 @@ pub struct Cluster {
     pub network: Network,
     /// Frames that arrived after the end of their lane.
     pub late_frames: u64,
-    /// Plans that came to their end.
+    /// Regenerations that came to their end.
     pub plans_done: u64,
+    /// What an operator did, as in [`Deed::ALL`].
+    pub deeds: [u64; Deed::ALL.len()],
     /// Requests that completed.
     pub completed: u64,
     /// A hash over everything that happened.
@@ -166,6 +172,7 @@ impl Cluster {
             network: Network::default(),
             late_frames: 0,
             plans_done: 0,
+            deeds: [0; Deed::ALL.len()],
             completed: 0,
             hash: 0xcbf2_9ce4_8422_2325,
             trace,

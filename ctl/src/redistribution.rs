@@ -1,0 +1,43 @@
+//! Copies that are to be elsewhere: spares made, disks made equally full.
+
+use crate::cli::SpareMakeArguments;
+use crate::client::{Client, unexpected};
+use crate::failure::{Failure, OK};
+use crate::output;
+use mirror_net::control::{OperatorReply, OperatorRequest, Redistribution, RedistributionOrder};
+use std::path::Path;
+
+/// `mirrorctl spare make`.
+pub async fn make_spare(config: &Path, arguments: SpareMakeArguments) -> Result<u8, Failure> {
+    let SpareMakeArguments { node, disk, onto, dry_run } = arguments;
+    if let Some(disk) = disk.as_ref().filter(|disk| !disk.contains('/')) {
+        return Err(Failure::usage(format!(
+            "--disk wants NODE/DISK and not {disk:?}; for all disks of a node: mirrorctl spare make {disk}"
+        )));
+    }
+    if let Some(node) = node.as_ref().filter(|node| node.contains('/')) {
+        return Err(Failure::usage(format!(
+            "{node:?} is no node; for one disk: mirrorctl spare make --disk {node}"
+        )));
+    }
+    let Some(emptied) = disk.or(node) else {
+        return Err(Failure::usage("spare make wants a node, or --disk NODE/DISK"));
+    };
+    redistribute(config, Redistribution::Spare { emptied, onto }, dry_run).await
+}
+
+/// `mirrorctl rebalance`.
+pub async fn rebalance(config: &Path, dry_run: bool) -> Result<u8, Failure> {
+    redistribute(config, Redistribution::Balance, dry_run).await
+}
+
+async fn redistribute(config: &Path, wish: Redistribution, dry_run: bool) -> Result<u8, Failure> {
+    let request = OperatorRequest::Redistribute(RedistributionOrder { wish, carry_out: !dry_run });
+    let reply = Client::from_config(config)?.ask(&request).await?;
+    let OperatorReply::Done { mut lines } = reply else { return Err(unexpected(&reply)) };
+    if dry_run {
+        lines.push("nothing was changed: this was a dry run".to_owned());
+    }
+    output::print(&lines.join("\n"));
+    Ok(OK)
+}

@@ -1,0 +1,144 @@
+//! An operator's words to the manager, and what has to hold of what comes of them.
+
+use super::Cluster;
+use crate::sim::operator::{Deed, Wish};
+use mirror_net::control::{OperatorReply, PlanOrder, Redistribution, RedistributionOrder};
+use mirror_net::manager::{Input, Ticket};
+use mirror_net::map::plan::Plan;
+use mirror_net::map::{DistributionMap, ReplicaState, Span};
+
+/// The ticket of a request that is none of these.
+pub(super) const OTHER: Ticket = Ticket(0);
+
+fn ticket(deed: Deed) -> Ticket {
+    Ticket(deed as u64 + 1)
+}
+
+impl Cluster {
+    pub(super) fn redistribute(&mut self, wish: Wish) {
+        let (wish, deed) = match wish {
+            Wish::Balance => (Redistribution::Balance, Deed::Rebalanced),
+            Wish::Spare { node, disk, onto_spares } => {
+                let emptied = match disk {
+                    Some(disk) => format!("n{node}/d{}", disk + 1),
+                    None => format!("n{node}"),
+                };
+                let map = &self.manager.map;
+                let spares = map.disks.iter().filter(|it| onto_spares && it.spare && it.node.0 != node);
+                let onto = spares.map(|disk| map.disk_name(disk.id)).collect();
+                (Redistribution::Spare { emptied, onto }, Deed::SpareMade)
+            }
+        };
+        let order = RedistributionOrder { wish, carry_out: true };
+        self.feed(Input::Redistribute { ticket: ticket(deed), order });
+    }
+
+    /// About one of the plans that there are.
+    pub(super) fn order(&mut self, order: PlanOrder, nth: usize) {
+        let plans = &self.manager.map.plans;
+        let Some(plan) = plans.get(nth % plans.len().max(1)).map(|plan| plan.id) else { return };
+        let deed = match order {
+            PlanOrder::Pause => Deed::Paused,
+            PlanOrder::Resume => Deed::Resumed,
+            PlanOrder::Cancel => Deed::Cancelled,
+        };
+        self.feed(Input::Plan { ticket: ticket(deed), plan, order });
+    }
+
+    /// All is mended: what rests goes on, and what can come to no end is taken back.
+    pub fn conclude_plans(&mut self) {
+        if !self.shape.operator || self.manager.storing {
+            return;
+        }
+        let map = self.manager.map.clone();
+        for (nth, plan) in map.plans.iter().enumerate() {
+            if plan.paused {
+                self.order(PlanOrder::Resume, nth);
+            } else if !plan.cancelled && self.is_unreadable(plan) {
+                self.order(PlanOrder::Cancel, nth);
+            }
+        }
+    }
+
+    /// Whether a plan moves something that nobody can read any more.
+    pub(super) fn is_unreadable(&self, plan: &Plan) -> bool {
+        let mut spans = plan.moves.iter().flat_map(|step| self.manager.map.spans_of(step.run));
+        spans.any(|(span, _)| {
+            let works = |media: &crate::sim::disk::SimDisk| {
+                !media.is_dead() && !media.has_failed && !media.has_unreadable() && !media.faults.is_broken()
+            };
+            !span.members().any(|member| works(&self.mounted(member.disk).media))
+        })
+    }
+
+    /// What the manager answered.
+    pub(super) fn answered(&mut self, ticket: Ticket, reply: &OperatorReply) {
+        let Some(deed) = Deed::ALL.iter().find(|deed| self::ticket(**deed) == ticket) else { return };
+        let nothing = |lines: &[String]| {
+            let moving = lines.iter().any(|line| line.contains("mirrorctl plan watch"));
+            matches!(deed, Deed::SpareMade | Deed::Rebalanced) && !moving
+        };
+        let deed = match reply {
+            OperatorReply::Done { lines } if !nothing(lines) => *deed,
+            _ => Deed::Refused,
+        };
+        self.deeds[deed as usize] += 1;
+    }
+
+    /// A plan is over, or goes on with less.
+    pub(super) fn note_plans(&mut self, before: &DistributionMap, after: &DistributionMap) {
+        for plan in &before.plans {
+            let moved = |plan: &Plan| plan.progress(after).in_sync == plan.progress(after).slices;
+            let is_regeneration = plan.cause.starts_with("regeneration");
+            match after.plan(plan.id) {
+                None if is_regeneration => self.plans_done += u64::from(moved(plan)),
+                None if moved(plan) && !plan.cancelled => self.deeds[Deed::Done as usize] += 1,
+                None => self.deeds[Deed::GivenUp as usize] += 1,
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// What must hold of what a manager decides by itself where nobody else moves copies: none goes that was in sync
+    /// unless as many are left as are wanted, or as there were; and there are never fewer than are wanted.
+    pub(super) fn check_drops(&mut self, before: &DistributionMap, after: &DistributionMap) {
+        if !self.shape.operator {
+            return;
+        }
+        let mut wrong = Vec::new();
+        for (old, new) in before.devices.iter().zip(&after.devices).filter(|(old, new)| old != new) {
+            let wanted = usize::from(new.copies);
+            for slice in (0..new.slices).map(mirror_net::ids::SliceIndex) {
+                let (Some(old), Some(span)) = (old.span(slice), new.span(slice)) else { continue };
+                let mut dropped =
+                    old.replicas.iter().filter(|copy| span.replica_on(copy.disk).is_none()).peekable();
+                if dropped.peek().is_none() {
+                    continue;
+                }
+                let members = |span: &Span| span.members().count();
+                let was_member = dropped.any(|copy| copy.state == ReplicaState::InSync);
+                let few = was_member && members(span) < wanted.min(members(old));
+                if few || span.replicas.len() < wanted {
+                    wrong.push(format!("{} {slice}: too little is left: {span:?} follows {old:?}", new.name));
+                }
+            }
+        }
+        self.checker.violations.append(&mut wrong);
+    }
+
+    /// Every slice has as many copies as are wanted, all in sync but those that nobody can bring back.
+    pub fn check_copies(&mut self) {
+        if !self.shape.operator {
+            return;
+        }
+        let map = self.manager.map.clone();
+        for device in &map.devices {
+            for span in &device.spans {
+                if span.replicas.len() != usize::from(device.copies) {
+                    let wrong = format!("{} has not {} copies: {span:?}", device.name, device.copies);
+                    self.checker.violations.push(wrong);
+                }
+            }
+        }
+    }
+}
