@@ -167,6 +167,9 @@ pub enum ManagerVerb {
         /// machine has]
         #[arg(long, value_name = "HOST:PORT")]
         address: Option<String>,
+        /// Where there is no spare for copies that are gone, empty no disk to make one
+        #[arg(long)]
+        no_auto: bool,
     },
 }
 

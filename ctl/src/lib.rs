@@ -63,8 +63,8 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Cluster { verb: ClusterVerb::Create { file, force, json } } => {
             cluster::create(&file.unwrap_or(config), force, json).await
         }
-        Command::Manager { verb: ManagerVerb::Run { state_dir, address } } => {
-            manager::run(&config, &state_dir, address.as_deref()).await
+        Command::Manager { verb: ManagerVerb::Run { state_dir, address, no_auto } } => {
+            manager::run(&config, &state_dir, address.as_deref(), no_auto).await
         }
         Command::Map { verb: MapVerb::Rebuild(arguments) } => {
             map::rebuild(&config, arguments.force_without, arguments.dry_run).await

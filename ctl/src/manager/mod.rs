@@ -24,7 +24,12 @@ use tokio::time::sleep;
 use tracing_subscriber::EnvFilter;
 
 /// `mirrorctl manager run`: until SIGTERM or SIGINT.
-pub async fn run(config: &Path, state_dir: &Path, address: Option<&str>) -> Result<u8, Failure> {
+pub async fn run(
+    config: &Path,
+    state_dir: &Path,
+    address: Option<&str>,
+    no_auto: bool,
+) -> Result<u8, Failure> {
     let filter = EnvFilter::try_from_env("UBLK_MIRROR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A library user may have set one up; then that is used.
     let _ = tracing_subscriber::fmt()
@@ -32,7 +37,8 @@ pub async fn run(config: &Path, state_dir: &Path, address: Option<&str>) -> Resu
         .with_ansi(false)
         .with_env_filter(filter)
         .try_init();
-    let (file, _) = load_file(config)?;
+    let (mut file, _) = load_file(config)?;
+    file.policy.auto_make_spare &= !no_auto;
     let signals = |kind| signal(kind).map_err(|error| Failure::new(format!("cannot take signals: {error}")));
     let (mut terminate, mut interrupt) =
         (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);

@@ -44,6 +44,7 @@ struct RawCluster {
     auto_failover: Option<bool>,
     fail_after: Option<Text>,
     auto_spare: Option<bool>,
+    auto_make_spare: Option<bool>,
     spare_after: Option<Text>,
     regen_rate: Option<Text>,
     regen_floor: Option<Text>,
@@ -246,6 +247,7 @@ impl Reader<'_> {
                 .duration(cluster.fail_after.as_ref(), "cluster.fail_after")?
                 .unwrap_or(default.fail_after),
             auto_spare: cluster.auto_spare.unwrap_or(default.auto_spare),
+            auto_make_spare: cluster.auto_make_spare.unwrap_or(default.auto_make_spare),
             spare_after: self
                 .duration(cluster.spare_after.as_ref(), "cluster.spare_after")?
                 .unwrap_or(default.spare_after),

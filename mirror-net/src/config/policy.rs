@@ -12,6 +12,8 @@ pub struct Policy {
     pub fail_after: Duration,
     /// Whether spares are activated without an operator.
     pub auto_spare: bool,
+    /// Whether a disk that is in use is emptied, and becomes the spare, where none is left for what is gone.
+    pub auto_make_spare: bool,
     /// A disk is made again on a spare once it, or its node, has been gone for so long: long enough that
     /// a reboot starts nothing.
     pub spare_after: Duration,
@@ -94,6 +96,7 @@ impl Policy {
     pub const MANUAL: Self = Self {
         auto_failover: false,
         auto_spare: false,
+        auto_make_spare: false,
         fail_after: Duration::from_secs(2),
         spare_after: Duration::from_secs(60),
         node: NodePolicy {
@@ -112,6 +115,6 @@ impl Policy {
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { auto_failover: true, auto_spare: true, ..Self::MANUAL }
+        Self { auto_failover: true, auto_spare: true, auto_make_spare: true, ..Self::MANUAL }
     }
 }

@@ -113,7 +113,9 @@ impl View<'_> {
         if self.map.disks.iter().any(|disk| disk.spare && disk.failed.is_none()) {
             return "mirrorctl events   (says why its copies are not made again on a spare yet)".to_owned();
         }
-        "keep its partners running: there is no spare on which its copies could be made again".to_owned()
+        "keep its partners running: there is no spare on which its copies could be made again. `mirrorctl events` says \
+         why none is made by itself, `mirrorctl spare make` makes one"
+            .to_owned()
     }
 
     /// A copy that is not in sync: how far it is, or what it waits for.

@@ -10,7 +10,7 @@ use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
 use super::{
     Change, ConnectionId, Input, Output, Proposal, Ticket, advance, detector, export, failover, findings,
-    force, redistribution,
+    force, making, redistribution,
 };
 use crate::config::Policy;
 use crate::control::{
@@ -23,6 +23,9 @@ use crate::map::plan::Plan;
 use crate::planted::{self, Bug};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+/// Milliseconds between two looks at which disk could become a spare.
+const MAKING_MS: u64 = 1_000;
+
 /// The system manager: see the module's description.
 #[derive(Debug)]
 pub struct Manager {
@@ -32,6 +35,10 @@ pub struct Manager {
     started_ms: Option<u64>,
     /// Disks that an operator does not want made again, until this manager ends.
     held: BTreeSet<DiskId>,
+    /// Lost disks for which nothing is emptied any more, by an operator, until this manager ends.
+    not_made_for: BTreeSet<DiskId>,
+    /// When the next look is due at which disk could become a spare where there is none.
+    next_making_ms: u64,
     /// Why copies that are gone are not made again, as was last said.
     hindered: Vec<String>,
     registry: Registry,
@@ -71,6 +78,8 @@ impl Manager {
             map,
             started_ms: None,
             held: BTreeSet::new(),
+            not_made_for: BTreeSet::new(),
+            next_making_ms: 0,
             hindered: Vec::new(),
             registry: Registry::default(),
             outdated: BTreeMap::new(),
@@ -466,6 +475,10 @@ impl Manager {
                             let lost: BTreeSet<DiskId> = lost.collect();
                             let sources = map.plan(plan).into_iter().flat_map(Plan::sources);
                             self.held.extend(sources.filter(|disk| lost.contains(disk)));
+                            // It may have made a spare for them: another would be begun at once.
+                            if map.plan(plan).is_some_and(|plan| !plan.spares.is_empty()) {
+                                self.not_made_for.extend(lost);
+                            }
                         }
                         let lines = change.why.clone();
                         self.propose(change, Then::Ordered { ticket, lines });
@@ -529,9 +542,18 @@ impl Manager {
         if !change.is_empty() || !policy.auto_spare {
             return change;
         }
-        let (mut change, hindered) = regeneration::begin(map, &now, &self.held);
+        let (mut change, without_spare) = regeneration::begin(map, &now, &self.held);
         if change.is_empty() {
             change = advance::give_up_held(map, &now);
+        }
+        let mut hindered: Vec<String> = without_spare.iter().map(|hindered| hindered.why.clone()).collect();
+        if change.is_empty() && !hindered.is_empty() && policy.auto_make_spare {
+            // Each look may take as long as planning does.
+            if now_ms < self.next_making_ms {
+                return change;
+            }
+            (change, hindered) = making::begin(map, &now, &without_spare, &self.not_made_for);
+            self.next_making_ms = now_ms + MAKING_MS;
         }
         if hindered != self.hindered {
             let new = hindered.iter().filter(|line| !self.hindered.contains(line));

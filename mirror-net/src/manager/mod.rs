@@ -31,6 +31,7 @@ pub mod failover;
 pub mod findings;
 pub mod force;
 pub mod join;
+mod making;
 mod rebuild;
 pub mod redistribution;
 pub mod regeneration;

@@ -34,14 +34,41 @@ pub fn plan(
 }
 
 /// What the decision is made from.
-struct View<'a> {
-    map: &'a DistributionMap,
-    registry: &'a Registry,
-    now_ms: u64,
-    carry_out: bool,
+pub(super) struct View<'a> {
+    pub(super) map: &'a DistributionMap,
+    pub(super) registry: &'a Registry,
+    pub(super) now_ms: u64,
+    /// An operator is told what to type next.
+    pub(super) carry_out: bool,
 }
 
 impl View<'_> {
+    /// Moves everything away from disks, which are spares then.
+    pub(super) fn empty(
+        &self,
+        emptied: BTreeSet<DiskId>,
+        takers: BTreeSet<DiskId>,
+        cause: String,
+    ) -> Result<Change, String> {
+        self.readable(&emptied)?;
+        let wish = Wish { emptied: emptied.clone(), takers, ..Wish::default() };
+        let wanted = self.map.wanted(&wish).map_err(|error| error.to_string())?;
+        let lines = self.lines(&wanted);
+        let batch = self.idle(&emptied, &wanted);
+        self.begin(batch, wanted, emptied, cause, lines)
+    }
+
+    /// What the plan does not empty is empty already, and may be a spare already.
+    fn idle(&self, emptied: &BTreeSet<DiskId>, wanted: &Wanted) -> Vec<Verb> {
+        let idle = emptied.iter().filter(|id| {
+            let moved = || wanted.moves.iter().any(|step| step.from == Some(**id));
+            let disk = self.map.disk(**id);
+            let works = disk.is_some_and(|disk| disk.failed.is_none() && !disk.spare);
+            works && !self.map.is_in_use(**id) && !moved()
+        });
+        idle.map(|disk| Verb::SetSpare { disk: *disk, spare: true }).collect()
+    }
+
     fn make_spare(&self, name: &str, onto: &[String]) -> Result<Change, String> {
         let map = self.map;
         let emptied = self.disks_named(name)?;
@@ -76,12 +103,7 @@ impl View<'_> {
                 if spares.len() == 1 { ("is a spare", "then") } else { ("are spares", "then") };
             lines.push(format!("{when} {} {verb}", spares.join(", ")));
         }
-        // What the plan does not empty is empty already, and may be a spare already.
-        let idle = emptied.iter().filter(works).filter(|disk| {
-            let spare = map.disk(**disk).is_some_and(|disk| disk.spare);
-            !spare && !map.is_in_use(**disk) && !wanted.moves.iter().any(|step| step.from == Some(**disk))
-        });
-        let batch = idle.map(|disk| Verb::SetSpare { disk: *disk, spare: true }).collect();
+        let batch = self.idle(&emptied, &wanted);
         self.begin(batch, wanted, emptied, format!("{name} becomes a spare, by the operator"), lines)
     }
 
@@ -167,7 +189,7 @@ impl View<'_> {
     }
 
     /// Disks that may take something unless an operator chooses others, and why some may not.
-    fn takers(&self, emptied: &BTreeSet<DiskId>) -> (BTreeSet<DiskId>, Vec<String>) {
+    pub(super) fn takers(&self, emptied: &BTreeSet<DiskId>) -> (BTreeSet<DiskId>, Vec<String>) {
         let (mut takers, mut left_out) = (BTreeSet::new(), Vec::new());
         let mut concerned: HashMap<DiskId, PlanId> = HashMap::new();
         for plan in &self.map.plans {

@@ -77,11 +77,20 @@ fn without_ms(map: &DistributionMap, now: &Situation<'_>, node: &Node, disk: Dis
     missing.then(|| now.now_ms.saturating_sub(entry.disks_since_ms))
 }
 
-/// One copy that is gone.
+/// A disk that gets no spare at this moment.
+pub(super) struct Hindered {
+    pub(super) disk: DiskId,
+    /// What is to be made again.
+    pub(super) gone: Vec<Gone>,
+    /// For people.
+    pub(super) why: String,
+}
+
+/// Copies of a run that are gone.
 #[derive(Clone, Copy)]
-struct Gone {
-    run: Run,
-    segment: Segment,
+pub(super) struct Gone {
+    pub(super) run: Run,
+    pub(super) segment: Segment,
     /// A plan moves another copy of these slices.
     beside_a_move: bool,
 }
@@ -139,10 +148,14 @@ impl<'a> Begun<'a> {
     }
 }
 
-/// What regeneration begins now: one change, or why the first disk that needs a spare gets none.
+/// What regeneration begins now: one change, and which disks looked at so far get no spare.
 ///
 /// `held` are disks that an operator does not want made again.
-pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>) -> (Change, Vec<String>) {
+pub(super) fn begin(
+    map: &DistributionMap,
+    now: &Situation<'_>,
+    held: &BTreeSet<DiskId>,
+) -> (Change, Vec<Hindered>) {
     let mut hindered = Vec::new();
     let lost: BTreeMap<DiskId, String> = lost_disks(map, now)
         .into_iter()
@@ -177,7 +190,8 @@ pub fn begin(map: &DistributionMap, now: &Situation<'_>, held: &BTreeSet<DiskId>
                     spares.extend([disk, to]);
                 }
                 Err(reason) => {
-                    hindered.push(format!("{} cannot be made again: {reason}", map.disk_name(disk)));
+                    let why = format!("{} cannot be made again: {reason}", map.disk_name(disk));
+                    hindered.push(Hindered { disk, gone, why });
                 }
             }
         }
@@ -250,16 +264,11 @@ fn replace(
             if gone.is_empty() {
                 continue;
             }
-            let needs =
-                |segment| gone.iter().filter(|gone| gone.segment == segment).map(|gone| gone.run.count).sum();
-            let short = [Segment::Primary, Segment::Secondary].into_iter().find_map(|segment| {
-                let (needs, has): (u32, u32) = (needs(segment), spare.slots.of(segment));
-                (needs > has).then(|| {
-                    format!("the spare {name} has {has} slots in its {segment:?} segment, {needs} are needed")
-                })
-            });
-            if let Some(short) = short {
-                reason = short;
+            if let Some((segment, needs)) = short(spare, gone) {
+                let has = spare.slots.of(segment);
+                reason = format!(
+                    "the spare {name} has {has} slots in its {segment:?} segment, {needs} are needed"
+                );
                 continue;
             }
             // What the map allows decides. The old copies stay until the new ones are in sync, unless they
@@ -288,6 +297,14 @@ fn replace(
         reasons.push("there is no spare".to_owned());
     }
     Err(reasons.join("; "))
+}
+
+/// The segment in which an empty disk has too few slots for what is gone, with how many are needed.
+pub(super) fn short(disk: &Disk, gone: &[Gone]) -> Option<(Segment, u32)> {
+    let needs =
+        |segment| gone.iter().filter(|gone| gone.segment == segment).map(|gone| gone.run.count).sum::<u32>();
+    let mut segments = [Segment::Primary, Segment::Secondary].into_iter().map(|it| (it, needs(it)));
+    segments.find(|(segment, needs)| *needs > disk.slots.of(*segment))
 }
 
 /// Disks on which what a disk had may be made again, the best first, and whether they are spares no more: those on which

@@ -16,7 +16,7 @@ use crate::map::{DistributionMap, ReplicaState};
 const AUTO_SPARE: Policy = Policy { auto_spare: true, ..Policy::MANUAL };
 
 impl Bench {
-    fn order(&mut self, plan: u64, order: PlanOrder) -> OperatorReply {
+    pub(super) fn order(&mut self, plan: u64, order: PlanOrder) -> OperatorReply {
         self.input(Input::Plan { ticket: Ticket(1), plan: PlanId(plan), order });
         self.replies.pop().unwrap().1
     }

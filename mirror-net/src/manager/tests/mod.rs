@@ -6,6 +6,7 @@ mod creation;
 mod deferred;
 mod ends;
 mod force;
+mod making;
 mod plans;
 mod rebuild;
 mod redistribution;

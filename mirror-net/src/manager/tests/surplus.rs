@@ -16,7 +16,7 @@ const PLAN: PlanId = PlanId(2);
 const AUTO_SPARE: Policy = Policy { auto_spare: true, ..Policy::MANUAL };
 
 impl Bench {
-    fn up_with(map: &DistributionMap, policy: Policy) -> Self {
+    pub(super) fn up_with(map: &DistributionMap, policy: Policy) -> Self {
         let mut bench = Self::with(Some(map.clone()), policy);
         for node in 1..=map.nodes.len() as u64 {
             bench.register(node, incarnation(node));
@@ -30,7 +30,7 @@ impl Bench {
         assert!(matches!(reply, OperatorReply::Done { .. }), "{reply:?}");
     }
 
-    fn breaks(&mut self, disk: u32) {
+    pub(super) fn breaks(&mut self, disk: u32) {
         let reason = "it is broken".to_owned();
         self.say(disk.into(), NodeMessage::DiskFailed { disk: DiskId(disk), reason });
         self.pass(10);
