@@ -100,6 +100,19 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Who mirrors whom, and how many copies there are of everything; changed online
+    Topology {
+        /// pair: nodes mirror each other two by two; chain: each is mirrored by the next; sets: copies are in different
+        /// failure sets, by power and by switch; any: whatever these rules of the map allow
+        #[arg(value_parser = topology, value_name = "pair|chain|sets|any")]
+        topology: Option<Topology>,
+        /// Copies of every mirrored device, in all
+        #[arg(long, requires = "topology", value_parser = clap::value_parser!(u8).range(1..=3), value_name = "1|2|3")]
+        copies: Option<u8>,
+        /// Only show what would be moved, and what is at risk meanwhile
+        #[arg(long, requires = "topology")]
+        dry_run: bool,
+    },
     /// How likely data is lost in a year, as it is laid out and as it could be
     Risk(RiskArguments),
     /// What is being moved
@@ -194,6 +207,20 @@ pub struct RiskArguments {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// A topology that is asked for; `None` for any.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Topology(pub Option<mirror_net::map::Topology>);
+
+fn topology(text: &str) -> Result<Topology, String> {
+    use mirror_net::map::Topology::{Chain, Pair, Sets};
+    let known = [Pair, Chain, Sets].into_iter().find(|topology| topology.name() == text);
+    match (known, text) {
+        (None, "any") => Ok(Topology(None)),
+        (None, _) => Err("it is one of pair, chain, sets, any".to_owned()),
+        (known, _) => Ok(Topology(known)),
+    }
 }
 
 fn time(text: &str) -> Result<Duration, String> {

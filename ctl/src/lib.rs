@@ -91,6 +91,9 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
             redistribution::make_spare(&config, arguments).await
         }
         Command::Risk(arguments) => risk::risk_of_cluster(&config, &arguments).await,
+        Command::Topology { topology, copies, dry_run } => {
+            redistribution::topology(&config, topology, copies, dry_run).await
+        }
         Command::Rebalance { dry_run } => redistribution::rebalance(&config, dry_run).await,
         Command::Plan { verb: PlanVerb::List { json } } => plan::list(&config, json).await,
         Command::Plan { verb: PlanVerb::Show { plan, json } } => plan::show(&config, plan, json).await,

@@ -1,9 +1,9 @@
 //! Copies that are to be elsewhere: spares made, disks made equally full.
 
-use crate::cli::SpareMakeArguments;
+use crate::cli::{SpareMakeArguments, Topology};
 use crate::client::{Client, unexpected};
 use crate::failure::{Failure, OK};
-use crate::output;
+use crate::{map, output};
 use mirror_net::control::{OperatorReply, OperatorRequest, Redistribution, RedistributionOrder};
 use std::path::Path;
 
@@ -29,6 +29,26 @@ pub async fn make_spare(config: &Path, arguments: SpareMakeArguments) -> Result<
 /// `mirrorctl rebalance`.
 pub async fn rebalance(config: &Path, dry_run: bool) -> Result<u8, Failure> {
     redistribute(config, Redistribution::Balance, dry_run).await
+}
+
+/// `mirrorctl topology`.
+pub async fn topology(
+    config: &Path,
+    topology: Option<Topology>,
+    copies: Option<u8>,
+    dry_run: bool,
+) -> Result<u8, Failure> {
+    if let Some(Topology(topology)) = topology {
+        return redistribute(config, Redistribution::Topology { topology, copies }, dry_run).await;
+    }
+    let map = map::ask_at(&Client::from_config(config)?).await?;
+    let named = map.topology.map_or("any that the rules allow", mirror_net::map::Topology::name);
+    let kept = match map.topology.and_then(|topology| map.deviation(topology)) {
+        Some(what) => format!("; not kept: {what}: mirrorctl rebalance"),
+        None => String::new(),
+    };
+    output::print(&format!("topology {named}{kept}"));
+    Ok(OK)
 }
 
 async fn redistribute(config: &Path, wish: Redistribution, dry_run: bool) -> Result<u8, Failure> {

@@ -6,7 +6,6 @@ use crate::failure::{Failure, OK};
 use crate::{map, output};
 use mirror_net::config::format_bytes;
 use mirror_net::map::DistributionMap;
-use mirror_net::map::wanted::Topology;
 use mirror_net::risk::{Assumptions, Risk, layouts, risk};
 use serde::Serialize;
 use std::path::Path;
@@ -69,11 +68,7 @@ pub(crate) fn of(map: &DistributionMap, arguments: &RiskArguments, delay: Durati
     };
     let today = risk(map, &assume);
     let layouts = layouts(map, &assume).into_iter().map(|layout| LayoutJson {
-        topology: match layout.topology {
-            Topology::Pair => "pair",
-            Topology::Chain => "chain",
-            Topology::Sets => "sets",
-        },
+        topology: layout.topology.name(),
         copies: layout.copies,
         risk: layout.risk.map(ProbabilitiesJson::of),
     });

@@ -96,6 +96,7 @@ pub fn small() -> DistributionMap {
             device(3, 1, &[(SLICES, &[1])]),
             device(4, 1, &[(2, &[1, 3]), (2, &[3, 1])]),
         ],
+        topology: None,
         plans: Vec::new(),
     }
 }

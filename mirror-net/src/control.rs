@@ -10,7 +10,7 @@ use crate::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, PlanId,
     ProcessId, SliceEpoch,
 };
-use crate::map::{DistributionMap, SegmentSlots};
+use crate::map::{DistributionMap, SegmentSlots, Topology};
 use crate::region::digest::{Digest, placed};
 use serde::{Deserialize, Serialize};
 
@@ -426,8 +426,23 @@ pub enum Redistribution {
         /// `NODE` or `NODE/DISK`: where copies may go; all disks that are in use if there are none.
         onto: Vec<String>,
     },
-    /// On all disks that are in use, evenly, with primaries at home.
+    /// On all disks that are in use, evenly, with primaries at home, as many as each device is to have, and as the
+    /// topology has them that was chosen.
     Balance,
+    /// As that topology has them.
+    Topology {
+        /// `None` for whatever the rules of the map allow.
+        topology: Option<Topology>,
+        /// Copies of every mirrored device from now on; `None` leaves them.
+        copies: Option<u8>,
+    },
+    /// So many of one device.
+    Copies {
+        /// Its name.
+        device: String,
+        /// 1 to 3, in all.
+        copies: u8,
+    },
 }
 
 /// What an operator wants of a plan.

@@ -128,6 +128,7 @@ fn map() -> DistributionMap {
                 replicas: vec![replica(1), replica(2)],
             }],
         }],
+        topology: None,
         plans: Vec::new(),
     }
 }

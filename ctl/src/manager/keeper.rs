@@ -227,6 +227,7 @@ mod tests {
             nodes: Vec::new(),
             disks: Vec::new(),
             devices: Vec::new(),
+            topology: None,
             plans: Vec::new(),
         };
         let why = vec!["because".into()];

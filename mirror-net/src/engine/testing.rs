@@ -77,6 +77,7 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
                 replicas: (1..=copies).map(replica).collect(),
             }],
         }],
+        topology: None,
         plans: Vec::new(),
     }
 }

@@ -10,6 +10,15 @@ use crate::ids::{DiskId, NodeId};
 use crate::map::plan::{Move, Plan};
 use crate::map::{Device, Replica, ReplicaState, Span};
 
+/// Whether a plan makes a copy of a span in the place of none.
+fn makes_more(plan: &Plan, device: &Device, span: &Span) -> bool {
+    let meets = |step: &Move| {
+        let end = step.run.first.0.saturating_add(step.run.count);
+        step.run.device == device.id && step.run.first.0 < span.end() && span.first.0 < end
+    };
+    !plan.cancelled && plan.moves.iter().any(|step| step.from.is_none() && !step.primary && meets(step))
+}
+
 /// A copy that is not in sync, for people.
 struct Missing {
     what: String,
@@ -48,7 +57,11 @@ impl View<'_> {
                 }
             }
             if span.replicas.len() < usize::from(device.copies) {
-                todo.push("keep what is in sync running: nothing makes the missing copy again".into());
+                let todo_now = match self.map.plans.iter().find(|plan| makes_more(plan, device, span)) {
+                    Some(plan) => format!("nothing: it is made by now: mirrorctl plan watch {}", plan.id.0),
+                    None => "mirrorctl rebalance   (makes the missing copy if there is room)".to_owned(),
+                };
+                todo.push(todo_now);
             }
             let key = (missing.first().and_then(|copy| copy.node.clone()), todo.join("; "));
             let why: Vec<&str> = missing.iter().map(|copy| copy.what.as_str()).collect();

@@ -486,7 +486,7 @@ impl Manager {
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }
             } else if let Some((ticket, order)) = self.redistributions.pop_front() {
-                match redistribution::plan(map, &self.registry, now_ms, &order) {
+                match redistribution::plan(map, &self.situation(now_ms), &order) {
                     Ok(Change { batch, why: lines }) if !order.carry_out || batch.is_empty() => {
                         self.reply(ticket, OperatorReply::Done { lines });
                     }

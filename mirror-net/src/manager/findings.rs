@@ -58,6 +58,17 @@ pub fn findings(
         let todo = "nothing if all nodes are there; else start those that are not".to_owned();
         Finding { severity: Severity::Note, device: None, node: None, what, todo }
     }));
+    if let Some(topology) = map.topology.filter(|_| map.plans.is_empty())
+        && let Some(what) = map.deviation(topology)
+    {
+        found.push(Finding {
+            severity: Severity::Note,
+            device: None,
+            node: None,
+            what: format!("topology {} is not kept: {what}", topology.name()),
+            todo: "mirrorctl rebalance   (--dry-run shows what it would move)".into(),
+        });
+    }
     found.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     found
 }

@@ -88,7 +88,7 @@ fn empty_one(
     lost: &BTreeSet<DiskId>,
     hindered: &Hindered,
 ) -> Result<Change, String> {
-    let view = View { map, registry: now.registry, now_ms: now.now_ms, carry_out: false };
+    let view = View { map, now, carry_out: false };
     let (takers, _) = view.takers(lost);
     let used = used_slots(map);
     let used = |disk: DiskId| used.get(&disk).copied().unwrap_or(0);

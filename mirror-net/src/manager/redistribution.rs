@@ -3,18 +3,19 @@
 //! What is to move is computed once ([`wanted`](crate::map::wanted)) and becomes a plan, which goes on by itself
 //! ([`advance`](super::advance)). Everything that could be in its way is looked at before anything moves.
 
-use super::registry::Registry;
+use super::regeneration::Situation;
 use super::repair::{SpanPlan, plan_span};
 use super::{Change, Lines, node_named};
 use crate::config::format_bytes;
 use crate::control::{Redistribution, RedistributionOrder};
-use crate::ids::{DeviceId, DiskId, PlanId};
+use crate::ids::{DeviceId, DiskId, NodeId, PlanId};
 use crate::map::plan::{Move, Plan};
 use crate::map::runs::Runs;
 use crate::map::verbs::Verb;
-use crate::map::wanted::{NoPlan, Wanted, Wish};
-use crate::map::{Disk, DistributionMap};
+use crate::map::wanted::{NoPlan, Wanted, Wish, copies_of_all};
+use crate::map::{Disk, DistributionMap, Topology};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 /// Disks that a line names; more would not make it clearer.
 const NAMED_MAX: usize = 6;
@@ -22,22 +23,22 @@ const NAMED_MAX: usize = 6;
 /// What would be done, a line for each thing, and the change; an error, for people, if it cannot be done.
 pub fn plan(
     map: &DistributionMap,
-    registry: &Registry,
-    now_ms: u64,
+    now: &Situation<'_>,
     order: &RedistributionOrder,
 ) -> Result<Change, String> {
-    let view = View { map, registry, now_ms, carry_out: order.carry_out };
+    let view = View { map, now, carry_out: order.carry_out };
     match &order.wish {
         Redistribution::Spare { emptied, onto } => view.make_spare(emptied, onto),
-        Redistribution::Balance => view.balance(),
+        Redistribution::Balance => view.balance("by the operator"),
+        Redistribution::Topology { topology, copies } => view.topology(*topology, *copies),
+        Redistribution::Copies { device, copies } => view.copies(device, *copies),
     }
 }
 
 /// What the decision is made from.
 pub(super) struct View<'a> {
     pub(super) map: &'a DistributionMap,
-    pub(super) registry: &'a Registry,
-    pub(super) now_ms: u64,
+    pub(super) now: &'a Situation<'a>,
     /// An operator is told what to type next.
     pub(super) carry_out: bool,
 }
@@ -83,7 +84,11 @@ impl View<'_> {
             onto => (self.chosen(onto, &emptied)?, Vec::new()),
         };
         let wish = Wish { emptied: emptied.clone(), takers, ..Wish::default() };
-        let wanted = map.wanted(&wish).map_err(|error| self.no_room(&error, onto, &left_out))?;
+        let wanted = map.wanted(&wish).map_err(|error| {
+            let spare = || map.disks.iter().any(|disk| disk.spare && disk.failed.is_none());
+            let todo = if onto.is_empty() && spare() { "; --onto may name a spare" } else { "" };
+            self.no_room(&error, &left_out) + todo
+        })?;
         let mut lines = match wanted.moves.as_slice() {
             [] => vec![format!("{name} holds nothing")],
             _ => self.lines(&wanted),
@@ -107,32 +112,114 @@ impl View<'_> {
         self.begin(batch, wanted, emptied, format!("{name} becomes a spare, by the operator"), lines)
     }
 
-    fn balance(&self) -> Result<Change, String> {
-        if let Some(plan) = self.map.plans.first() {
-            return Err(already(plan, "something"));
-        }
+    /// Makes all disks equally full. `whose` wish it is, for people.
+    pub(super) fn balance(&self, whose: &str) -> Result<Change, String> {
+        let map = self.map;
+        self.nothing_moves()?;
         let (takers, _) = self.takers(&BTreeSet::new());
-        let wish = Wish { takers, even: true, ..Wish::default() };
-        let wanted = self.map.wanted(&wish).map_err(|error| error.to_string())?;
+        // What was taken back half way, or was never made: as many as each device is to have.
+        let copies = map.devices.iter().filter(|device| {
+            device.spans.iter().any(|span| span.replicas.len() != usize::from(device.copies))
+        });
+        let copies = copies.map(|device| (device.id, device.copies)).collect();
+        let wish = Wish { takers, even: true, topology: map.topology, copies, ..Wish::default() };
+        let wanted = map.wanted(&wish).map_err(|error| error.to_string())?;
         if wanted.moves.is_empty() {
             return Ok(Change {
                 batch: Vec::new(),
                 why: vec!["nothing is to be moved: it is as even as the rules allow".to_owned()],
             });
         }
+        self.all_readable(&wanted)?;
+        let lines = self.lines(&wanted);
+        self.begin(Vec::new(), wanted, BTreeSet::new(), format!("disks become equally full, {whose}"), lines)
+    }
+
+    fn topology(&self, topology: Option<Topology>, copies: Option<u8>) -> Result<Change, String> {
+        let map = self.map;
+        self.nothing_moves()?;
+        let (takers, left_out) = self.takers(&BTreeSet::new());
+        let copies = copies.map_or_else(BTreeMap::new, |copies| copies_of_all(map, copies));
+        let wish = Wish { takers, even: true, topology, copies: copies.clone(), ..Wish::default() };
+        let wanted = map.wanted(&wish).map_err(|error| self.no_room(&error, &left_out))?;
+        self.all_readable(&wanted)?;
+        let mut batch = Vec::new();
+        if topology != map.topology {
+            batch.push(Verb::SetTopology { topology });
+        }
+        batch.extend(self.set_copies(&copies));
+        let named = topology.map_or("any that the rules allow", Topology::name);
+        let mut lines = vec![match wanted.moves.as_slice() {
+            [] => format!("topology {named}: nothing is to be moved, it lies like that already"),
+            _ => format!("topology {named}"),
+        }];
+        lines.extend(self.copies_lines(&copies));
+        if !wanted.moves.is_empty() {
+            lines.extend(self.lines(&wanted));
+        }
+        self.begin(batch, wanted, BTreeSet::new(), format!("topology {named}, by the operator"), lines)
+    }
+
+    fn copies(&self, name: &str, copies: u8) -> Result<Change, String> {
+        let map = self.map;
+        let Some(device) = map.device_named(name) else {
+            let names: Vec<&str> = map.devices.iter().map(|device| device.name.as_str()).collect();
+            return Err(format!("there is no device {name:?}; the devices are {}", names.join(", ")));
+        };
+        let moves = |plan: &&Plan| plan.moves.iter().any(|step| step.run.device == device.id);
+        if let Some(plan) = map.plans.iter().find(moves) {
+            return Err(already(plan, &device.name));
+        }
+        let (takers, left_out) = self.takers(&BTreeSet::new());
+        let (id, topology) = (device.id, map.topology);
+        let copies_of = BTreeMap::from([(id, copies)]);
+        let only = BTreeSet::from([id]);
+        let wish = Wish { takers, topology, copies: copies_of.clone(), only, ..Wish::default() };
+        let wanted = map.wanted(&wish).map_err(|error| self.no_room(&error, &left_out))?;
+        self.all_readable(&wanted)?;
+        let batch = self.set_copies(&copies_of);
+        let mut lines = self.copies_lines(&copies_of);
+        if wanted.moves.is_empty() && batch.is_empty() {
+            lines.push(format!("{name} has {} already", copies_text(copies)));
+        } else if !wanted.moves.is_empty() {
+            lines.extend(self.lines(&wanted));
+        }
+        let cause = format!("{name} is to have {}, by the operator", copies_text(copies));
+        self.begin(batch, wanted, BTreeSet::new(), cause, lines)
+    }
+
+    fn set_copies(&self, copies: &BTreeMap<DeviceId, u8>) -> Vec<Verb> {
+        let others = |(id, copies): &(&DeviceId, &u8)| {
+            self.map.device(**id).is_some_and(|device| device.copies != **copies)
+        };
+        let changed = copies.iter().filter(others);
+        changed.map(|(device, copies)| Verb::SetCopies { device: *device, copies: *copies }).collect()
+    }
+
+    fn copies_lines(&self, copies: &BTreeMap<DeviceId, u8>) -> Vec<String> {
+        let changed = copies.iter().filter_map(|(id, copies)| {
+            let device = self.map.device(*id).filter(|device| device.copies != *copies)?;
+            let alone = if *copies == 1 { "; what is on it is lost with the disk that has it" } else { "" };
+            Some(format!("{}: {} instead of {}{alone}", device.name, copies_text(*copies), device.copies))
+        });
+        changed.collect()
+    }
+
+    /// That no plan is under way.
+    fn nothing_moves(&self) -> Result<(), String> {
+        self.map.plans.first().map_or(Ok(()), |plan| Err(already(plan, "something")))
+    }
+
+    /// That somebody serves everything that is to be copied.
+    fn all_readable(&self, wanted: &Wanted) -> Result<(), String> {
         let moved = moved(wanted.moves.iter());
         let unserved = self.unserved(|device, first, count| {
             moved.get(&device).is_some_and(|runs| runs.overlaps(first, first + count))
         });
-        if !unserved.is_empty() {
-            return Err(format!(
-                "nobody could read what is to move: {}; see `mirrorctl status`",
-                unserved.join("; ")
-            ));
+        if unserved.is_empty() {
+            return Ok(());
         }
-        let lines = self.lines(&wanted);
-        let cause = "disks become equally full, by the operator".to_owned();
-        self.begin(Vec::new(), wanted, BTreeSet::new(), cause, lines)
+        Err(format!("nobody could read what is to move: {}; see `mirrorctl status`", unserved.join("; ")))
     }
 
     /// The disks that an operator means by `NODE` or `NODE/DISK`.
@@ -178,7 +265,7 @@ impl View<'_> {
         for device in &self.map.devices {
             let mut lines = Lines::default();
             for span in device.spans.iter().filter(|span| about(device.id, span.first.0, span.count)) {
-                if plan_span(self.map, device, span, self.registry, self.now_ms) != SpanPlan::Served {
+                if plan_span(self.map, device, span, self.now.registry, self.now.now_ms) != SpanPlan::Served {
                     let disk = self.map.disk_name(span.primary().disk);
                     lines.add(span, format!("their primary {disk} does not serve them"));
                 }
@@ -204,7 +291,7 @@ impl View<'_> {
                 left_out.push(format!("{} has failed", name()));
             } else if disk.spare {
                 left_out.push(format!("{} is a spare", name()));
-            } else if self.registry.usable(self.map, disk.id, self.now_ms).is_none() {
+            } else if self.now.registry.usable(self.map, disk.id, self.now.now_ms).is_none() {
                 left_out.push(format!("{} is not there", name()));
             } else if let Some(plan) = concerned.get(&disk.id) {
                 left_out.push(format!("{} belongs to plan {}", name(), plan.0));
@@ -225,7 +312,7 @@ impl View<'_> {
                     return Err(format!("{disk_name} is to be emptied, it cannot take anything"));
                 }
                 self.not_concerned(disk.id)?;
-                if self.registry.usable(self.map, disk.id, self.now_ms).is_none() {
+                if self.now.registry.usable(self.map, disk.id, self.now.now_ms).is_none() {
                     return Err(format!(
                         "{disk_name} cannot take anything, it is not there or has failed: see `mirrorctl status`"
                     ));
@@ -236,20 +323,18 @@ impl View<'_> {
         Ok(chosen)
     }
 
-    fn no_room(&self, error: &NoPlan, onto: &[String], left_out: &[String]) -> String {
-        let mut text = error.to_string();
-        if !left_out.is_empty() {
-            let more = left_out.len().saturating_sub(NAMED_MAX);
-            let mut named = left_out[..left_out.len() - more].join(", ");
-            if more > 0 {
-                named += &format!(", and {more} more");
-            }
-            text += &format!("; left out: {named}");
+    /// Why nothing leads there, with the disks that might have had room.
+    fn no_room(&self, error: &NoPlan, left_out: &[String]) -> String {
+        let text = error.to_string();
+        if left_out.is_empty() || !matches!(error, NoPlan::NoRoom { .. }) {
+            return text;
         }
-        if onto.is_empty() && self.map.disks.iter().any(|disk| disk.spare && disk.failed.is_none()) {
-            text += "; --onto may name a spare";
+        let more = left_out.len().saturating_sub(NAMED_MAX);
+        let mut named = left_out[..left_out.len() - more].join(", ");
+        if more > 0 {
+            named += &format!(", and {more} more");
         }
-        text
+        format!("{text}; left out: {named}")
     }
 
     /// What a plan does, for people.
@@ -289,8 +374,34 @@ impl View<'_> {
             };
             lines.push(format!("{name}: {} to copy, {}{roles}", bytes(copied), runs_text(runs)));
         }
+        lines.extend(self.longest(wanted));
         lines.push(self.at_risk(wanted));
         lines
+    }
+
+    /// How long it takes at most, as far as that can be known: while hosts leave no gaps, and no disk or link is slower.
+    fn longest(&self, wanted: &Wanted) -> Option<String> {
+        let pace = self.now.policy.node.pace;
+        let slowest = if pace.floor > 0 { pace.floor } else { pace.rate? };
+        let mut by_primary: BTreeMap<NodeId, u64> = BTreeMap::new();
+        for step in &wanted.moves {
+            let copied = self.map.spans_of(step.run).filter(|(span, _)| span.replica_on(step.to).is_none());
+            for (span, count) in copied {
+                let node = self.map.node_of(span.primary().disk).unwrap_or_default();
+                *by_primary.entry(node).or_default() += u64::from(count);
+            }
+        }
+        let most = by_primary.into_values().max()? * u64::from(self.map.slice_bytes);
+        let seconds = most.div_ceil(slowest);
+        let time = humantime::format_duration(Duration::from_secs(seconds));
+        Some(match pace.floor {
+            0 => format!("at least {time}, since regen_rate is {}/s a node", format_bytes(slowest)),
+            _ => format!(
+                "at most {time} where disks and links can do {}/s a node while hosts are busy (regen_floor), less where \
+                 hosts leave gaps",
+                format_bytes(slowest)
+            ),
+        })
     }
 
     /// What a failure could take meanwhile: no more than now, but that may be something.
@@ -346,6 +457,10 @@ impl View<'_> {
         batch.push(Verb::BeginPlan { plan: Plan { spares, ..Plan::new(id, cause, wanted.moves) } });
         Ok(Change { batch, why: lines })
     }
+}
+
+fn copies_text(copies: u8) -> String {
+    if copies == 1 { "1 copy".to_owned() } else { format!("{copies} copies") }
 }
 
 /// The slices that are moved, by device.

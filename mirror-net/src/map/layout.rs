@@ -86,6 +86,7 @@ pub fn pairs(
         nodes: Vec::new(),
         disks: Vec::new(),
         devices: Vec::new(),
+        topology: None,
         plans: Vec::new(),
     };
     let mut disks_of: Vec<Vec<(DiskId, &DiskSpec)>> = Vec::new();

@@ -13,5 +13,5 @@ pub mod wanted;
 
 pub use model::{
     Claim, Commit, Device, DevicePolicy, Disk, DistributionMap, Failed, MAP_FORMAT, Node, OnNoQuorum,
-    Replica, ReplicaState, SegmentSlots, Span,
+    Replica, ReplicaState, SegmentSlots, Span, Topology,
 };

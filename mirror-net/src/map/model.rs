@@ -32,9 +32,36 @@ pub struct DistributionMap {
     pub disks: Vec<Disk>,
     /// Every device, in order of id.
     pub devices: Vec<Device>,
+    /// What an operator wants kept of who mirrors whom; `None` for whatever the rules of the map allow. Copies that are
+    /// made again on a spare, or moved off a disk, need not keep it; `rebalance` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
     /// What is being moved, in order of id.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plans: Vec<Plan>,
+}
+
+/// Who mirrors whom.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Topology {
+    /// Nodes mirror each other two by two; of an odd number three form a ring.
+    Pair,
+    /// All nodes form a ring: what a node is primary of is mirrored by the one after it, or the two.
+    Chain,
+    /// The copies of a slice are on nodes that share neither power nor switch, any of them.
+    Sets,
+}
+
+impl Topology {
+    /// As the command line spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pair => "pair",
+            Self::Chain => "chain",
+            Self::Sets => "sets",
+        }
+    }
 }
 
 /// A machine running `ublk-server`.

@@ -48,6 +48,8 @@ pub enum InvalidMap {
     ClaimWithoutNode(String),
     #[error("device {0:?}: its claim is from beyond the map's version")]
     ClaimAhead(String),
+    #[error("device {device:?} is to have {copies} copies, neither 1 nor up to {COPIES_MAX}")]
+    Copies { device: String, copies: u8 },
     #[error("device {device:?}: slices {from} to {to} are missing or doubled")]
     Coverage { device: String, from: u32, to: u32 },
     #[error("device {device:?} slice {slice}: no replica at all")]
@@ -115,6 +117,9 @@ impl DistributionMap {
             counted("claim generation", device.claim.generation.0)?;
             if device.claim.since > self.version {
                 return Err(InvalidMap::ClaimAhead(device.name.clone()));
+            }
+            if !(1..=COPIES_MAX).contains(&usize::from(device.copies)) {
+                return Err(InvalidMap::Copies { device: device.name.clone(), copies: device.copies });
             }
             block_bytes("device", device.id, device.block_bytes)?;
             self.validate_spans(device, &moving, &mut committed)?;

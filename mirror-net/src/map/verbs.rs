@@ -5,7 +5,7 @@
 
 use super::plan::Plan;
 use super::validate::InvalidMap;
-use super::{Device, DistributionMap, Failed, Replica, ReplicaState, Span};
+use super::{Device, DistributionMap, Failed, Replica, ReplicaState, Span, Topology};
 use crate::format::alloc::Segment;
 use crate::ids::{
     ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, PlanId, SliceEpoch,
@@ -107,6 +107,18 @@ pub enum Verb {
         /// Whether it is to hold nothing until it is activated.
         spare: bool,
     },
+    /// Who is to mirror whom.
+    SetTopology {
+        /// `None` for whatever the rules of the map allow.
+        topology: Option<Topology>,
+    },
+    /// How many copies a device is to have in all; a plan makes or drops them.
+    SetCopies {
+        /// The device.
+        device: DeviceId,
+        /// 1 to [`COPIES_MAX`](super::validate::COPIES_MAX).
+        copies: u8,
+    },
     /// What is to be moved from now on; its id is the map's next.
     BeginPlan {
         /// The plan.
@@ -165,8 +177,8 @@ impl DistributionMap {
         for verb in batch {
             next.apply_verb(verb)?;
         }
-        if (&next.devices, &next.disks, &next.nodes, &next.plans)
-            == (&self.devices, &self.disks, &self.nodes, &self.plans)
+        if (&next.devices, &next.disks, &next.nodes, &next.plans, next.topology)
+            == (&self.devices, &self.disks, &self.nodes, &self.plans, self.topology)
         {
             return Ok(None);
         }
@@ -277,6 +289,15 @@ impl DistributionMap {
                 let disk =
                     self.disks.iter_mut().find(|d| d.id == *disk).ok_or(VerbError::UnknownDisk(*disk))?;
                 disk.spare = *spare;
+                Ok(())
+            }
+            Verb::SetTopology { topology } => {
+                self.topology = *topology;
+                Ok(())
+            }
+            Verb::SetCopies { device, copies } => {
+                let index = self.devices.binary_search_by_key(device, |device| device.id);
+                self.devices[index.map_err(|_| VerbError::UnknownDevice(*device))?].copies = *copies;
                 Ok(())
             }
             Verb::BeginPlan { plan } => {

@@ -3,7 +3,7 @@
 use super::{Assumptions, Event, Events, Risk};
 use crate::ids::{DiskId, NodeId};
 use crate::map::DistributionMap;
-use crate::map::wanted::Topology;
+use crate::map::Topology;
 use std::collections::BTreeMap;
 
 /// A layout that a cluster could have.

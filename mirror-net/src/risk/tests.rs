@@ -1,6 +1,7 @@
 use super::*;
+use crate::map::Topology;
 use crate::map::layout::tests::pair_map;
-use crate::map::wanted::{Topology, Wish};
+use crate::map::wanted::{Wish, copies_of_all};
 
 /// Uniform in (0, 1), the same for the same seed on every machine.
 fn random(seed: u64) -> impl FnMut() -> f64 {
@@ -97,7 +98,7 @@ fn three_copies(nodes: usize) -> DistributionMap {
         disk.slots.secondary = 64;
     }
     let takers = map.disks.iter().map(|disk| disk.id).collect();
-    let wish = Wish { takers, copies: Some(3), ..Wish::default() };
+    let wish = Wish { takers, copies: copies_of_all(&map, 3), ..Wish::default() };
     for step in map.wanted(&wish).unwrap().moves {
         let incarnation = Default::default();
         let add = crate::map::verbs::Verb::AddReplica {

@@ -132,6 +132,7 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
             claim,
             spans,
         }],
+        topology: None,
         plans: Vec::new(),
     }
 }

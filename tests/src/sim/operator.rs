@@ -1,7 +1,7 @@
 //! An operator who has copies moved about by plans while everything else goes wrong.
 //!
 //! What he does. In a quarter of the seeds he makes spares of nodes or of single disks, onto all others or onto the
-//! spares that there are, has disks made equally full, and pauses, resumes and cancels whatever plan there is; each at any
+//! spares that there are, has disks made equally full, changes who mirrors whom and how many copies a device has, and pauses, resumes and cancels whatever plan there is; each at any
 //! time, one thing soon after the other or late. He asks the manager that runs, and nobody if none does; what is refused he
 //! does not repeat. When all that was broken is mended he resumes what rests, and takes back what can come to no end: copies
 //! of data that nobody can read any more. Then every plan has to end, and every slice to have as many copies as in the
@@ -12,6 +12,7 @@
 use crate::sim::cluster::{Cluster, Fault, Shape};
 use crate::sim::scheduler::{MS, Nanos, Random};
 use mirror_net::control::PlanOrder;
+use mirror_net::map::Topology;
 
 /// What an operator does, and what comes of it, for counting.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,6 +20,8 @@ use mirror_net::control::PlanOrder;
 pub enum Deed {
     SpareMade,
     Rebalanced,
+    TopologyChanged,
+    CopiesChanged,
     Paused,
     Resumed,
     Cancelled,
@@ -29,9 +32,11 @@ pub enum Deed {
 
 impl Deed {
     /// All, in the order of their counts.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::SpareMade,
         Self::Rebalanced,
+        Self::TopologyChanged,
+        Self::CopiesChanged,
         Self::Paused,
         Self::Resumed,
         Self::Cancelled,
@@ -45,6 +50,8 @@ impl Deed {
         match self {
             Self::SpareMade => "operator: spare made",
             Self::Rebalanced => "operator: rebalanced",
+            Self::TopologyChanged => "operator: topology changed",
+            Self::CopiesChanged => "operator: number of copies changed",
             Self::Paused => "operator: plan paused",
             Self::Resumed => "operator: plan resumed",
             Self::Cancelled => "operator: plan cancelled",
@@ -69,6 +76,15 @@ pub enum Wish {
     },
     /// `rebalance`.
     Balance,
+    /// `topology`.
+    Topology(Option<Topology>),
+    /// `device set --copies`.
+    Copies {
+        /// Index of the device; of one that is mirrored, or the next that is.
+        device: usize,
+        /// 2 or 3.
+        copies: u8,
+    },
 }
 
 /// Whether that seed has one, and his own sequence.
@@ -100,8 +116,12 @@ pub fn plan(cluster: &mut Cluster, shape: Shape, random: &mut Random, until: Nan
         };
         // What is a spare from the beginning may be none by then.
         let nodes = if random.one_in(6) { shape.nodes.into() } else { used };
-        let wish = match random.below(4) {
+        let wish = match random.below(7) {
             0 => Wish::Balance,
+            5 => {
+                Wish::Topology([None, Some(Topology::Pair), Some(Topology::Chain)][random.below(3) as usize])
+            }
+            6 => Wish::Copies { device: random.below(8) as usize, copies: random.range(2, 4) as u8 },
             kind => Wish::Spare {
                 node: random.range(1, nodes + 1) as u16,
                 disk: (kind == 1).then(|| random.below(u64::from(shape.disks)) as usize),

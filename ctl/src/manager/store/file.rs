@@ -250,6 +250,7 @@ mod tests {
             nodes: Vec::new(),
             disks: Vec::new(),
             devices: Vec::new(),
+            topology: None,
             plans: Vec::new(),
         }
     }

@@ -15,6 +15,7 @@ mod rules;
 mod slow;
 mod status;
 mod surplus;
+mod topology;
 mod world;
 
 use bench::{Bench, map_of};

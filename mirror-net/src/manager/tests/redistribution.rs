@@ -142,6 +142,8 @@ fn a_dry_run_tells_and_changes_nothing() {
             "n1-d1: 512 MiB to copy, 1 run, 512 MiB change their primary",
             "n1-d1-unmirrored: 128 MiB to copy, 2 runs, 128 MiB change their primary",
             "n2-d1: 512 MiB to copy, 1 run",
+            "at most 1m 4s where disks and links can do 10 MiB/s a node while hosts are busy (regen_floor), less where \
+             hosts leave gaps",
             "at risk meanwhile: nothing; a copy goes when its successor is in sync",
             "n1-d1, n1-d1-unmirrored stay exported where they are",
             "then n1/d1 is a spare",

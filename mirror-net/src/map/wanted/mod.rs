@@ -16,26 +16,15 @@ mod shortage;
 mod tests;
 mod topology;
 
-use super::DistributionMap;
 use super::plan::Move;
 use super::validate::COPIES_MAX;
+use super::{Device, DistributionMap, Topology};
 use crate::format::alloc::Segment;
-use crate::ids::DiskId;
+use crate::ids::{DeviceId, DiskId};
 use placement::Placement;
 use room::Room;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use topology::Relation;
-
-/// Who mirrors whom.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Topology {
-    /// Nodes mirror each other two by two; of an odd number the last three form a ring.
-    Pair,
-    /// What a node is primary of is mirrored by the nodes after it, in order of id, the last by the first.
-    Chain,
-    /// The copies of a slice are on nodes that share neither power nor switch, any of them.
-    Sets,
-}
 
 /// What is wished of a map.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
@@ -44,8 +33,10 @@ pub struct Wish {
     pub emptied: BTreeSet<DiskId>,
     /// Disks that may take copies. None of [`emptied`](Self::emptied) is among them.
     pub takers: BTreeSet<DiskId>,
-    /// Copies of every slice of a mirrored device, 1 to [`COPIES_MAX`]; `None` leaves what is listed.
-    pub copies: Option<u8>,
+    /// Copies of every slice of a device, 1 to [`COPIES_MAX`]; of those that are not named what is listed is left.
+    pub copies: BTreeMap<DeviceId, u8>,
+    /// Only of these devices anything is moved; of all if there are none.
+    pub only: BTreeSet<DeviceId>,
     /// Who mirrors whom; `None` leaves it to the map's own rules.
     pub topology: Option<Topology>,
     /// The takers end equally full, within one slice where they have the slots, and primaries are at home: where a
@@ -118,19 +109,34 @@ fn no_room(
     format!("there is no place for {slices} of {device}{from}: {missing} {wheres}")
 }
 
+/// So many copies of every device that is not laid out where data lie that nobody mirrors.
+pub fn copies_of_all(map: &DistributionMap, copies: u8) -> BTreeMap<DeviceId, u8> {
+    let laid_out = |device: &&Device| {
+        let mut replicas = device.spans.iter().flat_map(|span| &span.replicas);
+        device.is_mirrored() || replicas.any(|copy| copy.segment != Segment::Unmirrored)
+    };
+    map.devices.iter().filter(laid_out).map(|device| (device.id, copies)).collect()
+}
+
 impl DistributionMap {
     /// The moves that make a map as it is wished.
     ///
     /// # Errors
     /// Says how much room is missing and where, or why the topology cannot be had; nothing is left half planned.
     pub fn wanted(&self, wish: &Wish) -> Result<Wanted, NoPlan> {
-        let copies = wish.copies.unwrap_or(2);
-        if copies == 0 || usize::from(copies) > COPIES_MAX {
-            return Err(NoPlan::Copies { copies });
+        if let Some(copies) =
+            wish.copies.values().find(|copies| !(1..=COPIES_MAX).contains(&usize::from(**copies)))
+        {
+            return Err(NoPlan::Copies { copies: *copies });
         }
+        let copies: Vec<usize> = self
+            .devices
+            .iter()
+            .map(|device| wish.copies.get(&device.id).copied().unwrap_or(device.copies).into())
+            .collect();
         let room = Room::of(self, &wish.takers);
-        let relation = Relation::of(self, &room, wish.topology, copies)?;
-        let mut placement = Placement::new(self, room, relation, wish);
+        let relation = Relation::of(self, &room, wish.topology, copies.iter().copied().max().unwrap_or(1))?;
+        let mut placement = Placement::new(self, room, relation, wish, copies);
         placement.find_places()?;
         if wish.even {
             placement.make_even();

@@ -6,7 +6,7 @@ use super::shortage::shortage;
 use super::topology::Relation;
 use super::{NoPlan, Wanted, Wish};
 use crate::format::alloc::Segment;
-use crate::ids::SliceIndex;
+use crate::ids::{DeviceId, SliceIndex};
 use crate::map::plan::Move;
 use crate::map::verbs::Run;
 use crate::map::{DistributionMap, ReplicaState, Span};
@@ -60,6 +60,8 @@ pub(super) struct Placement<'a> {
     wish: &'a Wish,
     pub(super) room: Room,
     pub(super) relation: Relation,
+    /// Copies that each device is to have, by index.
+    copies: Vec<usize>,
     quotas: Quotas,
     emptied: Vec<bool>,
     pub(super) pieces: Vec<Piece>,
@@ -69,11 +71,18 @@ pub(super) struct Placement<'a> {
 }
 
 impl<'a> Placement<'a> {
-    pub(super) fn new(map: &'a DistributionMap, room: Room, relation: Relation, wish: &'a Wish) -> Self {
+    pub(super) fn new(
+        map: &'a DistributionMap,
+        room: Room,
+        relation: Relation,
+        wish: &'a Wish,
+        copies: Vec<usize>,
+    ) -> Self {
         let emptied = room.spots.iter().map(|spot| wish.emptied.contains(&spot.id)).collect();
         let mut pieces = Vec::new();
-        for (device, spans) in map.devices.iter().map(|device| &device.spans).enumerate() {
-            pieces.extend(spans.iter().map(|span| Piece {
+        let concerned = |device: DeviceId| wish.only.is_empty() || wish.only.contains(&device);
+        for (device, of_map) in map.devices.iter().enumerate().filter(|(_, device)| concerned(device.id)) {
+            pieces.extend(of_map.spans.iter().map(|span| Piece {
                 device,
                 first: span.first.0,
                 count: span.count,
@@ -83,7 +92,7 @@ impl<'a> Placement<'a> {
             }));
         }
         let (quotas, moves) = (Quotas::default(), Vec::new());
-        Self { map, wish, room, relation, quotas, emptied, pieces, moves, copied: 0, copied_min: 0 }
+        Self { map, wish, room, relation, copies, quotas, emptied, pieces, moves, copied: 0, copied_min: 0 }
     }
 
     /// Gives every copy that may not stay another place, makes those that are missing, and drops those that are
@@ -97,8 +106,8 @@ impl<'a> Placement<'a> {
                 continue;
             }
             self.pieces[piece].waiting = true;
-            let device = &self.map.devices[self.pieces[piece].device];
-            if device.is_mirrored() { mirrored.push(found) } else { unmirrored.push(found) }
+            let is_mirrored = self.copies[self.pieces[piece].device] > 1;
+            if is_mirrored { mirrored.push(found) } else { unmirrored.push(found) }
         }
         // What may lie anywhere makes even what the rules left uneven, so it comes last.
         self.place_all(mirrored)?;
@@ -134,20 +143,20 @@ impl<'a> Placement<'a> {
     fn needs(&mut self, piece: usize) -> Work {
         let found = &self.pieces[piece];
         let copies = found.copies.clone();
-        let mirrored = self.map.devices[found.device].is_mirrored();
-        let wanted = match self.wish.copies {
-            Some(wanted) if mirrored => usize::from(wanted),
-            _ => copies.len(),
-        };
+        let device = &self.map.devices[found.device];
+        let mirrored = self.copies[found.device] > 1;
+        let wanted = self.wish.copies.get(&device.id).map_or(copies.len(), |wanted| usize::from(*wanted));
         let ordered = mirrored && matches!(self.relation, Relation::Listed(_));
         let stays = |copy: &Copy| !self.emptied[copy.at];
         let judge = self.judge();
-        let mirrors = |home: &Copy, copy: &Copy| judge.mirrors(home.at, copy.at);
-        // The home decides who may mirror it: the one that leaves the most where it is; of equal ones the first.
+        let mirrors = |home: &Copy, copy: &Copy| judge.mirrors(found, home.at, copy.at);
+        // The home decides who may mirror it: the one where the device was laid out, lest a node be primary of what two
+        // have; then the one that leaves the most where it is, and of equal ones the first.
         let home = if ordered {
             let fit = |copy: &&Copy| stays(copy) && copy.in_sync && judge.knows(copy.at);
             let kept = |home: &Copy| copies.iter().filter(|copy| stays(copy) && mirrors(home, copy)).count();
-            copies.iter().filter(fit).rev().max_by_key(|copy| kept(copy)).copied()
+            let laid_out = |copy: &Copy| copy.segment == Segment::Primary;
+            copies.iter().filter(fit).rev().max_by_key(|copy| (laid_out(copy), kept(copy))).copied()
         } else {
             // What is too much anyway need not be moved first.
             let spared = copies.iter().find(|copy| wanted < copies.len() && stays(copy) && copy.in_sync);
@@ -220,8 +229,8 @@ impl<'a> Placement<'a> {
 
     /// Who takes a piece's copy: one by its quota, or several by their loads; none if there is no room.
     fn shares(&mut self, work: &Work, need: Need) -> Vec<Share> {
-        let Self { map, room, relation, quotas, pieces, .. } = self;
-        let judge = Judge { map, room, relation };
+        let Self { map, room, relation, copies, quotas, pieces, .. } = self;
+        let judge = Judge { map, room, relation, copies };
         let piece = &pieces[work.piece];
         let allowed = |at: usize| judge.may_take(piece, work.home, need, at);
         for segment in segments(need.segment) {
@@ -235,7 +244,7 @@ impl<'a> Placement<'a> {
     }
 
     pub(super) fn judge(&self) -> Judge<'_> {
-        Judge { map: self.map, room: &self.room, relation: &self.relation }
+        Judge { map: self.map, room: &self.room, relation: &self.relation, copies: &self.copies }
     }
 
     /// Moves something that could stay, so that the first thing that a piece needs has a place.
@@ -301,8 +310,8 @@ impl<'a> Placement<'a> {
 
     /// Moves up to `most` slices of a piece's copy to a disk that has too little; how many.
     fn relieve(&mut self, piece: usize, position: usize, most: u32) -> u32 {
-        let Self { map, room, relation, quotas, pieces, .. } = self;
-        let judge = Judge { map, room, relation };
+        let Self { map, room, relation, copies, quotas, pieces, .. } = self;
+        let judge = Judge { map, room, relation, copies };
         let found = &pieces[piece];
         let count = found.count.min(most);
         let allowed = |at: usize| judge.may_move(found, position, at);
@@ -323,7 +332,7 @@ impl<'a> Placement<'a> {
             let Some(home) = home.copied().filter(|_| first.segment == Segment::Secondary) else { continue };
             let judge = self.judge();
             let mut others = found.copies.iter().filter(|copy| copy.at != home.at);
-            if !first.moved && others.all(|other| judge.mirrors(home.at, other.at)) {
+            if !first.moved && others.all(|other| judge.mirrors(found, home.at, other.at)) {
                 self.swap_roles(piece, home.at);
             }
         }
@@ -424,14 +433,19 @@ pub(super) struct Judge<'a> {
     map: &'a DistributionMap,
     room: &'a Room,
     relation: &'a Relation,
+    copies: &'a [usize],
 }
 
 impl Judge<'_> {
     /// Whether a disk may take what a piece needs, if it had a slot.
     pub(super) fn may_take(&self, piece: &Piece, home: Option<usize>, need: Need, at: usize) -> bool {
         self.may_hold(piece, need.from, at)
-            && (!self.map.devices[piece.device].is_mirrored()
-                || if need.primary { self.knows(at) } else { home.is_none_or(|home| self.mirrors(home, at)) })
+            && (self.copies[piece.device] < 2
+                || if need.primary {
+                    self.knows(at)
+                } else {
+                    home.is_none_or(|home| self.mirrors(piece, home, at))
+                })
     }
 
     /// Whether a copy that could stay may as well be at that disk, if it had a slot.
@@ -439,8 +453,8 @@ impl Judge<'_> {
         let mut others = piece.copies.iter().enumerate().filter(|(other, _)| *other != position);
         self.may_hold(piece, Some(piece.copies[position].at), at)
             && match position {
-                0 => self.knows(at) && others.all(|(_, other)| self.mirrors(at, other.at)),
-                _ => self.mirrors(piece.copies[0].at, at),
+                0 => self.knows(at) && others.all(|(_, other)| self.mirrors(piece, at, other.at)),
+                _ => self.mirrors(piece, piece.copies[0].at, at),
             }
     }
 
@@ -460,8 +474,9 @@ impl Judge<'_> {
         self.relation.knows(self.room.spots[at].node)
     }
 
-    fn mirrors(&self, home: usize, mirror: usize) -> bool {
-        self.relation.holds(self.room.spots[home].node, self.room.spots[mirror].node)
+    fn mirrors(&self, piece: &Piece, home: usize, mirror: usize) -> bool {
+        let [home, mirror] = [home, mirror].map(|at| self.room.spots[at].node);
+        self.relation.holds(home, mirror, self.copies[piece.device].max(1))
     }
 }
 

@@ -137,6 +137,7 @@ fn random_map(
         nodes: (0..nodes).map(node).collect(),
         disks: (0..nodes * disks_each).map(disk).collect(),
         devices: Vec::new(),
+        topology: None,
         plans: Vec::new(),
     };
     for index in 0..1 + random(2 * nodes) {
@@ -203,27 +204,69 @@ fn random(seed: u64) -> impl FnMut(usize) -> usize {
     }
 }
 
-/// Whether a wish for a topology holds.
-fn holds(map: &DistributionMap, topology: Topology) -> bool {
-    let nodes: Vec<NodeId> = map.nodes.iter().map(|node| node.id).collect();
-    let position = |disk| nodes.iter().position(|node| Some(*node) == map.node_of(disk)).unwrap();
+/// Whether a wish for a topology holds: of pairs each node is mirrored by one, which it mirrors, but for a ring of three
+/// of an odd number; of a chain each by those after it in one ring of all.
+fn holds(map: &DistributionMap, topology: Topology, copies: usize) -> bool {
+    let mut mirrors: BTreeMap<NodeId, BTreeSet<NodeId>> = BTreeMap::new();
+    let node = |copy: &Replica| map.node_of(copy.disk).unwrap();
     let spans = map.devices.iter().filter(|device| device.is_mirrored()).flat_map(|device| &device.spans);
-    spans.into_iter().all(|span| {
-        let home = position(span.primary().disk);
-        span.replicas[1..].iter().all(|copy| {
-            let mirror = position(copy.disk);
-            match topology {
-                Topology::Chain => (1..span.replicas.len()).any(|step| (home + step) % nodes.len() == mirror),
-                Topology::Pair if nodes.len().is_multiple_of(2) => home ^ 1 == mirror,
-                Topology::Pair if home + 3 < nodes.len() => home ^ 1 == mirror,
-                Topology::Pair => {
-                    let ring = nodes.len() - 3;
-                    mirror == ring + (home - ring + 1) % 3
-                }
-                Topology::Sets => map.other_set(nodes[home], nodes[mirror]),
-            }
+    for span in spans.filter(|span| span.replicas.len() > 1) {
+        let of = mirrors.entry(node(span.primary())).or_default();
+        of.extend(span.replicas[1..].iter().map(node));
+        if topology == Topology::Sets
+            && !span.replicas[1..].iter().all(|it| map.other_set(node(&span.replicas[0]), node(it)))
+        {
+            return false;
+        }
+    }
+    if topology == Topology::Sets {
+        return true;
+    }
+    let nodes: BTreeSet<NodeId> = map.nodes.iter().map(|node| node.id).collect();
+    orders(&nodes, topology).into_iter().any(|rings| {
+        mirrors.iter().all(|(home, of)| {
+            let ring = rings.iter().find(|ring| ring.contains(home)).unwrap();
+            let at = ring.iter().position(|node| node == home).unwrap();
+            let after: Vec<NodeId> = (1..copies.max(2)).map(|step| ring[(at + step) % ring.len()]).collect();
+            of.iter().all(|mirror| after.contains(mirror))
         })
     })
+}
+
+/// All ways to make rings of nodes: of a chain one, of pairs many, of an odd number one of which has three.
+fn orders(nodes: &BTreeSet<NodeId>, topology: Topology) -> Vec<Vec<Vec<NodeId>>> {
+    let Some(first) = nodes.first().copied() else { return vec![Vec::new()] };
+    let rest: Vec<NodeId> = nodes.iter().skip(1).copied().collect();
+    let permutations = |count: usize| {
+        let mut all: Vec<Vec<NodeId>> = vec![vec![first]];
+        for _ in 0..count {
+            let longer = |ring: &Vec<NodeId>| {
+                let free = rest.iter().filter(|node| !ring.contains(node));
+                free.map(|node| ring.iter().copied().chain([*node]).collect()).collect::<Vec<Vec<NodeId>>>()
+            };
+            all = all.iter().flat_map(longer).collect();
+        }
+        all
+    };
+    if topology == Topology::Chain {
+        return permutations(rest.len()).into_iter().map(|ring| vec![ring]).collect();
+    }
+    let odd = nodes.len() % 2 == 1;
+    let mut found = Vec::new();
+    for ring in permutations(1).into_iter().chain(if odd { permutations(2) } else { Vec::new() }) {
+        let left: BTreeSet<NodeId> = nodes.iter().filter(|node| !ring.contains(node)).copied().collect();
+        if left.len() == 1 {
+            continue;
+        }
+        let with = orders(&left, topology).into_iter().map(|mut rings| {
+            rings.push(ring.clone());
+            rings
+        });
+        found.extend(
+            with.filter(|rings| rings.iter().filter(|ring| ring.len() == 3).count() <= usize::from(odd)),
+        );
+    }
+    found
 }
 
 proptest! {
@@ -247,7 +290,8 @@ proptest! {
         let emptied: BTreeSet<DiskId> =
             (0..emptied).map(|_| map.disks[random(map.disks.len())].id).collect();
         let takers = disks(&map).difference(&emptied).copied().collect();
-        let wish = Wish { emptied: emptied.clone(), takers, copies, topology, even };
+        let copies_of_each = copies.map_or_else(BTreeMap::new, |copies| copies_of_all(&map, copies));
+        let wish = Wish { emptied: emptied.clone(), takers, copies: copies_of_each, topology, even, ..Wish::default() };
         let Ok(wanted) = map.wanted(&wish) else { return Ok(()) };
         prop_assert!(wanted.copied >= wanted.copied_min || even);
         let end = arrive(&map, &wanted.moves, copies.map(usize::from));
@@ -262,7 +306,7 @@ proptest! {
         }
         let participants: BTreeSet<_> = wish.takers.iter().filter_map(|disk| map.node_of(*disk)).collect();
         if let Some(topology) = topology.filter(|_| participants.len() == nodes && sets == 0) {
-            prop_assert!(holds(&end, topology), "{:?}", end.devices);
+            prop_assert!(holds(&end, topology, copies.unwrap_or(2).into()), "{:?}", end.devices);
         }
     }
 
@@ -396,7 +440,7 @@ fn topologies_that_cannot_be_are_refused() {
     let wish = |topology, copies| Wish {
         takers: disks(&map),
         topology: Some(topology),
-        copies: Some(copies),
+        copies: copies_of_all(&map, copies),
         ..Wish::default()
     };
     let refused = |wish: Wish| map.wanted(&wish).unwrap_err();
@@ -416,9 +460,10 @@ fn pairs_become_a_chain_and_a_chain_pairs_with_one_free_slot_a_disk() {
     let wish = |topology| Wish { takers: disks(&map), topology: Some(topology), ..Wish::default() };
     let there = map.wanted(&wish(Topology::Chain)).unwrap();
     let chain = arrive(&map, &there.moves, None);
-    assert!(holds(&chain, Topology::Chain) && !holds(&map, Topology::Chain));
+    assert!(holds(&chain, Topology::Chain, 2) && !holds(&map, Topology::Chain, 2));
+    assert!(map.deviation(Topology::Pair).is_none() && chain.deviation(Topology::Chain).is_none());
     let back = chain.wanted(&wish(Topology::Pair)).unwrap();
-    assert!(holds(&arrive(&chain, &back.moves, None), Topology::Pair));
+    assert!(holds(&arrive(&chain, &back.moves, None), Topology::Pair, 2));
 }
 
 #[test]
@@ -447,4 +492,44 @@ fn primaries_that_a_failover_moved_are_brought_home() {
     assert_eq!(wanted.copied, 0);
     let end = arrive(&over, &wanted.moves, None);
     assert_eq!(end.devices[0].spans[0].primary().disk, DiskId(1));
+}
+
+#[test]
+fn a_ring_in_which_a_spare_took_a_place_stays_as_it_is() {
+    let map = pair_map(5);
+    let mut chain = Wish { takers: disks(&map), topology: Some(Topology::Chain), ..Wish::default() };
+    let mut map = map;
+    for disk in &mut map.disks {
+        disk.slots.secondary += 4;
+    }
+    let ring = arrive(&map, &map.wanted(&chain).unwrap().moves, None);
+    // n2's place is taken by n6.
+    let mut ring = ring;
+    ring.nodes.push(Node { id: NodeId(6), name: "n6".into(), ..ring.nodes[0].clone() });
+    ring.disks.push(Disk { id: DiskId(6), node: NodeId(6), ..ring.disks[0].clone() });
+    let empty =
+        Wish { emptied: BTreeSet::from([DiskId(2)]), takers: BTreeSet::from([DiskId(6)]), ..Wish::default() };
+    let ring = arrive(&ring, &ring.wanted(&empty).unwrap().moves, None);
+    chain.takers = [1, 3, 4, 5, 6].map(DiskId).into();
+    assert_eq!(ring.wanted(&chain).unwrap().moves, []);
+}
+
+#[test]
+fn who_cannot_be_paired_in_order_is_paired_otherwise() {
+    // n3 and n4 share their power: in order n1 would have n2, and they each other.
+    let mut map = pair_map(4);
+    for disk in &mut map.disks {
+        disk.slots.secondary += 8;
+    }
+    map.devices.retain(|device| device.copies == 1);
+    for (node, power) in map.nodes.iter_mut().zip(["a", "b", "c", "c"]) {
+        node.power = Some(power.into());
+    }
+    let takers = disks(&map);
+    let wish = |topology| Wish { takers: takers.clone(), topology: Some(topology), ..Wish::default() };
+    assert!(map.wanted(&wish(Topology::Pair)).is_ok());
+    assert!(map.wanted(&wish(Topology::Chain)).is_ok());
+    map.nodes[1].power = Some("c".into());
+    assert!(matches!(map.wanted(&wish(Topology::Pair)), Err(NoPlan::NoPartner { .. })));
+    assert!(matches!(map.wanted(&wish(Topology::Chain)), Err(NoPlan::NoPartner { .. })));
 }

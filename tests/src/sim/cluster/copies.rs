@@ -430,6 +430,10 @@ impl Cluster {
                 if !readable(span) {
                     continue;
                 }
+                if self.shape.operator && span.replicas.len() != usize::from(device.copies) {
+                    let (name, wanted) = (&device.name, device.copies);
+                    return Err(format!("{name} slice {}: never {wanted} copies: {span:?}", span.first));
+                }
                 let away = span.replicas.iter().find(|replica| {
                     let (node, index) = self.locate(replica.disk);
                     let failed =

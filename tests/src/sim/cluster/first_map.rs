@@ -129,6 +129,7 @@ fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
                 }],
             })
             .collect(),
+        topology: None,
         plans: Vec::new(),
     }
 }

@@ -5,7 +5,7 @@ use crate::sim::operator::{Deed, Wish};
 use mirror_net::control::{OperatorReply, PlanOrder, Redistribution, RedistributionOrder};
 use mirror_net::manager::{Input, Ticket};
 use mirror_net::map::plan::Plan;
-use mirror_net::map::{DistributionMap, ReplicaState, Span};
+use mirror_net::map::{Device, DistributionMap, ReplicaState, Span};
 
 /// The ticket of a request that is none of these.
 pub(super) const OTHER: Ticket = Ticket(0);
@@ -18,6 +18,18 @@ impl Cluster {
     pub(super) fn redistribute(&mut self, wish: Wish) {
         let (wish, deed) = match wish {
             Wish::Balance => (Redistribution::Balance, Deed::Rebalanced),
+            Wish::Topology(topology) => {
+                (Redistribution::Topology { topology, copies: None }, Deed::TopologyChanged)
+            }
+            Wish::Copies { device, copies } => {
+                let mirrored = self.manager.map.devices.iter().filter(|device| device.is_mirrored());
+                let names: Vec<&str> = mirrored.map(|device| device.name.as_str()).collect();
+                if names.is_empty() {
+                    return;
+                }
+                let device = names[device % names.len()].to_owned();
+                (Redistribution::Copies { device, copies }, Deed::CopiesChanged)
+            }
             Wish::Spare { node, disk, onto_spares } => {
                 let emptied = match disk {
                     Some(disk) => format!("n{node}/d{}", disk + 1),
@@ -58,6 +70,18 @@ impl Cluster {
                 self.order(PlanOrder::Cancel, nth);
             }
         }
+        // Where a third copy was cancelled or has no room any more he is content with what there is.
+        let uneven = |device: &&Device| {
+            let wanted = usize::from(device.copies);
+            device.is_mirrored() && device.spans.iter().any(|span| span.replicas.len() != wanted)
+        };
+        if let Some(device) = map.devices.iter().find(uneven).filter(|_| map.plans.is_empty()) {
+            let fewest = device.spans.iter().map(|span| span.replicas.len()).min().unwrap_or(1);
+            let (device, copies) = (device.name.clone(), fewest as u8);
+            let order =
+                RedistributionOrder { wish: Redistribution::Copies { device, copies }, carry_out: true };
+            self.feed(Input::Redistribute { ticket: OTHER, order });
+        }
     }
 
     /// Whether a plan moves something that nobody can read any more.
@@ -76,7 +100,8 @@ impl Cluster {
         let Some(deed) = Deed::ALL.iter().find(|deed| self::ticket(**deed) == ticket) else { return };
         let nothing = |lines: &[String]| {
             let moving = lines.iter().any(|line| line.contains("mirrorctl plan watch"));
-            matches!(deed, Deed::SpareMade | Deed::Rebalanced) && !moving
+            matches!(deed, Deed::SpareMade | Deed::Rebalanced | Deed::TopologyChanged | Deed::CopiesChanged)
+                && !moving
         };
         let deed = match reply {
             OperatorReply::Done { lines } if !nothing(lines) => *deed,
@@ -134,7 +159,9 @@ impl Cluster {
         let map = self.manager.map.clone();
         for device in &map.devices {
             for span in &device.spans {
-                if span.replicas.len() != usize::from(device.copies) {
+                let unreadable =
+                    span.members().all(|member| self.mounted(member.disk).media.has_unreadable());
+                if span.replicas.len() != usize::from(device.copies) && !unreadable {
                     let wrong = format!("{} has not {} copies: {span:?}", device.name, device.copies);
                     self.checker.violations.push(wrong);
                 }
