@@ -116,6 +116,7 @@ impl View<'_> {
     pub(super) fn balance(&self, whose: &str) -> Result<Change, String> {
         let map = self.map;
         self.nothing_moves()?;
+        self.all_there(map.topology)?;
         let (takers, _) = self.takers(&BTreeSet::new());
         // What was taken back half way, or was never made: as many as each device is to have.
         let copies = map.devices.iter().filter(|device| {
@@ -138,6 +139,7 @@ impl View<'_> {
     fn topology(&self, topology: Option<Topology>, copies: Option<u8>) -> Result<Change, String> {
         let map = self.map;
         self.nothing_moves()?;
+        self.all_there(topology)?;
         let (takers, left_out) = self.takers(&BTreeSet::new());
         let copies = copies.map_or_else(BTreeMap::new, |copies| copies_of_all(map, copies));
         let wish = Wish { takers, even: true, topology, copies: copies.clone(), ..Wish::default() };
@@ -172,6 +174,7 @@ impl View<'_> {
         }
         let (takers, left_out) = self.takers(&BTreeSet::new());
         let (id, topology) = (device.id, map.topology);
+        self.all_there(topology)?;
         let copies_of = BTreeMap::from([(id, copies)]);
         let only = BTreeSet::from([id]);
         let wish = Wish { takers, topology, copies: copies_of.clone(), only, ..Wish::default() };
@@ -203,6 +206,23 @@ impl View<'_> {
             Some(format!("{}: {} instead of {}{alone}", device.name, copies_text(*copies), device.copies))
         });
         changed.collect()
+    }
+
+    /// That nobody is away whose place in a ring, or whose partner, would be another's for the time being.
+    fn all_there(&self, topology: Option<Topology>) -> Result<(), String> {
+        if !matches!(topology, Some(Topology::Pair | Topology::Chain)) {
+            return Ok(());
+        }
+        let in_use = self.map.disks_in_use();
+        let usable = |disk: DiskId| self.now.registry.usable(self.map, disk, self.now.now_ms).is_some();
+        match self.map.disks.iter().find(|disk| in_use.contains(&disk.id) && !usable(disk.id)) {
+            None => Ok(()),
+            Some(disk) => Err(format!(
+                "{} holds data and is not there, so its place would be given to others: start it, or wait until its data \
+                 is made again elsewhere, see `mirrorctl status`",
+                self.map.disk_name(disk.id)
+            )),
+        }
     }
 
     /// That no plan is under way.

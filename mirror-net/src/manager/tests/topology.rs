@@ -119,6 +119,10 @@ fn what_cannot_be_is_refused_before_anything_moves() {
     assert!(reason.contains("mirrorctl plan watch"), "{reason}");
 
     // Room for two copies is not room for three.
+    let mut bench = Bench::up(&wide());
+    bench.disconnect(2);
+    let reason = bench.refused(topology(Topology::Chain, None));
+    assert!(reason.starts_with("n2/d1 holds data and is not there"), "{reason}");
     let mut bench = Bench::up(&map_of(4));
     let reason = bench.refused(topology(Topology::Chain, Some(3)));
     assert!(reason.contains("more slots are needed"), "{reason}");

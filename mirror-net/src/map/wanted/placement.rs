@@ -153,9 +153,10 @@ impl<'a> Placement<'a> {
         // The home decides who may mirror it: the one where the device was laid out, lest a node be primary of what two
         // have; then the one that leaves the most where it is, and of equal ones the first.
         let home = if ordered {
-            let fit = |copy: &&Copy| stays(copy) && copy.in_sync && judge.knows(copy.at);
             let kept = |home: &Copy| copies.iter().filter(|copy| stays(copy) && mirrors(home, copy)).count();
             let laid_out = |copy: &Copy| copy.segment == Segment::Primary;
+            // One that misses something for a moment is at home all the same, and gets its role once it is in sync.
+            let fit = |copy: &&Copy| stays(copy) && (copy.in_sync || laid_out(copy)) && judge.knows(copy.at);
             copies.iter().filter(fit).rev().max_by_key(|copy| (laid_out(copy), kept(copy))).copied()
         } else {
             // What is too much anyway need not be moved first.

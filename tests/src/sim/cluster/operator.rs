@@ -4,7 +4,7 @@ use super::Cluster;
 use crate::sim::operator::{Deed, Wish};
 use mirror_net::control::{OperatorReply, PlanOrder, Redistribution, RedistributionOrder};
 use mirror_net::manager::{Input, Ticket};
-use mirror_net::map::plan::Plan;
+use mirror_net::map::plan::{Move, Plan};
 use mirror_net::map::{Device, DistributionMap, ReplicaState, Span};
 
 /// The ticket of a request that is none of these.
@@ -143,7 +143,15 @@ impl Cluster {
                 let members = |span: &Span| span.members().count();
                 let was_member = dropped.any(|copy| copy.state == ReplicaState::InSync);
                 let few = was_member && members(span) < wanted.min(members(old));
-                if few || span.replicas.len() < wanted {
+                // A third copy that is still to come in a plan was not there before either.
+                let comes = |step: &Move| {
+                    let run = step.run;
+                    let has = (run.first.0..run.first.0 + run.count).contains(&slice.0);
+                    run.device == new.id && has && step.from.is_none() && span.replica_on(step.to).is_none()
+                };
+                let to_come =
+                    after.plans.iter().flat_map(|plan| &plan.moves).filter(|step| comes(step)).count();
+                if few || span.replicas.len() + to_come < wanted {
                     wrong.push(format!("{} {slice}: too little is left: {span:?} follows {old:?}", new.name));
                 }
             }
