@@ -46,6 +46,9 @@ struct RawCluster {
     auto_spare: Option<bool>,
     auto_make_spare: Option<bool>,
     spare_after: Option<Text>,
+    spread_after: Option<Text>,
+    rebalance_above: Option<Spanned<toml::Value>>,
+    rebalance_after: Option<Text>,
     regen_rate: Option<Text>,
     regen_floor: Option<Text>,
     slow_after: Option<Text>,
@@ -251,6 +254,14 @@ impl Reader<'_> {
             spare_after: self
                 .duration(cluster.spare_after.as_ref(), "cluster.spare_after")?
                 .unwrap_or(default.spare_after),
+            spread_after: match &cluster.spread_after {
+                Some(text) if text.get_ref() == "never" => None,
+                text => self.duration(text.as_ref(), "cluster.spread_after")?.or(default.spread_after),
+            },
+            rebalance_above: self.rebalance_above(cluster)?,
+            rebalance_after: self
+                .duration(cluster.rebalance_after.as_ref(), "cluster.rebalance_after")?
+                .unwrap_or(default.rebalance_after),
             node: NodePolicy {
                 pace: self.pace(cluster)?,
                 tolerance: self.tolerance(cluster)?,
@@ -341,6 +352,18 @@ impl Reader<'_> {
             hold_max: duration(&cluster.rejoin_hold_max, "cluster.rejoin_hold_max")?
                 .unwrap_or(default.hold_max),
         })
+    }
+
+    fn rebalance_above(&self, cluster: &RawCluster) -> Result<Option<u8>, ConfigError> {
+        let Some(value) = &cluster.rebalance_above else { return Ok(Policy::default().rebalance_above) };
+        match value.get_ref() {
+            toml::Value::String(text) if text == "never" => Ok(None),
+            toml::Value::Integer(percent) if (1..=100).contains(percent) => Ok(Some(*percent as u8)),
+            other => {
+                let what = format!("{other} is neither \"never\" nor a number of percent from 1 to 100");
+                Err(self.error(value, "cluster.rebalance_above", what))
+            }
+        }
     }
 
     fn pace(&self, cluster: &RawCluster) -> Result<Pace, ConfigError> {

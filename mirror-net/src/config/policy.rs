@@ -17,6 +17,13 @@ pub struct Policy {
     /// A disk is made again on a spare once it, or its node, has been gone for so long: long enough that
     /// a reboot starts nothing.
     pub spare_after: Duration,
+    /// After a failover its load is spread over the survivors once it has been uneven for so long; `None` for never.
+    pub spread_after: Option<Duration>,
+    /// Disks are made equally full by themselves if one is fuller than another by more than so many percent of its
+    /// slots; `None` for never.
+    pub rebalance_above: Option<u8>,
+    /// That has to be so for so long.
+    pub rebalance_after: Duration,
     /// What every node is told of it.
     pub node: NodePolicy,
 }
@@ -99,6 +106,9 @@ impl Policy {
         auto_make_spare: false,
         fail_after: Duration::from_secs(2),
         spare_after: Duration::from_secs(60),
+        spread_after: None,
+        rebalance_above: None,
+        rebalance_after: Duration::from_secs(600),
         node: NodePolicy {
             pace: Pace { rate: None, floor: Pace::FLOOR_DEFAULT },
             // What SCSI and NVMe drivers give one command is 30 s as well.
@@ -115,6 +125,13 @@ impl Policy {
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { auto_failover: true, auto_spare: true, auto_make_spare: true, ..Self::MANUAL }
+        Self {
+            auto_failover: true,
+            auto_spare: true,
+            auto_make_spare: true,
+            spread_after: Some(Duration::from_secs(30)),
+            rebalance_above: Some(20),
+            ..Self::MANUAL
+        }
     }
 }

@@ -3,6 +3,7 @@
 use super::ask::{Ask, Asks, Wish};
 use super::broadcast::Broadcasts;
 use super::create::{Creation, Progress};
+use super::evening::Evening;
 use super::findings::slow_lines;
 use super::rebuild::{self, Rebuild};
 use super::regeneration::{self, Situation};
@@ -52,6 +53,7 @@ pub struct Manager {
     orders: VecDeque<(Ticket, PlanId, PlanOrder)>,
     redistributions: VecDeque<(Ticket, RedistributionOrder)>,
     broadcasts: Broadcasts,
+    evening: Evening,
     /// Nodes that count as failed, as was last said.
     down: BTreeSet<NodeId>,
     creation: Option<Creation>,
@@ -90,6 +92,7 @@ impl Manager {
             orders: VecDeque::new(),
             redistributions: VecDeque::new(),
             broadcasts: Broadcasts::default(),
+            evening: Evening::default(),
             down: BTreeSet::new(),
             creation: None,
             rebuild: None,
@@ -539,15 +542,26 @@ impl Manager {
         }
         let now = self.situation(now_ms);
         let change = advance::advance(map, &now);
-        if !change.is_empty() || !policy.auto_spare {
+        if !change.is_empty() {
             return change;
         }
+        let change = if policy.auto_spare { self.made_again(now_ms) } else { change };
+        let Some(map) = self.map.as_ref().filter(|_| change.is_empty()) else { return change };
+        let started_ms = self.started_ms.unwrap_or(now_ms);
+        let now = Situation { registry: &self.registry, policy: &self.policy, started_ms, now_ms };
+        self.evening.look(map, &now)
+    }
+
+    /// What is gone is made again.
+    fn made_again(&mut self, now_ms: u64) -> Change {
+        let Some(map) = &self.map else { return Change::default() };
+        let now = self.situation(now_ms);
         let (mut change, without_spare) = regeneration::begin(map, &now, &self.held);
         if change.is_empty() {
             change = advance::give_up_held(map, &now);
         }
         let mut hindered: Vec<String> = without_spare.iter().map(|hindered| hindered.why.clone()).collect();
-        if change.is_empty() && !hindered.is_empty() && policy.auto_make_spare {
+        if change.is_empty() && !hindered.is_empty() && self.policy.auto_make_spare {
             // Each look may take as long as planning does.
             if now_ms < self.next_making_ms {
                 return change;

@@ -26,6 +26,7 @@ mod copies;
 mod core;
 mod create;
 pub mod detector;
+mod evening;
 pub mod export;
 pub mod failover;
 pub mod findings;
@@ -38,6 +39,7 @@ pub mod regeneration;
 pub mod registry;
 pub mod repair;
 mod settle;
+mod spreading;
 pub mod stale;
 #[cfg(test)]
 mod tests;

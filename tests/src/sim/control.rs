@@ -81,7 +81,17 @@ fn policy(seed: u64) -> Policy {
         hold_max: Duration::from_secs(2),
     };
     let node = NodePolicy { pace, tolerance, no_quorum_after: Duration::from_millis(2_500) };
-    Policy { spare_after: Duration::from_secs(4), node, ..default }
+    // Where nothing else is to be done; and hardly ever in the others.
+    let soon = (seed / 3).is_multiple_of(3);
+    let after = |ms: u64| if soon { Duration::from_millis(ms) } else { Duration::from_secs(600) };
+    Policy {
+        spare_after: Duration::from_secs(4),
+        spread_after: Some(after(1_000)),
+        rebalance_after: after(1_500),
+        rebalance_above: Some(10),
+        node,
+        ..default
+    }
 }
 
 /// The manager and its store.

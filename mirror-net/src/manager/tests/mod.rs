@@ -5,6 +5,7 @@ mod broadcast;
 mod creation;
 mod deferred;
 mod ends;
+mod evening;
 mod force;
 mod making;
 mod plans;
