@@ -259,8 +259,13 @@ fn replace(
             reasons.push(format!("the spare {name} is taken"));
             continue;
         }
-        let mut reason = String::new();
-        for gone in [gone, &apart] {
+        // What has a copy there already needs another spare.
+        let is_new =
+            |gone: &&Gone| map.spans_of(gone.run).all(|(span, _)| span.replica_on(spare.id).is_none());
+        let [gone, apart] =
+            [gone, &apart].map(|gone| gone.iter().filter(is_new).copied().collect::<Vec<_>>());
+        let mut reason = format!("the spare {name} has the other copy");
+        for gone in [&gone, &apart] {
             if gone.is_empty() {
                 continue;
             }

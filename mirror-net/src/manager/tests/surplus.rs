@@ -366,3 +366,29 @@ fn what_one_plan_makes_a_spare_of_no_other_takes() {
     bench.copy_on(&ALL);
     assert_eq!(bench.slices_on(6), 8);
 }
+
+#[test]
+fn what_has_a_copy_on_a_spare_that_was_taken_is_not_made_again_there() {
+    // n5 takes n1's place by a plan that rests; what n1-d1 has there took the place of its partner's copy.
+    let mut map = roomy();
+    map.disks[5].failed = Some(crate::map::Failed { reason: "it is broken".into() });
+    map.disks[4].spare = false;
+    let incarnation_5 = incarnation(5);
+    let device = map.devices.iter_mut().find(|device| device.name == "n1-d1").unwrap();
+    let spare_copy =
+        crate::map::Replica { disk: DiskId(5), incarnation: incarnation_5, ..device.spans[0].replicas[1] };
+    device.spans[0].replicas[1] = spare_copy;
+    let plan = Plan {
+        spares: [DiskId(1), DiskId(5)].into(),
+        paused: true,
+        ..Plan::new(PLAN, "n1 becomes a spare".into(), vec![step(&map, "n2-d1", 1, 5)])
+    };
+    let map = map.apply(&[Verb::BeginPlan { plan }]).unwrap().unwrap();
+    let mut bench = Bench::up_with(&map, AUTO_SPARE);
+    bench.breaks(1);
+    assert_eq!(bench.copies("n1-d1"), "n5+ n1-");
+    for _ in 0..5 {
+        bench.copy_once(&ALL);
+    }
+    assert_eq!(bench.copies("n1-d1"), "n5+ n1-", "its only other copy is not given up for one that it has");
+}

@@ -302,6 +302,9 @@ impl Cluster {
     /// A node says that it has adopted a map: its epochs are on its disks, as a crash would leave them (rule 2).
     pub(super) fn check_adopted(&mut self, node: u16, version: MapVersion) {
         let Some(map) = self.manager.history.get(&version.0) else { return };
+        // It may say so late, when writes of an older claim are over, and have left by then what newer maps drop.
+        let kept = self.agents[usize::from(node) - 1].kept;
+        let newest = self.manager.history.get(&kept.0).filter(|_| kept > version).unwrap_or(map);
         let mut wrong = Vec::new();
         for device in &map.devices {
             for (span, replica) in
@@ -317,6 +320,11 @@ impl Cluster {
                     continue;
                 };
                 for slice in span.first.0..span.end() {
+                    let now = newest.device(device.id).and_then(|device| device.span(SliceIndex(slice)));
+                    let now = now.and_then(|span| span.replica_on(replica.disk));
+                    if now.is_none_or(|now| now.added != replica.added) {
+                        continue;
+                    }
                     let held = slot_of(&opened, device.id, slice);
                     let epoch = held
                         .and_then(|slot| opened.journal.slot(slot).assignment)
@@ -417,7 +425,7 @@ impl Cluster {
             |span: &Span| !span.members().all(|member| self.mounted(member.disk).media.has_unreadable());
         let waits = |plan: &&Plan| {
             let mut spans = plan.moves.iter().flat_map(|step| self.manager.map.spans_of(step.run));
-            spans.all(|(span, _)| readable(span))
+            spans.all(|(span, _)| readable(span)) && !self.is_unreadable(plan)
         };
         // An operator takes back what nobody can read.
         let waits = |plan: &&Plan| self.shape.operator || waits(plan);

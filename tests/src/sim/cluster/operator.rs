@@ -86,6 +86,16 @@ impl Cluster {
 
     /// Whether a plan moves something that nobody can read any more.
     pub(super) fn is_unreadable(&self, plan: &Plan) -> bool {
+        // Where one copy cannot be read and the other has never had it the primary says so.
+        let said = self.waiting();
+        let of_plan = |step: &Move| {
+            let device = self.manager.map.device(step.run.device);
+            let device = device.map_or_else(String::new, |device| format!("{}: ", device.name));
+            said.iter().any(|line| line.contains(&device) && line.contains("regions cannot be copied to"))
+        };
+        if plan.moves.iter().any(of_plan) {
+            return true;
+        }
         let mut spans = plan.moves.iter().flat_map(|step| self.manager.map.spans_of(step.run));
         spans.any(|(span, _)| {
             let works = |media: &crate::sim::disk::SimDisk| {
@@ -142,7 +152,6 @@ impl Cluster {
                 }
                 let members = |span: &Span| span.members().count();
                 let was_member = dropped.any(|copy| copy.state == ReplicaState::InSync);
-                let few = was_member && members(span) < wanted.min(members(old));
                 // A third copy that is still to come in a plan was not there before either.
                 let comes = |step: &Move| {
                     let run = step.run;
@@ -151,6 +160,7 @@ impl Cluster {
                 };
                 let to_come =
                     after.plans.iter().flat_map(|plan| &plan.moves).filter(|step| comes(step)).count();
+                let few = was_member && members(span) + to_come < wanted.min(members(old));
                 if few || span.replicas.len() + to_come < wanted {
                     wrong.push(format!("{} {slice}: too little is left: {span:?} follows {old:?}", new.name));
                 }
