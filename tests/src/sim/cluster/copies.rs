@@ -432,6 +432,13 @@ impl Cluster {
         if let Some(plan) = self.manager.map.plans.iter().find(waits) {
             return Err(format!("{} is never done: {}", plan.id, plan.cause));
         }
+        // All copies of a device at a node become in sync together: what cannot be read of one slice holds up the rest.
+        let said = self.waiting();
+        let held_up = |device: &Device, node: u16| {
+            let line = format!("{}: ", device.name);
+            let blocked = format!("regions cannot be copied to n{node}:");
+            said.iter().any(|said| said.contains(&line) && said.contains(&blocked))
+        };
         for device in &self.manager.map.devices {
             for span in &device.spans {
                 // What no good copy can read nobody can give to another.
@@ -447,7 +454,7 @@ impl Cluster {
                     let failed =
                         self.manager.map.disk(replica.disk).is_some_and(|disk| disk.failed.is_some());
                     let usable = !failed && !self.node(node).disks[index].media.is_dead();
-                    usable && replica.state != ReplicaState::InSync
+                    usable && replica.state != ReplicaState::InSync && !held_up(device, node)
                 });
                 if let Some(away) = away {
                     return Err(format!(
