@@ -3,6 +3,7 @@
 use crate::failure::Failure;
 use crate::playground::PlaygroundArguments;
 use clap::{Parser, Subcommand};
+use mirror_net::map::{Commit, OnNoQuorum};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -336,6 +337,105 @@ pub enum DeviceVerb {
         #[arg(long)]
         json: bool,
     },
+    /// Make a device; it reads as zeros
+    Create(DeviceCreateArguments),
+    /// Fill a device from a file or block device; on the node that exports it
+    Import {
+        /// The device's name
+        name: String,
+        /// Where the data is
+        source: PathBuf,
+    },
+    /// Delete a device with all that is on it
+    Delete {
+        /// Its name
+        name: String,
+        /// It is meant: do not ask
+        #[arg(long)]
+        yes: bool,
+        /// Though it is in use: whoever uses it gets errors
+        #[arg(long)]
+        force: bool,
+        /// Only show what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Make a device longer, online
+    Resize {
+        /// Its name
+        name: String,
+        /// Its size from now on, rounded up to whole slices
+        #[arg(value_parser = size)]
+        size: u64,
+        /// Only show where the rest would lie
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Change how many copies a device has, and what it promises; online
+    Set {
+        /// Its name
+        name: String,
+        /// What is changed
+        #[command(flatten)]
+        what: DeviceSetArguments,
+        /// Only show what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// What [`DeviceVerb::Create`] is told.
+#[derive(clap::Args, Debug)]
+pub struct DeviceCreateArguments {
+    /// Its name: letters, digits, '.', '_' and '-'
+    pub name: String,
+    /// Its size, rounded up to whole slices; with --import that of the source
+    #[arg(long, value_parser = size, value_name = "SIZE", required_unless_present = "import")]
+    pub size: Option<u64>,
+    /// The node that exports it, and on whose disks it is at home
+    #[arg(long, value_name = "NODE")]
+    pub node: String,
+    /// Copies in all
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=3), value_name = "1|2|3")]
+    pub copies: u8,
+    /// One copy, in an unmirrored segment
+    #[arg(long, conflicts_with = "copies")]
+    pub unmirrored: bool,
+    /// When a mirror acknowledges a write: once its disk has it, or once its memory has it
+    #[arg(long, default_value = "immediate", value_parser = commit, value_name = "immediate|deferred")]
+    pub commit: Commit,
+    /// What becomes of a request that cannot be served: it waits, or fails
+    #[arg(long, default_value = "wait", value_parser = on_no_quorum, value_name = "wait|error")]
+    pub on_no_quorum: OnNoQuorum,
+    /// Fill it from this file or block device; on the node that exports it
+    #[arg(long, value_name = "FILE|DEV")]
+    pub import: Option<PathBuf>,
+    /// Only show where it would lie
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What [`DeviceVerb::Set`] is told.
+#[derive(clap::Args, Debug)]
+#[group(required = true, multiple = true, id = "what")]
+pub struct DeviceSetArguments {
+    /// Copies in all; made or dropped online, by a plan
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3), value_name = "1|2|3", group = "what")]
+    pub copies: Option<u8>,
+    /// When a mirror acknowledges a write
+    #[arg(long, value_parser = commit, value_name = "immediate|deferred", group = "what")]
+    pub commit: Option<Commit>,
+    /// What becomes of a request that cannot be served
+    #[arg(long, value_parser = on_no_quorum, value_name = "wait|error", group = "what")]
+    pub on_no_quorum: Option<OnNoQuorum>,
+}
+
+pub(crate) fn commit(text: &str) -> Result<Commit, String> {
+    Commit::parse(text).ok_or_else(|| "it is one of immediate, deferred".to_owned())
+}
+
+pub(crate) fn on_no_quorum(text: &str) -> Result<OnNoQuorum, String> {
+    OnNoQuorum::parse(text).ok_or_else(|| "it is one of wait, error".to_owned())
 }
 
 /// Verbs of `broadcast`.

@@ -1,11 +1,14 @@
 //! The exported devices.
 
+use crate::cli::{DeviceCreateArguments, DeviceSetArguments};
 use crate::client::{Client, unexpected};
 use crate::failure::{Failure, OK};
 use crate::json::DeviceJson;
-use crate::output;
+use crate::redistribution::redistribute;
+use crate::{import, output};
 use mirror_net::config::format_bytes;
-use mirror_net::control::{OperatorReply, OperatorRequest};
+use mirror_net::control::{DeviceChange, DeviceOrder, OperatorReply, OperatorRequest, Redistribution};
+use std::io::IsTerminal;
 use std::path::Path;
 
 /// `mirrorctl device list`.
@@ -20,6 +23,86 @@ pub async fn list(config: &Path, json: bool) -> Result<u8, Failure> {
     } else {
         output::print(&text(&devices));
     }
+    Ok(OK)
+}
+
+/// `mirrorctl device create`.
+pub async fn create(config: &Path, arguments: DeviceCreateArguments) -> Result<u8, Failure> {
+    let DeviceCreateArguments { name, size, node, copies, unmirrored, commit, on_no_quorum, import, dry_run } =
+        arguments;
+    let source = import.as_deref().map(import::size_of).transpose()?;
+    let bytes = match (size, source) {
+        (Some(size), Some(source)) if size < source => {
+            return Err(Failure::usage(format!(
+                "--size {} is less than what is to be imported, {}: leave it out, or enlarge it",
+                format_bytes(size),
+                format_bytes(source)
+            )));
+        }
+        (Some(size), _) | (None, Some(size)) => size,
+        (None, None) => return Err(Failure::usage("device create wants --size, or --import")),
+    };
+    let copies = if unmirrored { 1 } else { copies };
+    let change = DeviceChange::Create { bytes, node: node.clone(), copies, commit, on_no_quorum };
+    if let Some(source) = import.as_deref().filter(|_| !dry_run) {
+        // What cannot be imported afterwards is not made first.
+        import::check(config, &node, source).await?;
+    }
+    let done = order(config, &name, change, dry_run).await?;
+    match import.filter(|_| !dry_run) {
+        Some(source) => import::import(config, &name, &source, true).await,
+        None => Ok(done),
+    }
+}
+
+/// `mirrorctl device delete`.
+pub async fn delete(config: &Path, name: &str, yes: bool, force: bool, dry_run: bool) -> Result<u8, Failure> {
+    if !yes && !dry_run {
+        let stdin = std::io::stdin();
+        if !stdin.is_terminal() {
+            return Err(Failure::new(format!(
+                "nothing was changed: {name} and all that is on it would be gone for good; repeat with --yes if it shall be so"
+            )));
+        }
+        output::print(&format!(
+            "{name} and all that is on it will be gone for good. Type its name to go on:"
+        ));
+        let mut typed = String::new();
+        stdin.read_line(&mut typed).map_err(|error| Failure::new(format!("nothing was changed: {error}")))?;
+        if typed.trim() != name {
+            return Err(Failure::new("nothing was changed: that is not its name"));
+        }
+    }
+    order(config, name, DeviceChange::Delete { force }, dry_run).await
+}
+
+/// `mirrorctl device resize`.
+pub async fn resize(config: &Path, name: &str, bytes: u64, dry_run: bool) -> Result<u8, Failure> {
+    order(config, name, DeviceChange::Grow { bytes }, dry_run).await
+}
+
+/// `mirrorctl device set`.
+pub async fn set(config: &Path, name: &str, what: DeviceSetArguments, dry_run: bool) -> Result<u8, Failure> {
+    let DeviceSetArguments { copies, commit, on_no_quorum } = what;
+    if commit.is_some() || on_no_quorum.is_some() {
+        order(config, name, DeviceChange::Set { commit, on_no_quorum }, dry_run).await?;
+    }
+    match copies {
+        Some(copies) => {
+            redistribute(config, Redistribution::Copies { device: name.to_owned(), copies }, dry_run).await
+        }
+        None => Ok(OK),
+    }
+}
+
+async fn order(config: &Path, name: &str, change: DeviceChange, dry_run: bool) -> Result<u8, Failure> {
+    let order = DeviceOrder { name: name.to_owned(), change, carry_out: !dry_run };
+    let reply = Client::from_config(config)?.ask(&OperatorRequest::Device(order)).await?;
+    let OperatorReply::Done { mut lines } = reply else { return Err(unexpected(&reply)) };
+    if dry_run {
+        lines.push("nothing was changed: this was a dry run".to_owned());
+    }
+    output::print(&lines.join("\n"));
     Ok(OK)
 }
 

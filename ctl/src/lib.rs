@@ -11,10 +11,12 @@ mod device;
 mod disk;
 mod events;
 pub mod failure;
+mod import;
 pub mod json;
 pub mod key;
 pub mod manager;
 mod map;
+pub mod nbd;
 mod node;
 mod output;
 mod picture;
@@ -78,7 +80,16 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
             node::failover(&config, &node, json).await
         }
         Command::Node { verb: NodeVerb::Force(arguments) } => node::force(&config, &arguments).await,
-        Command::Device { verb: DeviceVerb::List { json } } => device::list(&config, json).await,
+        Command::Device { verb } => match verb {
+            DeviceVerb::List { json } => device::list(&config, json).await,
+            DeviceVerb::Create(arguments) => device::create(&config, arguments).await,
+            DeviceVerb::Import { name, source } => import::import(&config, &name, &source, false).await,
+            DeviceVerb::Delete { name, yes, force, dry_run } => {
+                device::delete(&config, &name, yes, force, dry_run).await
+            }
+            DeviceVerb::Resize { name, size, dry_run } => device::resize(&config, &name, size, dry_run).await,
+            DeviceVerb::Set { name, what, dry_run } => device::set(&config, &name, what, dry_run).await,
+        },
         Command::Broadcast { verb } => {
             let (kind, json) = match verb {
                 BroadcastVerb::Checksum { json } => (BroadcastKind::Checksum, json),

@@ -124,7 +124,11 @@ pub(crate) fn text(map: &DistributionMap) -> String {
 
 /// How a device differs from others by choice.
 fn choices(device: &Device) -> Option<String> {
-    let deferred = (device.commit == Commit::Deferred).then_some("mirrors acknowledge from memory");
+    let deferred = match device.commit {
+        Commit::Immediate => None,
+        Commit::Deferred => Some("mirrors acknowledge from memory"),
+        Commit::Settling => Some("mirrors store what they hold in memory, and commit immediately then"),
+    };
     let fails = (device.on_no_quorum == OnNoQuorum::Error).then_some("what cannot be served fails");
     let both: Vec<&str> = [deferred, fails].into_iter().flatten().collect();
     (!both.is_empty()).then(|| format!("{}: {}\n", device.name, both.join(", ")))

@@ -51,7 +51,7 @@ pub async fn topology(
     Ok(OK)
 }
 
-async fn redistribute(config: &Path, wish: Redistribution, dry_run: bool) -> Result<u8, Failure> {
+pub(crate) async fn redistribute(config: &Path, wish: Redistribution, dry_run: bool) -> Result<u8, Failure> {
     let request = OperatorRequest::Redistribute(RedistributionOrder { wish, carry_out: !dry_run });
     let reply = Client::from_config(config)?.ask(&request).await?;
     let OperatorReply::Done { mut lines } = reply else { return Err(unexpected(&reply)) };

@@ -64,6 +64,7 @@ fn failed_over() -> ClusterStatus {
             path: (device.id.0 == 1).then(|| "/dev/ublkb0".to_owned()),
             uri: (device.id.0 != 1).then(|| format!("nbd+unix:///{}?socket=/run/x.sock", device.name)),
             error: None,
+            in_use: None,
             requests: 17,
             pending: 0,
         });

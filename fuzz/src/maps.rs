@@ -97,6 +97,7 @@ pub fn small() -> DistributionMap {
             device(4, 1, &[(2, &[1, 3]), (2, &[3, 1])]),
         ],
         topology: None,
+        last_device: 0,
         plans: Vec::new(),
     }
 }

@@ -10,7 +10,7 @@ use crate::ids::{
     AttachId, ClaimGeneration, ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, NodeId, PlanId,
     ProcessId, SliceEpoch,
 };
-use crate::map::{DistributionMap, SegmentSlots, Topology};
+use crate::map::{Commit, DistributionMap, OnNoQuorum, SegmentSlots, Topology};
 use crate::region::digest::{Digest, placed};
 use serde::{Deserialize, Serialize};
 
@@ -333,6 +333,9 @@ pub struct ExportReport {
     pub uri: Option<String>,
     /// Why it is not exported although it should be.
     pub error: Option<String>,
+    /// Who uses it, for people, as far as its node can tell.
+    #[serde(default)]
+    pub in_use: Option<String>,
     /// Requests completed since the daemon's start.
     pub requests: u64,
     /// Requests that have not been completed.
@@ -370,6 +373,8 @@ pub enum OperatorRequest {
     },
     /// Copies are to be elsewhere.
     Redistribute(RedistributionOrder),
+    /// A device is made, deleted or changed.
+    Device(DeviceOrder),
     /// Every store is lost: make the map again from what the nodes have kept.
     Rebuild {
         /// The text of the cluster file.
@@ -404,6 +409,53 @@ pub struct ForceOrder {
     pub confirmed_off: Vec<String>,
     /// Do it; else only tell what would be done.
     pub carry_out: bool,
+}
+
+/// What is to become of a device.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DeviceOrder {
+    /// Its name.
+    pub name: String,
+    /// What exactly.
+    pub change: DeviceChange,
+    /// Do it; else only tell what would be done.
+    pub carry_out: bool,
+}
+
+/// A change of a device.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceChange {
+    /// It is made.
+    Create {
+        /// Its size; rounded up to whole slices.
+        bytes: u64,
+        /// The name of the node that exports it, and on whose disks it is at home.
+        node: String,
+        /// Copies in all, 1 to 3.
+        copies: u8,
+        /// When a mirror acknowledges a write.
+        commit: Commit,
+        /// What becomes of a request that cannot be served.
+        on_no_quorum: OnNoQuorum,
+    },
+    /// It is deleted.
+    Delete {
+        /// Whoever uses it.
+        force: bool,
+    },
+    /// It is made longer.
+    Grow {
+        /// Its size from now on; rounded up to whole slices.
+        bytes: u64,
+    },
+    /// What it promises is changed; `None` leaves it.
+    Set {
+        /// When a mirror acknowledges a write.
+        commit: Option<Commit>,
+        /// What becomes of a request that cannot be served.
+        on_no_quorum: Option<OnNoQuorum>,
+    },
 }
 
 /// Copies that are to be elsewhere, by a plan.

@@ -9,7 +9,7 @@ pub mod fio;
 pub mod lab;
 pub mod machines;
 pub mod model;
-pub mod nbd;
+pub use ctl::nbd;
 pub mod nbd_server;
 pub mod playground;
 pub mod sim;

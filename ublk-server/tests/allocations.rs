@@ -129,6 +129,7 @@ fn map() -> DistributionMap {
             }],
         }],
         topology: None,
+        last_device: 0,
         plans: Vec::new(),
     }
 }

@@ -228,6 +228,7 @@ mod tests {
             disks: Vec::new(),
             devices: Vec::new(),
             topology: None,
+            last_device: 0,
             plans: Vec::new(),
         };
         let why = vec!["because".into()];

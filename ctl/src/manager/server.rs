@@ -157,6 +157,10 @@ impl Server<'_> {
                 self.replies.insert(ticket, reply);
                 return Some(Input::Redistribute { ticket, order });
             }
+            OperatorRequest::Device(order) => {
+                self.replies.insert(ticket, reply);
+                return Some(Input::Device { ticket, order });
+            }
             OperatorRequest::Rebuild { file, without, install } => {
                 match ClusterFile::parse(&file, "cluster file") {
                     Ok(file) => {

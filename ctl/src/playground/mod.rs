@@ -9,6 +9,7 @@ mod control;
 mod directory;
 mod lineup;
 
+use crate::cli::{commit, on_no_quorum};
 use crate::failure::{Failure, OK};
 use crate::output;
 use clap::{Args, Subcommand};
@@ -84,14 +85,6 @@ pub enum PlaygroundVerb {
 
 fn size(text: &str) -> Result<u64, String> {
     parse_bytes(text).ok_or_else(|| "write a size such as 512M or 1G".to_owned())
-}
-
-fn commit(text: &str) -> Result<Commit, String> {
-    Commit::parse(text).ok_or_else(|| "it is one of immediate, deferred".to_owned())
-}
-
-fn on_no_quorum(text: &str) -> Result<OnNoQuorum, String> {
-    OnNoQuorum::parse(text).ok_or_else(|| "it is one of wait, error".to_owned())
 }
 
 fn frontend(text: &str) -> Result<Frontend, String> {

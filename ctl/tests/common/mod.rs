@@ -212,7 +212,15 @@ impl FakeNode {
                 let uri = Some(format!("nbd+unix:///{name}?socket=/run/{name}.sock"));
                 let (path, error) = (None, None);
                 self.exports.retain(|export| export.device != device);
-                self.exports.push(ExportReport { device, path, uri, error, requests: 0, pending: 0 });
+                self.exports.push(ExportReport {
+                    device,
+                    path,
+                    uri,
+                    error,
+                    in_use: None,
+                    requests: 0,
+                    pending: 0,
+                });
                 vec![NodeMessage::Report(self.report())]
             }
             ManagerMessage::Refused { reason } => {

@@ -100,6 +100,8 @@ impl Engine {
         let peers: Vec<NodeId> = self.peers.iter().map(|peer| peer.node).collect();
         let viewer = Viewer { me: self.me, disks: &disks, peers: &peers };
         let views: Vec<DeviceView> = map.devices.iter().map(|device| viewer.device(&map, device)).collect();
+        let mut views = views;
+        views.extend(self.buried(&map));
         self.find_devices(&views);
         self.check_room(&views)?;
         if self.map.is_none() {
@@ -110,6 +112,12 @@ impl Engine {
         self.adopting = Some(Adoption { map, views, tickets: None });
         self.place_adopted();
         Ok(())
+    }
+
+    /// Views of devices that a map does not list any more: nobody serves them, nobody exports them.
+    fn buried(&self, map: &DistributionMap) -> Vec<DeviceView> {
+        let gone = self.devices.iter().filter(|device| map.device(device.view.id).is_none());
+        gone.filter(|device| !device.view.gone).map(|device| device.view.buried(map.version)).collect()
     }
 
     /// Gives copies that are new here their slots, if all that are needed are free by now.

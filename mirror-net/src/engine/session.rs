@@ -277,7 +277,8 @@ impl Engine {
                 ));
             }
             // Otherwise its process may be another: what it acknowledged was on its disk (rule 3).
-            let memory_counts = device.commit == Commit::Deferred && !planted::is(Bug::StagedRestartBelieved);
+            let memory_counts =
+                device.commit != Commit::Immediate && !planted::is(Bug::StagedRestartBelieved);
             if memory_counts && process != replica.incarnation.process {
                 return Some(format!(
                     "ublk-server on {} restarted with acknowledged writes in its memory",

@@ -78,6 +78,7 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
             }],
         }],
         topology: None,
+        last_device: 0,
         plans: Vec::new(),
     }
 }

@@ -3,7 +3,8 @@
 use super::action::DiskIndex;
 use crate::format::alloc::Segment;
 use crate::ids::{
-    AttachId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, ProcessId, SliceEpoch,
+    AttachId, ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, ProcessId,
+    SliceEpoch,
 };
 use crate::map::validate::REPLICAS_MAX;
 use crate::map::{self, Claim, Commit, DistributionMap, OnNoQuorum, ReplicaState};
@@ -22,6 +23,8 @@ pub struct DeviceView {
     pub id: DeviceId,
     /// Who may export it.
     pub claim: Claim,
+    /// The device is no more: the map does not list it.
+    pub gone: bool,
     /// Its secondaries acknowledge a write once it is in their memory.
     pub deferred: bool,
     /// A request that cannot be served fails after a while.
@@ -172,6 +175,32 @@ impl DeviceView {
         view
     }
 
+    /// The view of a device that is no more from that map on. What is under way ends: the claim is nobody's, and the
+    /// epoch is one that no copy has.
+    pub fn buried(&self, version: MapVersion) -> DeviceView {
+        let claim = Claim {
+            node: NodeId::default(),
+            generation: ClaimGeneration(self.claim.generation.0 + 1),
+            since: version,
+        };
+        let span = SpanView {
+            first: 0,
+            end: self.slices,
+            epoch: SliceEpoch(version.0),
+            loss: LossGeneration(0),
+            primary: Place::Here,
+            intact: false,
+            mine: None,
+            others: Vec::new(),
+            attached: Vec::new(),
+            members: Vec::new(),
+            stale: Vec::new(),
+            copies: 0,
+        };
+        let spans = if self.slices > 0 { vec![span] } else { Vec::new() };
+        DeviceView { claim, gone: true, fails: false, deferred: false, ..self.clone() }.with_spans(spans)
+    }
+
     /// This view without this node's copies of slices that a newer one lists on another of its disks,
     /// or not here at all: of those it says what the newer one says. `None` if there are none.
     pub fn without_copies_left_by(&self, newer: &DeviceView) -> Option<DeviceView> {
@@ -216,6 +245,7 @@ impl Viewer<'_> {
         let unborn = DeviceView {
             id: device.id,
             claim: device.claim,
+            gone: false,
             deferred: device.commit == Commit::Deferred,
             fails: device.on_no_quorum == OnNoQuorum::Error,
             slices: device.slices,

@@ -6,16 +6,17 @@ use super::create::{Creation, Progress};
 use super::evening::Evening;
 use super::findings::slow_lines;
 use super::rebuild::{self, Rebuild};
+use super::redistribution::View;
 use super::regeneration::{self, Situation};
 use super::registry::{Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
 use super::{
-    Change, ConnectionId, Input, Output, Proposal, Ticket, advance, detector, export, failover, findings,
-    force, making, redistribution,
+    Change, ConnectionId, Input, Output, Proposal, Ticket, advance, detector, devices, export, failover,
+    findings, force, making, redistribution,
 };
 use crate::config::Policy;
 use crate::control::{
-    ClusterStatus, DiskContent, EventKind, ForceOrder, ManagerMessage, NodeMessage, NodeStatus,
+    ClusterStatus, DeviceOrder, DiskContent, EventKind, ForceOrder, ManagerMessage, NodeMessage, NodeStatus,
     OperatorReply, PlanOrder, RedistributionOrder, Registration,
 };
 use crate::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId, PlanId};
@@ -52,6 +53,7 @@ pub struct Manager {
     forces: VecDeque<(Ticket, ForceOrder)>,
     orders: VecDeque<(Ticket, PlanId, PlanOrder)>,
     redistributions: VecDeque<(Ticket, RedistributionOrder)>,
+    device_orders: VecDeque<(Ticket, DeviceOrder)>,
     broadcasts: Broadcasts,
     evening: Evening,
     /// Nodes that count as failed, as was last said.
@@ -91,6 +93,7 @@ impl Manager {
             forces: VecDeque::new(),
             orders: VecDeque::new(),
             redistributions: VecDeque::new(),
+            device_orders: VecDeque::new(),
             broadcasts: Broadcasts::default(),
             evening: Evening::default(),
             down: BTreeSet::new(),
@@ -183,6 +186,7 @@ impl Manager {
             Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
             Input::Force { ticket, order } => self.forces.push_back((ticket, order)),
             Input::Plan { ticket, plan, order } => self.orders.push_back((ticket, plan, order)),
+            Input::Device { ticket, order } => self.device_orders.push_back((ticket, order)),
             Input::Redistribute { ticket, order } => self.redistributions.push_back((ticket, order)),
             Input::Rebuild { ticket, file, without, install } => {
                 if self.creation.is_some() || self.storing.is_some() || self.rebuild.is_some() {
@@ -428,7 +432,9 @@ impl Manager {
                 let orders = std::mem::take(&mut self.orders).into_iter().map(|(ticket, ..)| ticket);
                 let forces = std::mem::take(&mut self.forces).into_iter().map(|(ticket, _)| ticket);
                 let moves = std::mem::take(&mut self.redistributions).into_iter().map(|(ticket, _)| ticket);
-                for ticket in waiting.chain(orders).chain(forces).chain(moves).collect::<Vec<_>>() {
+                let devices = std::mem::take(&mut self.device_orders).into_iter().map(|(ticket, _)| ticket);
+                let all = waiting.chain(orders).chain(forces).chain(moves).chain(devices);
+                for ticket in all.collect::<Vec<_>>() {
                     let reason = "no cluster has been created yet".to_owned();
                     self.reply(ticket, OperatorReply::Refused { reason });
                 }
@@ -500,6 +506,27 @@ impl Manager {
                     }
                     Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
                 }
+            } else if let Some((ticket, order)) = self.device_orders.pop_front() {
+                let now = self.situation(now_ms);
+                let view = View { map, now: &now, carry_out: order.carry_out };
+                match devices::plan(&view, &order) {
+                    Ok(Change { batch, why: lines }) if !order.carry_out || batch.is_empty() => {
+                        // What it would make has to be a map, too.
+                        let reply = match map.apply(&batch) {
+                            Ok(_) => OperatorReply::Done { lines },
+                            Err(error) => OperatorReply::Refused { reason: error.to_string() },
+                        };
+                        self.reply(ticket, reply);
+                    }
+                    Ok(Change { batch, why: lines }) => match map.apply(&batch) {
+                        Ok(_) => self
+                            .propose(Change { batch, why: lines.clone() }, Then::Ordered { ticket, lines }),
+                        Err(error) => {
+                            self.reply(ticket, OperatorReply::Refused { reason: error.to_string() });
+                        }
+                    },
+                    Err(reason) => self.reply(ticket, OperatorReply::Refused { reason }),
+                }
             } else {
                 let change = self.unasked(now_ms);
                 if change.is_empty() {
@@ -539,6 +566,10 @@ impl Manager {
                 let cause = std::iter::once(format!("failover of {}: {why}", node.name));
                 return Change { batch, why: cause.chain(moved).collect() };
             }
+        }
+        let change = devices::settle(map, registry);
+        if !change.is_empty() {
+            return change;
         }
         let now = self.situation(now_ms);
         let change = advance::advance(map, &now);

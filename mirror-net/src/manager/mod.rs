@@ -26,6 +26,7 @@ mod copies;
 mod core;
 mod create;
 pub mod detector;
+mod devices;
 mod evening;
 pub mod export;
 pub mod failover;
@@ -50,7 +51,7 @@ pub use self::core::Manager;
 use self::registry::{Registry, Standing};
 use crate::config::ClusterFile;
 use crate::control::{
-    BroadcastKind, EventKind, ForceOrder, ManagerMessage, NodeMessage, OperatorReply, PlanOrder,
+    BroadcastKind, DeviceOrder, EventKind, ForceOrder, ManagerMessage, NodeMessage, OperatorReply, PlanOrder,
     RedistributionOrder, Registration,
 };
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
@@ -136,6 +137,13 @@ pub enum Input {
         ticket: Ticket,
         /// Where exactly.
         order: RedistributionOrder,
+    },
+    /// An operator wants a device made, deleted or changed.
+    Device {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// What exactly.
+        order: DeviceOrder,
     },
     /// An operator wants the map made again from what the nodes have kept.
     Rebuild {

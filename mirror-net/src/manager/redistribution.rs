@@ -344,7 +344,7 @@ impl View<'_> {
     }
 
     /// Why nothing leads there, with the disks that might have had room.
-    fn no_room(&self, error: &NoPlan, left_out: &[String]) -> String {
+    pub(super) fn no_room(&self, error: &NoPlan, left_out: &[String]) -> String {
         let text = error.to_string();
         if left_out.is_empty() || !matches!(error, NoPlan::NoRoom { .. }) {
             return text;
@@ -496,7 +496,7 @@ fn runs_text(runs: usize) -> String {
     if runs == 1 { "1 run".to_owned() } else { format!("{runs} runs") }
 }
 
-fn already(plan: &Plan, what: &str) -> String {
+pub(super) fn already(plan: &Plan, what: &str) -> String {
     if plan.cancelled {
         return format!(
             "plan {} moved {what}, is cancelled and not over: a slice has a copy too many until it is certain which can \

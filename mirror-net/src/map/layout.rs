@@ -87,6 +87,7 @@ pub fn pairs(
         disks: Vec::new(),
         devices: Vec::new(),
         topology: None,
+        last_device: 0,
         plans: Vec::new(),
     };
     let mut disks_of: Vec<Vec<(DiskId, &DiskSpec)>> = Vec::new();

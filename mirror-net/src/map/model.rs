@@ -36,6 +36,10 @@ pub struct DistributionMap {
     /// made again on a spare, or moved off a disk, need not keep it; `rebalance` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<Topology>,
+    /// The largest id that a device ever had, if that is larger than those there are: none is given twice, since a node
+    /// that was away may still hold what a deleted one had.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub last_device: u32,
     /// What is being moved, in order of id.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plans: Vec<Plan>,
@@ -84,6 +88,10 @@ pub struct Node {
 
 fn is_first(version: &MapVersion) -> bool {
     version.0 == 0
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 fn is_false(flag: &bool) -> bool {
@@ -184,6 +192,9 @@ pub enum Commit {
     Immediate,
     /// Once its memory has it; its disk gets it with the next flush, or soon.
     Deferred,
+    /// Once its disk has it, and all that is in its memory still: on the way from deferred to immediate. It is compared
+    /// as with deferred commit until every copy's node is known to have adopted this.
+    Settling,
 }
 
 /// What becomes of a request that no copy can serve, or that cannot be stored on all that count.
@@ -212,6 +223,7 @@ impl Commit {
         match self {
             Self::Immediate => "immediate",
             Self::Deferred => "deferred",
+            Self::Settling => "settling",
         }
     }
 
@@ -337,7 +349,7 @@ impl Device {
     /// Whether a copy in that place of a slice's list is one only as long as its process lives: a primary's
     /// memory orders writes, a deferred secondary's holds some.
     pub fn lives_in_memory(&self, span: &Span, disk: DiskId) -> bool {
-        self.commit == Commit::Deferred || span.primary().disk == disk
+        self.commit != Commit::Immediate || span.primary().disk == disk
     }
 
     /// Whether it has more than one copy by design.
@@ -372,6 +384,11 @@ impl DistributionMap {
     /// The device with that id.
     pub fn device(&self, id: DeviceId) -> Option<&Device> {
         self.devices.binary_search_by_key(&id, |device| device.id).ok().map(|index| &self.devices[index])
+    }
+
+    /// An id that no device has, or had.
+    pub fn next_device(&self) -> DeviceId {
+        DeviceId(self.last_device.max(self.devices.last().map_or(0, |last| last.id.0)) + 1)
     }
 
     /// The device with that name.

@@ -5,7 +5,7 @@
 
 use super::plan::Plan;
 use super::validate::InvalidMap;
-use super::{Device, DistributionMap, Failed, Replica, ReplicaState, Span, Topology};
+use super::{Commit, Device, DistributionMap, Failed, OnNoQuorum, Replica, ReplicaState, Span, Topology};
 use crate::format::alloc::Segment;
 use crate::ids::{
     ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, PlanId, SliceEpoch,
@@ -119,6 +119,37 @@ pub enum Verb {
         /// 1 to [`COPIES_MAX`](super::validate::COPIES_MAX).
         copies: u8,
     },
+    /// There is one more device: nothing was ever written to it, so all its copies are in sync.
+    CreateDevice {
+        /// The device; its id is [`DistributionMap::next_device`], and what counts versions in it is set here.
+        device: Box<Device>,
+    },
+    /// A device is no more, and its slots are free.
+    DeleteDevice {
+        /// The device.
+        device: DeviceId,
+    },
+    /// A device is longer from now on: nothing was ever written to what is added.
+    GrowDevice {
+        /// The device.
+        device: DeviceId,
+        /// What is added, from the end of the device on.
+        spans: Vec<Span>,
+    },
+    /// When a device's secondaries acknowledge a write.
+    SetCommit {
+        /// The device.
+        device: DeviceId,
+        /// From deferred to immediate commit the way leads over settling.
+        commit: Commit,
+    },
+    /// What becomes of a device's requests that cannot be served.
+    SetOnNoQuorum {
+        /// The device.
+        device: DeviceId,
+        /// From now on.
+        on_no_quorum: OnNoQuorum,
+    },
     /// What is to be moved from now on; its id is the map's next.
     BeginPlan {
         /// The plan.
@@ -160,6 +191,12 @@ pub enum VerbError {
     NotInSync { device: DeviceId, slice: u32, disk: DiskId, state: ReplicaState },
     #[error("{device} slice {slice}: the replica on {disk} is the last that is in sync")]
     LastMember { device: DeviceId, slice: u32, disk: DiskId },
+    #[error("{device} is, or was, another device")]
+    DeviceIdTaken { device: DeviceId },
+    #[error("{plan} moves some of {device}")]
+    Moving { device: DeviceId, plan: PlanId },
+    #[error("{device} keeps in memory what it acknowledged until it has settled")]
+    Unsettled { device: DeviceId },
     #[error("{device} slice {slice}: the replica on {disk} is the primary; promote another first")]
     IsPrimary { device: DeviceId, slice: u32, disk: DiskId },
     #[error("the change would make an invalid map: {0}")]
@@ -177,8 +214,10 @@ impl DistributionMap {
         for verb in batch {
             next.apply_verb(verb)?;
         }
-        if (&next.devices, &next.disks, &next.nodes, &next.plans, next.topology)
-            == (&self.devices, &self.disks, &self.nodes, &self.plans, self.topology)
+        let kept = (next.topology, next.last_device) == (self.topology, self.last_device);
+        if kept
+            && (&next.devices, &next.disks, &next.nodes, &next.plans)
+                == (&self.devices, &self.disks, &self.nodes, &self.plans)
         {
             return Ok(None);
         }
@@ -296,8 +335,57 @@ impl DistributionMap {
                 Ok(())
             }
             Verb::SetCopies { device, copies } => {
-                let index = self.devices.binary_search_by_key(device, |device| device.id);
-                self.devices[index.map_err(|_| VerbError::UnknownDevice(*device))?].copies = *copies;
+                self.device_mut(*device)?.copies = *copies;
+                Ok(())
+            }
+            Verb::CreateDevice { device } => {
+                if device.id != self.next_device() {
+                    return Err(VerbError::DeviceIdTaken { device: device.id });
+                }
+                let mut device = (**device).clone();
+                device.claim.since = self.version;
+                for span in &mut device.spans {
+                    begin_span(span, self.version);
+                }
+                self.last_device = self.last_device.max(device.id.0);
+                self.devices.push(device);
+                Ok(())
+            }
+            Verb::DeleteDevice { device } => {
+                let moves = |plan: &&Plan| plan.moves.iter().any(|step| step.run.device == *device);
+                if let Some(plan) = self.plans.iter().find(moves) {
+                    return Err(VerbError::Moving { device: *device, plan: plan.id });
+                }
+                self.last_device = self.next_device().0 - 1;
+                self.devices.retain(|other| other.id != *device);
+                Ok(())
+            }
+            Verb::GrowDevice { device, spans } => {
+                let version = self.version;
+                let device = self.device_mut(*device)?;
+                for span in spans {
+                    let mut span = span.clone();
+                    begin_span(&mut span, version);
+                    device.slices = device.slices.saturating_add(span.count);
+                    device.spans.push(span);
+                }
+                Ok(())
+            }
+            Verb::SetCommit { device, commit } => {
+                let epoch = SliceEpoch(self.version.0);
+                let device = self.device_mut(*device)?;
+                if device.commit == Commit::Deferred && *commit == Commit::Immediate {
+                    return Err(VerbError::Unsettled { device: device.id });
+                }
+                if device.commit != *commit {
+                    device.commit = *commit;
+                    // Whoever acknowledges under the new epoch knows when it may, and who asks knows it too.
+                    device.spans.iter_mut().for_each(|span| span.epoch = epoch);
+                }
+                Ok(())
+            }
+            Verb::SetOnNoQuorum { device, on_no_quorum } => {
+                self.device_mut(*device)?.on_no_quorum = *on_no_quorum;
                 Ok(())
             }
             Verb::BeginPlan { plan } => {
@@ -318,6 +406,11 @@ impl DistributionMap {
                 Ok(())
             }
         }
+    }
+
+    fn device_mut(&mut self, id: DeviceId) -> Result<&mut Device, VerbError> {
+        let index = self.devices.binary_search_by_key(&id, |device| device.id);
+        Ok(&mut self.devices[index.map_err(|_| VerbError::UnknownDevice(id))?])
     }
 
     /// Runs `change` on each span of `run`, cut at its ends; what changed gets the new epoch.
@@ -351,6 +444,16 @@ impl DistributionMap {
             }
         }
         Ok(())
+    }
+}
+
+/// The slices of a span exist from that version on.
+fn begin_span(span: &mut Span, version: MapVersion) {
+    span.epoch = SliceEpoch(version.0);
+    span.primary_since = MapVersion(0);
+    for replica in &mut span.replicas {
+        replica.added = version;
+        replica.state = ReplicaState::InSync;
     }
 }
 

@@ -133,6 +133,7 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
             spans,
         }],
         topology: None,
+        last_device: 0,
         plans: Vec::new(),
     }
 }

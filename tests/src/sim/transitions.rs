@@ -55,7 +55,7 @@ fn span(commit: Commit, old: &Span, new: &Span, version: u64) -> Vec<&'static st
         }
     }
     // What a secondary acknowledged is in its memory, where commits are deferred.
-    let in_memory = |disk| commit == Commit::Deferred && old.primary().disk != disk;
+    let in_memory = |disk| commit != Commit::Immediate && old.primary().disk != disk;
     let has_all = |disk, now: Incarnation| {
         old.replica_on(disk).is_some_and(|old| {
             let same = now.attach == old.incarnation.attach && (!in_memory(disk) || now == old.incarnation);

@@ -311,8 +311,15 @@ impl Exports {
     /// For the manager.
     pub fn reports(&self, now: Instant) -> Vec<ExportReport> {
         let report = |(device, export): (&DeviceId, &Export)| {
-            let mut report =
-                ExportReport { device: *device, path: None, uri: None, error: None, requests: 0, pending: 0 };
+            let mut report = ExportReport {
+                device: *device,
+                path: None,
+                uri: None,
+                error: None,
+                in_use: None,
+                requests: 0,
+                pending: 0,
+            };
             let trouble = export.retry.as_ref().map(|retry| retry.describe(now));
             match &export.state {
                 State::Starting => report.error = Some(trouble.unwrap_or_else(|| "being started".into())),

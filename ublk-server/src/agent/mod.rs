@@ -5,6 +5,7 @@
 //! the way of a request.
 
 mod exports;
+mod in_use;
 mod io;
 mod lanes;
 mod manager;
@@ -522,6 +523,12 @@ impl Agent {
             for export in &mut report.exports {
                 if let Some(found) = thread.devices.iter().find(|found| found.device == export.device) {
                     (export.requests, export.pending) = (found.completed, found.pending);
+                    export.in_use = match (found.clients, &export.path) {
+                        (0, Some(path)) => in_use::mounted(path),
+                        (0, None) => None,
+                        (1, _) => Some("an NBD client is connected".to_owned()),
+                        (clients, _) => Some(format!("{clients} NBD clients are connected")),
+                    };
                 }
             }
             report.sessions = thread.sessions;

@@ -115,6 +115,8 @@ pub struct DeviceReport {
     pub completed: u64,
     /// Requests pending.
     pub pending: u64,
+    /// NBD clients that are connected.
+    pub clients: usize,
     /// What its users know of lost writes; `None` while they have still to be told.
     pub loss_told: Option<u64>,
 }

@@ -305,6 +305,7 @@ impl IoThread {
             device,
             completed: self.completed.get(&device).copied().unwrap_or(0),
             pending: self.engine.pending_requests(device) as u64,
+            clients: self.clients.iter().filter(|(_, client)| client.device == device).count(),
             loss_told: self.engine.loss_told(device),
         };
         ThreadReport {

@@ -4,6 +4,7 @@ mod bench;
 mod broadcast;
 mod creation;
 mod deferred;
+mod devices;
 mod ends;
 mod evening;
 mod force;

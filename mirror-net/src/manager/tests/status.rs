@@ -20,6 +20,7 @@ fn report(bench: &mut Bench, index: u64, open: bool) {
             path: None,
             uri: None,
             error: None,
+            in_use: None,
             requests: 0,
             pending: 0,
         })

@@ -138,6 +138,7 @@ fn random_map(
         disks: (0..nodes * disks_each).map(disk).collect(),
         devices: Vec::new(),
         topology: None,
+        last_device: 0,
         plans: Vec::new(),
     };
     for index in 0..1 + random(2 * nodes) {

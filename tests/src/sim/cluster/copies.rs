@@ -353,7 +353,7 @@ impl Cluster {
     fn counts_as_intact(&self, device: &Device, span: &Span, member: &Replica) -> bool {
         let (node, _) = self.locate(member.disk);
         let is = member.incarnation;
-        let in_memory = device.commit == Commit::Deferred
+        let in_memory = device.commit != Commit::Immediate
             && match span.primary().disk == member.disk {
                 // One that had not adopted that it is primary is no better than a secondary.
                 true => {

@@ -130,6 +130,7 @@ fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
             })
             .collect(),
         topology: None,
+        last_device: 0,
         plans: Vec::new(),
     }
 }

@@ -1,4 +1,4 @@
-//! A small NBD client that can have many requests in flight: enough to see *when* a write is
+//! A small NBD client that can have many requests in flight: enough to fill a device, and to see *when* a write is
 //! acknowledged. It speaks to our server only; real clients judge the protocol elsewhere.
 
 use anyhow::{Context, bail, ensure};
