@@ -31,7 +31,10 @@ impl Engine {
                     index
                 }
             };
-            let concerned = view.claim.node == self.me || view.spans.iter().any(|span| span.mine.is_some());
+            // One that grows is kept whole where anything of it is kept.
+            let concerned = view.claim.node == self.me
+                || view.spans.iter().any(|span| span.mine.is_some())
+                || !self.devices[index].slices.is_empty();
             if concerned && self.devices[index].slices.len() < view.slices as usize {
                 self.devices[index].slices.resize_with(view.slices as usize, Slice::default);
                 self.find_slots(index, view);
@@ -254,8 +257,9 @@ mod tests {
     use super::AdoptError;
     use crate::format::alloc::Segment;
     use crate::ids::{DeviceId, MapVersion, SliceEpoch, SlotIndex};
+    use crate::map::verbs::Verb;
     use crate::map::{DistributionMap, ReplicaState};
-    use crate::wire::header::{Header, Kind};
+    use crate::wire::header::{Header, Kind, Status};
 
     /// Without node 2's copy.
     fn dropped(map: &DistributionMap) -> DistributionMap {
@@ -305,6 +309,44 @@ mod tests {
             (0, 0, !1),
             "what was written is not zero any more"
         );
+    }
+
+    #[test]
+    fn a_deleted_devices_slots_are_free_and_another_device_reads_zeros_there() {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(2, &first);
+        let slots = slot_in_use(&rig);
+        write_from_1(&mut rig, 1);
+        assert_ne!(rig.engine.disks[0].journal.masks(SlotIndex(slots[0])).dirty, 0);
+        let id = first.devices[0].id;
+        let deleted = first.apply(&[Verb::DeleteDevice { device: id }]).unwrap().unwrap();
+        rig.adopt(&deleted);
+        rig.wait(200, &[]);
+        assert_eq!(slot_in_use(&rig), [0; 0]);
+        // Whoever has not heard of it is refused, and nothing is stored.
+        rig.sent.clear();
+        write_from_1(&mut rig, 1);
+        let answers: Vec<u8> = rig.take(Kind::Ack).iter().map(|sent| sent.header.flags).collect();
+        assert_eq!(answers, [Status::Fenced as u8]);
+        let device = crate::map::Device { id: deleted.next_device(), ..first.devices[0].clone() };
+        let made = deleted.apply(&[Verb::CreateDevice { device: Box::new(device) }]).unwrap().unwrap();
+        rig.adopt(&made);
+        assert_eq!(slot_in_use(&rig).len(), 1);
+        let masks = rig.engine.disks[0].journal.masks(SlotIndex(slot_in_use(&rig)[0]));
+        assert_eq!((masks.dirty, masks.valid), (0, 0), "nothing of it was ever written");
+    }
+
+    #[test]
+    fn a_device_that_grows_is_kept_whole_where_only_its_beginning_is() {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(2, &first);
+        let mut span = first.devices[0].spans[0].clone();
+        span.first = crate::ids::SliceIndex(1);
+        span.replicas.truncate(1);
+        let verb = Verb::GrowDevice { device: first.devices[0].id, spans: vec![span] };
+        rig.adopt(&first.apply(&[verb]).unwrap().unwrap());
+        assert_eq!(rig.engine.devices[0].slices.len(), 2);
+        assert_eq!(slot_in_use(&rig).len(), 1);
     }
 
     #[test]

@@ -197,7 +197,7 @@ impl Checker {
             }
         }
         // What was read from a cache may be gone as well; what was flushed is not.
-        for entry in self.sectors[device].iter_mut().flatten() {
+        for entry in self.sectors.get_mut(device).into_iter().flatten().flatten() {
             if !self.writes[entry.write].durable {
                 entry.seen = None;
             }
@@ -208,27 +208,32 @@ impl Checker {
     /// would leave of it: nothing older than what a flush covered.
     pub fn may_hold(&self, now: Nanos, device: usize, sector: usize, stamp: Stamp, durable: Stamp) -> bool {
         let any = |stamp: Stamp, newer: &dyn Fn(Nanos) -> bool| {
-            let history = self.sectors[device][sector].iter().rev().map(|entry| &self.writes[entry.write]);
+            let history = self.of_sector(device, sector).iter().rev().map(|entry| &self.writes[entry.write]);
             let mut same = history.filter(|write| write.stamp == stamp);
             same.any(|write| !newer(write.end)) || (stamp == 0 && !newer(0))
         };
         let flushed_since = |end: Nanos| {
-            let newer = self.sectors[device][sector].iter().rev().map(|entry| &self.writes[entry.write]);
+            let newer = self.of_sector(device, sector).iter().rev().map(|entry| &self.writes[entry.write]);
             newer.take_while(|write| write.began > end).any(|write| write.durable && !write.lost)
         };
         any(stamp, &|end| self.overwritten(device, sector, end, now).is_some())
             && any(durable, &flushed_since)
     }
 
+    /// What was written there, the oldest first; to what an operator made nothing ever is.
+    fn of_sector(&self, device: usize, sector: usize) -> &[Entry] {
+        self.sectors.get(device).and_then(|sectors| sectors.get(sector)).map_or(&[], Vec::as_slice)
+    }
+
     /// Sectors of a device that somebody wrote.
     pub fn written(&self, device: usize) -> impl Iterator<Item = usize> {
-        let sectors = self.sectors[device].iter().enumerate();
+        let sectors = self.sectors.get(device).into_iter().flatten().enumerate();
         sectors.filter(|(_, entries)| !entries.is_empty()).map(|(sector, _)| sector)
     }
 
     /// The newest write of a sector that is known to have taken effect before `by`, and began after `end`.
     fn overwritten(&self, device: usize, sector: usize, end: Nanos, by: Nanos) -> Option<&Write> {
-        let newer = self.sectors[device][sector].iter().rev();
+        let newer = self.of_sector(device, sector).iter().rev();
         newer
             .map(|entry| (entry, &self.writes[entry.write]))
             .take_while(|(_, write)| write.began > end)
@@ -297,7 +302,12 @@ impl Checker {
 
     /// That node acted as primary.
     pub fn acts_as_primary(&mut self, device: u32, slice: u32, epoch: u64, node: u16) {
-        let known = &mut self.primaries[device as usize - 1][slice as usize];
+        // An operator may have made a device, or made one longer.
+        let (index, slice) = (device as usize - 1, slice as usize);
+        self.primaries.resize_with(self.primaries.len().max(index + 1), Vec::new);
+        let slices = &mut self.primaries[index];
+        slices.resize_with(slices.len().max(slice + 1), Vec::new);
+        let known = &mut slices[slice];
         match known.iter().rev().find(|(other, _)| *other == epoch) {
             None => known.push((epoch, node)),
             Some((_, first)) if *first == node => {}

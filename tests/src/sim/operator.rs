@@ -1,7 +1,8 @@
 //! An operator who has copies moved about by plans while everything else goes wrong.
 //!
 //! What he does. In a quarter of the seeds he makes spares of nodes or of single disks, onto all others or onto the
-//! spares that there are, has disks made equally full, changes who mirrors whom and how many copies a device has, and pauses, resumes and cancels whatever plan there is; each at any
+//! spares that there are, has disks made equally full, changes who mirrors whom and how many copies a device has, makes, enlarges and
+//! deletes devices, and pauses, resumes and cancels whatever plan there is; each at any
 //! time, one thing soon after the other or late. He asks the manager that runs, and nobody if none does; what is refused he
 //! does not repeat. When all that was broken is mended he resumes what rests, and takes back what can come to no end: copies
 //! of data that nobody can read any more. Then every plan has to end, and every slice to have as many copies as in the
@@ -22,6 +23,9 @@ pub enum Deed {
     Rebalanced,
     TopologyChanged,
     CopiesChanged,
+    DeviceMade,
+    DeviceGrown,
+    DeviceDeleted,
     Paused,
     Resumed,
     Cancelled,
@@ -32,11 +36,14 @@ pub enum Deed {
 
 impl Deed {
     /// All, in the order of their counts.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 13] = [
         Self::SpareMade,
         Self::Rebalanced,
         Self::TopologyChanged,
         Self::CopiesChanged,
+        Self::DeviceMade,
+        Self::DeviceGrown,
+        Self::DeviceDeleted,
         Self::Paused,
         Self::Resumed,
         Self::Cancelled,
@@ -52,6 +59,9 @@ impl Deed {
             Self::Rebalanced => "operator: rebalanced",
             Self::TopologyChanged => "operator: topology changed",
             Self::CopiesChanged => "operator: number of copies changed",
+            Self::DeviceMade => "operator: device made",
+            Self::DeviceGrown => "operator: device grown",
+            Self::DeviceDeleted => "operator: device deleted",
             Self::Paused => "operator: plan paused",
             Self::Resumed => "operator: plan resumed",
             Self::Cancelled => "operator: plan cancelled",
@@ -85,6 +95,17 @@ pub enum Wish {
         /// 2 or 3.
         copies: u8,
     },
+    /// `device create`, of a slice or two.
+    Make {
+        /// The node that exports it.
+        node: u16,
+        /// 1 to 3.
+        copies: u8,
+    },
+    /// `device resize`, of the last that he made, by a slice.
+    Grow,
+    /// `device delete`, of the last that he made.
+    Delete,
 }
 
 /// Whether that seed has one, and his own sequence.
@@ -116,12 +137,15 @@ pub fn plan(cluster: &mut Cluster, shape: Shape, random: &mut Random, until: Nan
         };
         // What is a spare from the beginning may be none by then.
         let nodes = if random.one_in(6) { shape.nodes.into() } else { used };
-        let wish = match random.below(7) {
+        let wish = match random.below(11) {
             0 => Wish::Balance,
             5 => {
                 Wish::Topology([None, Some(Topology::Pair), Some(Topology::Chain)][random.below(3) as usize])
             }
             6 => Wish::Copies { device: random.below(8) as usize, copies: random.range(2, 4) as u8 },
+            7 | 8 => Wish::Make { node: random.range(1, nodes + 1) as u16, copies: random.range(1, 4) as u8 },
+            9 => Wish::Grow,
+            10 => Wish::Delete,
             kind => Wish::Spare {
                 node: random.range(1, nodes + 1) as u16,
                 disk: (kind == 1).then(|| random.below(u64::from(shape.disks)) as usize),

@@ -2,13 +2,18 @@
 
 use super::Cluster;
 use crate::sim::operator::{Deed, Wish};
-use mirror_net::control::{OperatorReply, PlanOrder, Redistribution, RedistributionOrder};
+use mirror_net::control::{
+    DeviceChange, DeviceOrder, OperatorReply, PlanOrder, Redistribution, RedistributionOrder,
+};
 use mirror_net::manager::{Input, Ticket};
 use mirror_net::map::plan::{Move, Plan};
 use mirror_net::map::{Device, DistributionMap, ReplicaState, Span};
 
 /// The ticket of a request that is none of these.
 pub(super) const OTHER: Ticket = Ticket(0);
+
+/// How the names of devices begin that an operator made.
+const MADE: &str = "made";
 
 fn ticket(deed: Deed) -> Ticket {
     Ticket(deed as u64 + 1)
@@ -30,6 +35,7 @@ impl Cluster {
                 let device = names[device % names.len()].to_owned();
                 (Redistribution::Copies { device, copies }, Deed::CopiesChanged)
             }
+            Wish::Make { .. } | Wish::Grow | Wish::Delete => return self.change_device(wish),
             Wish::Spare { node, disk, onto_spares } => {
                 let emptied = match disk {
                     Some(disk) => format!("n{node}/d{}", disk + 1),
@@ -43,6 +49,35 @@ impl Cluster {
         };
         let order = RedistributionOrder { wish, carry_out: true };
         self.feed(Input::Redistribute { ticket: ticket(deed), order });
+    }
+
+    /// Makes a device that nobody uses, enlarges or deletes the last of those.
+    fn change_device(&mut self, wish: Wish) {
+        let map = &self.manager.map;
+        let bytes = |slices: u32| u64::from(slices) * u64::from(map.slice_bytes);
+        let last = map.devices.last().filter(|device| device.name.starts_with(MADE));
+        let (name, change, deed) = match (wish, last) {
+            (Wish::Make { node, copies }, _) => {
+                let change = DeviceChange::Create {
+                    bytes: bytes(1 + u32::from(copies) % 2),
+                    node: format!("n{node}"),
+                    copies,
+                    commit: self.shape.policy.commit,
+                    on_no_quorum: self.shape.policy.on_no_quorum,
+                };
+                (format!("{MADE}{}", map.next_device().0), change, Deed::DeviceMade)
+            }
+            (Wish::Grow, Some(last)) => {
+                let change = DeviceChange::Grow { bytes: bytes(last.slices + 1) };
+                (last.name.clone(), change, Deed::DeviceGrown)
+            }
+            (_, Some(last)) => {
+                (last.name.clone(), DeviceChange::Delete { force: false }, Deed::DeviceDeleted)
+            }
+            _ => return,
+        };
+        let order = DeviceOrder { name, change, carry_out: true };
+        self.feed(Input::Device { ticket: ticket(deed), order });
     }
 
     /// About one of the plans that there are.

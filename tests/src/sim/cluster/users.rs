@@ -19,6 +19,10 @@ const AFTER: Nanos = 1_000 * MS;
 impl Cluster {
     /// Users follow the claim, once its holder was allowed to export and has adopted it.
     pub(super) fn export(&mut self, node: u16, device: usize) {
+        // What an operator made has no users.
+        if device >= self.exported.len() {
+            return;
+        }
         let process = self.node(node).process_id;
         let exporter = (node, process);
         let Some(allowed) = self.agents[usize::from(node) - 1].allowed.get(&(device as u32 + 1)).copied()
