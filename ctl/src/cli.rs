@@ -131,7 +131,7 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// A disk of a node, looked at without the daemon
+    /// The disks of nodes
     Disk {
         /// What to do
         #[command(subcommand)]
@@ -308,6 +308,8 @@ pub enum NodeVerb {
         #[arg(long)]
         json: bool,
     },
+    /// Move everything away from a node, online; afterwards it is no part of the cluster any more
+    Remove(NodeRemoveArguments),
     /// Go on from a node's copies that are not in sync, where every other is lost: what they lack is lost too
     Force(ForceArguments),
 }
@@ -500,10 +502,42 @@ pub enum PlanVerb {
     },
 }
 
+/// What [`DiskVerb::Remove`] is told.
+#[derive(clap::Args, Debug)]
+pub struct DiskRemoveArguments {
+    /// The disk
+    #[arg(value_name = "NODE/DISK")]
+    pub disk: String,
+    /// Where what it holds goes: nodes or disks, spares too [default: all disks that are in use]
+    #[arg(long, value_name = "NODE[/DISK],…", value_delimiter = ',')]
+    pub onto: Vec<String>,
+    /// Only show what would be moved, and what is at risk meanwhile
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What [`NodeVerb::Remove`] is told.
+#[derive(clap::Args, Debug)]
+pub struct NodeRemoveArguments {
+    /// The node's name
+    pub node: String,
+    /// Where what it holds goes: nodes or disks, spares too [default: all disks that are in use]
+    #[arg(long, value_name = "NODE[/DISK],…", value_delimiter = ',')]
+    pub onto: Vec<String>,
+    /// Though somebody uses what it exports: he gets errors
+    #[arg(long)]
+    pub force: bool,
+    /// Only show what would be moved, and what is at risk meanwhile
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
 /// Verbs of `disk`.
 #[derive(Subcommand, Debug)]
 pub enum DiskVerb {
-    /// Show what our metadata on a disk says, damaged or not
+    /// Move everything away from a disk, online; afterwards it is no part of the cluster any more
+    Remove(DiskRemoveArguments),
+    /// Show what our metadata on a disk says, damaged or not; without the daemon
     Inspect {
         /// The disk or file
         path: PathBuf,

@@ -79,6 +79,12 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Node { verb: NodeVerb::Failover { node, json } } => {
             node::failover(&config, &node, json).await
         }
+        Command::Node { verb: NodeVerb::Remove(arguments) } => {
+            redistribution::remove_node(&config, arguments).await
+        }
+        Command::Disk { verb: DiskVerb::Remove(arguments) } => {
+            redistribution::remove_disk(&config, arguments).await
+        }
         Command::Node { verb: NodeVerb::Force(arguments) } => node::force(&config, &arguments).await,
         Command::Device { verb } => match verb {
             DeviceVerb::List { json } => device::list(&config, json).await,

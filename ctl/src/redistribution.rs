@@ -1,6 +1,6 @@
-//! Copies that are to be elsewhere: spares made, disks made equally full.
+//! Copies that are to be elsewhere: spares made, disks and nodes removed, disks made equally full.
 
-use crate::cli::{SpareMakeArguments, Topology};
+use crate::cli::{DiskRemoveArguments, NodeRemoveArguments, SpareMakeArguments, Topology};
 use crate::client::{Client, unexpected};
 use crate::failure::{Failure, OK};
 use crate::{map, output};
@@ -24,6 +24,18 @@ pub async fn make_spare(config: &Path, arguments: SpareMakeArguments) -> Result<
         return Err(Failure::usage("spare make wants a node, or --disk NODE/DISK"));
     };
     redistribute(config, Redistribution::Spare { emptied, onto }, dry_run).await
+}
+
+/// `mirrorctl disk remove`.
+pub async fn remove_disk(config: &Path, arguments: DiskRemoveArguments) -> Result<u8, Failure> {
+    let DiskRemoveArguments { disk, onto, dry_run } = arguments;
+    redistribute(config, Redistribution::RemoveDisk { disk, onto }, dry_run).await
+}
+
+/// `mirrorctl node remove`.
+pub async fn remove_node(config: &Path, arguments: NodeRemoveArguments) -> Result<u8, Failure> {
+    let NodeRemoveArguments { node, onto, force, dry_run } = arguments;
+    redistribute(config, Redistribution::RemoveNode { node, onto, force }, dry_run).await
 }
 
 /// `mirrorctl rebalance`.

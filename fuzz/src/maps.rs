@@ -98,6 +98,8 @@ pub fn small() -> DistributionMap {
         ],
         topology: None,
         last_device: 0,
+        last_disk: 0,
+        last_node: 0,
         plans: Vec::new(),
     }
 }

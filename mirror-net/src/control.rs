@@ -488,6 +488,22 @@ pub enum Redistribution {
         /// Copies of every mirrored device from now on; `None` leaves them.
         copies: Option<u8>,
     },
+    /// Not on that disk, which leaves the map then.
+    RemoveDisk {
+        /// `NODE/DISK`.
+        disk: String,
+        /// `NODE` or `NODE/DISK`: where copies may go; all disks that are in use if there are none.
+        onto: Vec<String>,
+    },
+    /// Not on that node, which leaves the map then with all its disks.
+    RemoveNode {
+        /// Its name.
+        node: String,
+        /// As with [`RemoveDisk`](Self::RemoveDisk).
+        onto: Vec<String>,
+        /// What it exports is exported elsewhere though somebody uses it here.
+        force: bool,
+    },
     /// So many of one device.
     Copies {
         /// Its name.

@@ -130,6 +130,8 @@ fn map() -> DistributionMap {
         }],
         topology: None,
         last_device: 0,
+        last_disk: 0,
+        last_node: 0,
         plans: Vec::new(),
     }
 }

@@ -229,6 +229,8 @@ mod tests {
             devices: Vec::new(),
             topology: None,
             last_device: 0,
+            last_disk: 0,
+            last_node: 0,
             plans: Vec::new(),
         };
         let why = vec!["because".into()];

@@ -79,6 +79,8 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
         }],
         topology: None,
         last_device: 0,
+        last_disk: 0,
+        last_node: 0,
         plans: Vec::new(),
     }
 }

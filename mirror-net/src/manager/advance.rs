@@ -5,7 +5,7 @@
 
 use super::regeneration::Situation;
 use super::settle::{Judge, Verdict};
-use super::{Change, Lines, promotion};
+use super::{Change, Lines, promotion, retiring};
 use crate::control::PlanOrder;
 use crate::ids::{DeviceId, DiskId, PlanId};
 use crate::map::plan::{Move, Plan};
@@ -245,7 +245,7 @@ impl<'a> Pass<'a> {
 
     fn finish(mut self) -> Change {
         let plan = self.plan;
-        if self.rest == plan.moves && !self.rest.is_empty() {
+        if self.rest == plan.moves && !self.is_over() {
             return self.change;
         }
         if self.stuck {
@@ -269,23 +269,32 @@ impl<'a> Pass<'a> {
             self.change.why.push(format!("{} {what}: {named}", plan.id));
         }
         self.conclude();
-        if self.rest.is_empty() && !self.stuck && self.given_up == 0 {
+        if !self.is_over() {
+            return self.change;
+        }
+        if !self.stuck && self.given_up == 0 {
             let (id, cause) = (plan.id, &plan.cause);
             self.change.why.push(match plan.cancelled {
                 true => format!("{id} is over: no slice has a copy too many any more"),
                 false => format!("{id} is done: {cause}"),
             });
-        } else if self.rest.is_empty() && plan.cancelled {
+        } else if plan.cancelled {
             self.change.why.push(format!("{} is over: no slice has a copy too many any more", plan.id));
         }
         self.change
+    }
+
+    /// Nothing is left to be done, nor to be waited for before its disks can leave the map.
+    fn is_over(&self) -> bool {
+        let others = self.judge.map.plans.iter().filter(|other| other.id != self.plan.id);
+        self.rest.is_empty() && (self.plan.cancelled || !retiring::is_awaited(self.plan, others))
     }
 
     /// The plan goes on with what is left and no more; without anything it is at its end.
     fn conclude(&mut self) {
         let plan = self.plan;
         self.change.batch.push(Verb::EndPlan { plan: plan.id });
-        let over = self.rest.is_empty();
+        let over = self.is_over();
         if !over {
             let plan = Plan { moves: self.rest.clone(), finished: self.finished, ..plan.clone() };
             self.change.batch.push(Verb::BeginPlan { plan });
@@ -303,6 +312,9 @@ impl<'a> Pass<'a> {
                 self.change.why.push(format!("{} is a spare from now on", self.judge.map.disk_name(disk)));
             }
             self.change.batch.push(verb);
+        }
+        if over && !plan.cancelled {
+            retiring::retire(self.judge.map, plan, &mut self.change);
         }
     }
 }

@@ -375,6 +375,7 @@ impl Manager {
         entry.connected = false;
         let line = format!("node {name} disconnected");
         self.outputs.push_back(Output::Event(EventKind::Node, line));
+        self.map.iter().for_each(|map| self.registry.forget_strangers(map));
     }
 
     fn advance_creation(&mut self, now_ms: u64) {
@@ -677,6 +678,7 @@ impl Manager {
             self.enter_formatted_disks();
         }
         self.send_map_to_all();
+        self.map.iter().for_each(|map| self.registry.forget_strangers(map));
         match then {
             Then::Nothing => {}
             Then::FailedOver { ticket, moved, stayed } => {

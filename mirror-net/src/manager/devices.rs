@@ -60,6 +60,15 @@ pub(super) fn settle(map: &DistributionMap, registry: &Registry) -> Change {
     change
 }
 
+/// Who uses a device, as far as its exporter says.
+pub(super) fn user(view: &View<'_>, device: &Device) -> Option<String> {
+    let exporter = view.map.node(device.claim.node)?;
+    let entry = view.now.registry.get(&exporter.name)?;
+    let exports = &entry.report.as_ref()?.exports;
+    let export = exports.iter().find(|export| export.device == device.id)?;
+    Some(format!("{} on {}", export.in_use.as_ref()?, exporter.name))
+}
+
 struct Makes<'a> {
     view: &'a View<'a>,
     name: &'a str,
@@ -268,7 +277,7 @@ impl Makes<'_> {
     fn delete(&self, force: bool) -> Result<Change, String> {
         let (map, device) = (self.map(), self.device()?);
         self.not_moving(device.id)?;
-        if let Some(user) = self.user(device).filter(|_| !force) {
+        if let Some(user) = user(self.view, device).filter(|_| !force) {
             return Err(format!(
                 "{} is in use: {user}; end that first, or repeat with --force: whoever uses it gets errors",
                 device.name
@@ -277,15 +286,6 @@ impl Makes<'_> {
         let bytes = u64::from(device.slices) * u64::from(map.slice_bytes);
         let line = format!("{} and its {} are gone; the slots are free", device.name, format_bytes(bytes));
         Ok(Change { batch: vec![Verb::DeleteDevice { device: device.id }], why: vec![line] })
-    }
-
-    /// Who uses a device, as far as its exporter says.
-    fn user(&self, device: &Device) -> Option<String> {
-        let exporter = self.map().node(device.claim.node)?;
-        let entry = self.view.now.registry.get(&exporter.name)?;
-        let exports = &entry.report.as_ref()?.exports;
-        let export = exports.iter().find(|export| export.device == device.id)?;
-        Some(format!("{} on {}", export.in_use.as_ref()?, exporter.name))
     }
 
     fn grow(&self, bytes: u64) -> Result<Change, String> {

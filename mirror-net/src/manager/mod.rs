@@ -39,6 +39,7 @@ pub mod redistribution;
 pub mod regeneration;
 pub mod registry;
 pub mod repair;
+mod retiring;
 mod settle;
 mod spreading;
 pub mod stale;

@@ -32,6 +32,8 @@ pub fn plan(
         Redistribution::Balance => view.balance("by the operator"),
         Redistribution::Topology { topology, copies } => view.topology(*topology, *copies),
         Redistribution::Copies { device, copies } => view.copies(device, *copies),
+        Redistribution::RemoveDisk { disk, onto } => view.remove_disk(disk, onto),
+        Redistribution::RemoveNode { node, onto, force } => view.remove_node(node, onto, *force),
     }
 }
 
@@ -243,7 +245,7 @@ impl View<'_> {
     }
 
     /// The disks that an operator means by `NODE` or `NODE/DISK`.
-    fn disks_named(&self, name: &str) -> Result<Vec<&Disk>, String> {
+    pub(super) fn disks_named(&self, name: &str) -> Result<Vec<&Disk>, String> {
         let (node, disk) = match name.split_once('/') {
             Some((node, disk)) => (node, Some(disk)),
             None => (name, None),
@@ -262,13 +264,13 @@ impl View<'_> {
     }
 
     /// That no plan takes anything to or from a disk.
-    fn not_concerned(&self, disk: DiskId) -> Result<(), String> {
+    pub(super) fn not_concerned(&self, disk: DiskId) -> Result<(), String> {
         let plan = self.map.plans.iter().find(|plan| plan.concerns(disk));
         plan.map_or(Ok(()), |plan| Err(already(plan, &self.map.disk_name(disk))))
     }
 
     /// That somebody serves everything that lies on these disks.
-    fn readable(&self, emptied: &BTreeSet<DiskId>) -> Result<(), String> {
+    pub(super) fn readable(&self, emptied: &BTreeSet<DiskId>) -> Result<(), String> {
         let unserved = self.unserved(|device, first, _| {
             let span = self.map.device(device).and_then(|device| device.span(crate::ids::SliceIndex(first)));
             span.is_some_and(|span| span.replicas.iter().any(|copy| emptied.contains(&copy.disk)))
@@ -301,7 +303,7 @@ impl View<'_> {
         let mut concerned: HashMap<DiskId, PlanId> = HashMap::new();
         for plan in &self.map.plans {
             let disks = plan.moves.iter().flat_map(|step| [Some(step.to), step.from]).flatten();
-            for disk in disks.chain(plan.spares.iter().copied()) {
+            for disk in disks.chain(plan.spares.iter().chain(&plan.retires).copied()) {
                 concerned.entry(disk).or_insert(plan.id);
             }
         }
@@ -323,7 +325,11 @@ impl View<'_> {
     }
 
     /// Disks that an operator chose.
-    fn chosen(&self, onto: &[String], emptied: &BTreeSet<DiskId>) -> Result<BTreeSet<DiskId>, String> {
+    pub(super) fn chosen(
+        &self,
+        onto: &[String],
+        emptied: &BTreeSet<DiskId>,
+    ) -> Result<BTreeSet<DiskId>, String> {
         let mut chosen = BTreeSet::new();
         for name in onto {
             for disk in self.disks_named(name)? {
@@ -358,7 +364,7 @@ impl View<'_> {
     }
 
     /// What a plan does, for people.
-    fn lines(&self, wanted: &Wanted) -> Vec<String> {
+    pub(super) fn lines(&self, wanted: &Wanted) -> Vec<String> {
         let map = self.map;
         let bytes = |slices: u64| format_bytes(slices * u64::from(map.slice_bytes));
         let mut by_disk: BTreeMap<DiskId, u64> = BTreeMap::new();
@@ -445,7 +451,7 @@ impl View<'_> {
         }
     }
 
-    fn begin(
+    pub(super) fn begin(
         &self,
         mut batch: Vec<Verb>,
         wanted: Wanted,

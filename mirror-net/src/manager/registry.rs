@@ -157,6 +157,11 @@ impl Registry {
         (old.connected && old.connection != connection).then_some(old.connection)
     }
 
+    /// Forgets who is not connected and has no place in the map.
+    pub(super) fn forget_strangers(&mut self, map: &DistributionMap) {
+        self.nodes.retain(|name, node| node.connected || map.node_named(name).is_some());
+    }
+
     /// How a copy of a span stands at this moment, in the role that the span gives it.
     pub fn standing(
         &self,
@@ -234,6 +239,9 @@ impl Registry {
         }
         for disk in &registration.disks {
             if let DiskContent::Ours { cluster, disk: id } = disk.content {
+                if cluster == map.cluster && map.has_left(id) {
+                    continue;
+                }
                 let what = if cluster == map.cluster {
                     format!("is {}, and no disk of {name} is there", map.disk_name(id))
                 } else {

@@ -88,6 +88,8 @@ pub fn pairs(
         devices: Vec::new(),
         topology: None,
         last_device: 0,
+        last_disk: 0,
+        last_node: 0,
         plans: Vec::new(),
     };
     let mut disks_of: Vec<Vec<(DiskId, &DiskSpec)>> = Vec::new();

@@ -4,6 +4,7 @@
 //! load, first made by [`layout`].
 
 pub mod layout;
+mod leaving;
 mod model;
 pub mod plan;
 pub mod runs;

@@ -40,6 +40,12 @@ pub struct DistributionMap {
     /// that was away may still hold what a deleted one had.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub last_device: u32,
+    /// The same for disks: a superblock names the id of its disk for as long as nobody formats it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub last_disk: u32,
+    /// The same for nodes.
+    #[serde(default, skip_serializing_if = "is_none_yet")]
+    pub last_node: u16,
     /// What is being moved, in order of id.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plans: Vec<Plan>,
@@ -91,6 +97,10 @@ fn is_first(version: &MapVersion) -> bool {
 }
 
 fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+fn is_none_yet(number: &u16) -> bool {
     *number == 0
 }
 

@@ -7,7 +7,7 @@
 use super::verbs::Run;
 use super::{DistributionMap, ReplicaState, Span};
 use crate::format::alloc::Segment;
-use crate::ids::{DiskId, PlanId};
+use crate::ids::{DiskId, NodeId, PlanId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -30,6 +30,12 @@ pub struct Plan {
     /// takes.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub spares: BTreeSet<DiskId>,
+    /// Disks that leave the map at its end, if nothing at all lies on them then. A plan that is cancelled keeps them.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub retires: BTreeSet<DiskId>,
+    /// The node that leaves the map with the last of its disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retires_node: Option<NodeId>,
     /// Slices whose moves are finished. They are not among [`moves`](Self::moves) any more: what becomes of a copy
     /// afterwards is no matter of this plan.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -103,7 +109,17 @@ impl Move {
 impl Plan {
     /// One of which nothing is done yet.
     pub fn new(id: PlanId, cause: String, moves: Vec<Move>) -> Self {
-        Self { id, cause, paused: false, cancelled: false, spares: BTreeSet::new(), finished: 0, moves }
+        Self {
+            id,
+            cause,
+            paused: false,
+            cancelled: false,
+            spares: BTreeSet::new(),
+            retires: BTreeSet::new(),
+            retires_node: None,
+            finished: 0,
+            moves,
+        }
     }
 
     /// How far it is under that map.
@@ -122,9 +138,10 @@ impl Plan {
         self.moves.iter().filter_map(|step| step.from).collect()
     }
 
-    /// Whether it takes something to that disk, or from it, or makes a spare of it.
+    /// Whether it takes something to that disk, or from it, or makes a spare of it, or removes it.
     pub fn concerns(&self, disk: DiskId) -> bool {
         self.spares.contains(&disk)
+            || self.retires.contains(&disk)
             || self.moves.iter().any(|step| step.to == disk || step.from == Some(disk))
     }
 }

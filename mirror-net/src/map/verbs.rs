@@ -107,6 +107,16 @@ pub enum Verb {
         /// Whether it is to hold nothing until it is activated.
         spare: bool,
     },
+    /// A disk that holds nothing leaves the map; its id is never given again.
+    RemoveDisk {
+        /// The disk.
+        disk: DiskId,
+    },
+    /// A node without disks that exports nothing leaves the map; its id is never given again.
+    RemoveNode {
+        /// The node.
+        node: NodeId,
+    },
     /// Who is to mirror whom.
     SetTopology {
         /// `None` for whatever the rules of the map allow.
@@ -191,6 +201,14 @@ pub enum VerbError {
     NotInSync { device: DeviceId, slice: u32, disk: DiskId, state: ReplicaState },
     #[error("{device} slice {slice}: the replica on {disk} is the last that is in sync")]
     LastMember { device: DeviceId, slice: u32, disk: DiskId },
+    #[error("{disk} holds a copy of {device} slice {slice}")]
+    DiskInUse { disk: DiskId, device: DeviceId, slice: u32 },
+    #[error("{plan} moves something to {disk}")]
+    Awaited { disk: DiskId, plan: PlanId },
+    #[error("{node} has {disk}; remove that first")]
+    NodeHasDisk { node: NodeId, disk: DiskId },
+    #[error("{node} exports {device}; another node has to first")]
+    NodeExports { node: NodeId, device: DeviceId },
     #[error("{device} is, or was, another device")]
     DeviceIdTaken { device: DeviceId },
     #[error("{plan} moves some of {device}")]
@@ -214,7 +232,8 @@ impl DistributionMap {
         for verb in batch {
             next.apply_verb(verb)?;
         }
-        let kept = (next.topology, next.last_device) == (self.topology, self.last_device);
+        let counted = |map: &Self| (map.last_device, map.last_disk, map.last_node);
+        let kept = (next.topology, counted(&next)) == (self.topology, counted(self));
         if kept
             && (&next.devices, &next.disks, &next.nodes, &next.plans)
                 == (&self.devices, &self.disks, &self.nodes, &self.plans)
@@ -330,6 +349,8 @@ impl DistributionMap {
                 disk.spare = *spare;
                 Ok(())
             }
+            Verb::RemoveDisk { disk } => self.remove_disk(*disk),
+            Verb::RemoveNode { node } => self.remove_node(*node),
             Verb::SetTopology { topology } => {
                 self.topology = *topology;
                 Ok(())

@@ -134,6 +134,8 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
         }],
         topology: None,
         last_device: 0,
+        last_disk: 0,
+        last_node: 0,
         plans: Vec::new(),
     }
 }

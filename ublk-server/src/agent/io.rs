@@ -59,6 +59,12 @@ impl IoHandle {
         let mut opened: Vec<(LocalDisk, DiskFile)> = Vec::new();
         for disk in disks {
             match prepare::open_for_service(disk, map.cluster) {
+                Ok((local, _)) if map.disk(local.id).is_none() => troubles.push(format!(
+                    "disk {} ({}) was removed from the cluster, as {}: take it out of the cluster file of this machine",
+                    disk.name,
+                    disk.path.display(),
+                    local.id
+                )),
                 Ok(pair) => opened.push(pair),
                 Err(error) => troubles.push(error.to_string()),
             }

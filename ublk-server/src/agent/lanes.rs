@@ -12,7 +12,7 @@ use mirror_net::ids::{ClusterId, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
 use mirror_net::wire::handshake::{Purpose, Role};
 use mirror_net::wire::transport;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::AbortHandle;
 
 /// Between two attempts to dial.
 const RETRY: Duration = Duration::from_millis(100);
@@ -50,8 +51,8 @@ pub(crate) struct Lanes {
     common: Common,
     cluster: Cluster,
     ids: HashMap<String, NodeId>,
-    /// The nodes that we dial.
-    dialled: HashSet<NodeId>,
+    /// The nodes that we dial, and who does it.
+    dialled: HashMap<NodeId, AbortHandle>,
     /// The newest lane to each node, until it is gone.
     standing: HashMap<NodeId, Standing>,
 }
@@ -77,20 +78,30 @@ impl Lanes {
         })?;
         let cluster = Cluster::default();
         tokio::spawn(accept_all(listener, common.clone(), Arc::clone(&cluster), inputs));
-        Ok(Self { common, cluster, ids: HashMap::new(), dialled: HashSet::new(), standing: HashMap::new() })
+        Ok(Self { common, cluster, ids: HashMap::new(), dialled: HashMap::new(), standing: HashMap::new() })
     }
 
-    /// Dials whoever the map names and we do not dial yet.
+    /// Dials whoever the map names and we do not dial yet, and nobody else any more: one that was removed from the
+    /// cluster gets no lane.
     pub fn follow(&mut self, map: &DistributionMap, me: NodeId, inputs: &mpsc::UnboundedSender<Input>) {
         *self.cluster.lock().expect("never poisoned") = Some(map.cluster);
+        self.ids.retain(|_, id| map.node(*id).is_some());
+        self.dialled.retain(|id, dialler| {
+            let stays = map.node(*id).is_some();
+            if !stays {
+                dialler.abort();
+            }
+            stays
+        });
         for node in map.nodes.iter().filter(|node| node.id != me) {
             self.ids.insert(node.name.clone(), node.id);
-            if node.id < me || !self.dialled.insert(node.id) {
+            if node.id < me || self.dialled.contains_key(&node.id) {
                 continue;
             }
             let target =
                 Target { name: node.name.clone(), address: node.address.clone(), cluster: map.cluster };
-            tokio::spawn(dial(target, self.common.clone(), inputs.clone()));
+            let dialler = tokio::spawn(dial(target, self.common.clone(), inputs.clone()));
+            self.dialled.insert(node.id, dialler.abort_handle());
         }
     }
 

@@ -127,6 +127,8 @@ struct Agent {
     failed_disks: BTreeMap<DiskId, String>,
     /// A problem of this node that the operator has to know of.
     trouble: Option<String>,
+    /// The newest map has no place for this node, which had one.
+    removed: bool,
 }
 
 /// Runs the daemon until it is told to stop.
@@ -193,6 +195,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         buffer_bytes: options.buffer_bytes,
         failed_disks: BTreeMap::new(),
         trouble: None,
+        removed: false,
     };
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
@@ -203,6 +206,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             input = inputs.recv() => {
                 let Some(input) = input else { break };
                 agent.handle(input).await?;
+                if agent.removed {
+                    tracing::warn!(
+                        node = agent.common.node,
+                        "removed from the cluster: nothing is left to be served here; disable ublk-server on this machine"
+                    );
+                    break;
+                }
             }
             _ = report.tick() => {
                 agent.start_exports();
@@ -360,9 +370,11 @@ impl Agent {
             }
         }
         let Some(me) = map.node_named(&self.common.node).map(|node| node.id) else {
-            tracing::info!("this node is not in the map");
+            self.removed = self.io.is_some();
+            tracing::info!(version = %map.version, "this node is not in the map");
             return Ok(());
         };
+        self.tell_removed(&map);
         self.state.save_map(&map)?;
         self.membership.set(Some(map.cluster));
         if self.io.is_none() && !self.start_io(me, &map).await? {
@@ -377,6 +389,22 @@ impl Agent {
             io.map(map);
         }
         Ok(())
+    }
+
+    /// Disks of this node that a new map does not list any more are written nothing; they are let go of when the daemon
+    /// ends.
+    fn tell_removed(&self, map: &DistributionMap) {
+        let mine = self.map.as_ref().into_iter().flat_map(|before| {
+            let me = before.node_named(&self.common.node).map(|node| node.id);
+            before.disks.iter().filter(move |disk| Some(disk.node) == me)
+        });
+        for disk in mine.filter(|disk| map.disk(disk.id).is_none()) {
+            tracing::warn!(
+                disk = disk.name,
+                "removed from the cluster: take it out of the cluster file of this machine and restart ublk-server, which \
+                 holds it until then"
+            );
+        }
     }
 
     /// Opens the disks and starts the I/O thread; false if no disk can be used.

@@ -252,6 +252,8 @@ mod tests {
             devices: Vec::new(),
             topology: None,
             last_device: 0,
+            last_disk: 0,
+            last_node: 0,
             plans: Vec::new(),
         }
     }

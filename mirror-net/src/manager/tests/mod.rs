@@ -13,6 +13,7 @@ mod plans;
 mod rebuild;
 mod redistribution;
 mod rejoin;
+mod retiring;
 mod rules;
 mod slow;
 mod status;

@@ -139,6 +139,8 @@ fn random_map(
         devices: Vec::new(),
         topology: None,
         last_device: 0,
+        last_disk: 0,
+        last_node: 0,
         plans: Vec::new(),
     };
     for index in 0..1 + random(2 * nodes) {

@@ -131,6 +131,8 @@ fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
             .collect(),
         topology: None,
         last_device: 0,
+        last_disk: 0,
+        last_node: 0,
         plans: Vec::new(),
     }
 }
