@@ -134,6 +134,9 @@ fn cluster_text(wanted: &Wanted, keys: &str, ports: &[u16]) -> String {
             let _ = writeln!(text, "{name} = \"{}\"", humantime::format_duration(after));
         }
     }
+    if let Some(rate) = wanted.regen_rate {
+        let _ = writeln!(text, "regen_rate = \"{rate}\"");
+    }
     let commit = wanted.commit.map(|commit| ("commit", commit.as_str()));
     let on_no_quorum = wanted.on_no_quorum.map(|choice| ("on_no_quorum", choice.as_str()));
     for (name, word) in [commit, on_no_quorum].into_iter().flatten() {
@@ -284,6 +287,7 @@ mod tests {
             spares: 1,
             fail_after: None,
             spare_after: None,
+            regen_rate: None,
             commit: None,
             on_no_quorum: None,
             disk_bytes: 1 << 20,

@@ -51,6 +51,9 @@ pub struct PlaygroundArguments {
     /// What becomes of a request that cannot be served: it waits, or fails after 10 s
     #[arg(long, value_parser = on_no_quorum, value_name = "wait|error")]
     on_no_quorum: Option<OnNoQuorum>,
+    /// How fast copies are made, at most: bytes in a second that each node looks at, such as 50M [default: unlimited]
+    #[arg(long, value_parser = size, value_name = "SIZE")]
+    regen_rate: Option<u64>,
     /// The size of each node's disk, a file; such as 512M or 1G
     #[arg(long, default_value = "1G", value_parser = size, value_name = "SIZE")]
     disk_size: u64,
@@ -102,6 +105,7 @@ pub(crate) struct Wanted {
     spares: u16,
     fail_after: Option<Duration>,
     spare_after: Option<Duration>,
+    regen_rate: Option<u64>,
     commit: Option<Commit>,
     on_no_quorum: Option<OnNoQuorum>,
     disk_bytes: u64,
@@ -124,7 +128,7 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
         None => {
             let PlaygroundArguments { managers, etcd, nodes, spares, fail_after, spare_after, .. } =
                 arguments;
-            let PlaygroundArguments { commit, on_no_quorum, .. } = arguments;
+            let PlaygroundArguments { regen_rate, commit, on_no_quorum, .. } = arguments;
             let PlaygroundArguments { frontend, nbd_tcp, keep, json, disk_size: disk_bytes, .. } = arguments;
             if managers > 1 && etcd.is_empty() {
                 return Err(Failure::usage("several managers share an etcd: add --etcd URL"));
@@ -137,6 +141,7 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
                 spares,
                 fail_after,
                 spare_after,
+                regen_rate,
                 commit,
                 on_no_quorum,
                 disk_bytes,

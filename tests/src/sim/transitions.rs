@@ -9,7 +9,8 @@ pub fn wrong_with(before: &DistributionMap, after: &DistributionMap) -> Vec<Stri
     if after.version.0 != before.version.0 + 1 {
         wrong.push(format!("map {} follows {}", after.version, before.version));
     }
-    for (old, new) in before.devices.iter().zip(&after.devices) {
+    for new in &after.devices {
+        let Some(old) = before.device(new.id) else { continue };
         if old != new {
             device(old, new, after.version.0, &mut wrong);
         }

@@ -81,6 +81,8 @@ enum State {
 
 struct Export {
     generation: ClaimGeneration,
+    /// Its size in bytes, as hosts see it.
+    size: u64,
     state: State,
     /// What went wrong the last time, until it is exported.
     retry: Option<Retry>,
@@ -175,7 +177,27 @@ impl Exports {
             if due {
                 let retry = export.and_then(|export| export.retry.clone());
                 let state = self.server.start(device, map, io);
-                self.exports.insert(*id, Export { generation: *generation, state, retry, losses: None });
+                let size = device.bytes(map.slice_bytes);
+                self.exports
+                    .insert(*id, Export { generation: *generation, size, state, retry, losses: None });
+            }
+        }
+        self.grow(map, me);
+    }
+
+    /// Devices that are longer by now are so for hosts, too, once the engine knows.
+    fn grow(&mut self, map: &DistributionMap, me: NodeId) {
+        for (id, export) in &mut self.exports {
+            let Some(device) = map.device(*id).filter(|device| device.claim.node == me) else { continue };
+            let size = device.bytes(map.slice_bytes);
+            let known = device.spans.last().is_some_and(|span| self.adopted.0 >= span.epoch.0);
+            if size > export.size && known && matches!(export.state, State::Exported { .. }) {
+                export.size = size;
+                tracing::info!(device = device.name, size, "longer");
+                match &self.server {
+                    Server::Nbd { shelf, .. } => shelf.grow(*id, size),
+                    Server::Ublk(thread) => thread.order(Order::Grow { device: *id, size }),
+                }
             }
         }
     }

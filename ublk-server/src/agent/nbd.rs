@@ -38,6 +38,14 @@ impl Shelf {
         shelf.push((device, info));
     }
 
+    /// Whoever connects from now on sees that size; NBD has no word for those who have connected.
+    pub fn grow(&self, device: DeviceId, size: u64) {
+        let mut shelf = self.0.lock().expect("never poisoned");
+        for (_, info) in shelf.iter_mut().filter(|(other, _)| *other == device) {
+            info.size = size;
+        }
+    }
+
     pub fn remove(&self, device: DeviceId) {
         self.0.lock().expect("never poisoned").retain(|(other, _)| *other != device);
     }

@@ -50,6 +50,8 @@ pub(super) enum Order {
     Stop { device: DeviceId },
     /// Stop it if nobody has it open, otherwise leave it to the next process.
     StopUnused { device: DeviceId },
+    /// It has so many bytes from now on.
+    Grow { device: DeviceId, size: u64 },
     /// The I/O thread has let go of it: delete it.
     Delete { device: DeviceId },
     /// The device's users know of losses up to there.
@@ -159,6 +161,7 @@ impl Worker {
             }
             Order::Stop { device } => self.stop(device),
             Order::StopUnused { device } => self.stop_unused(device),
+            Order::Grow { device, size } => self.grow(device, size),
             Order::Delete { device } => self.delete(device),
             Order::Told { device, losses } => {
                 if let Err(error) = self.told(device, losses) {
@@ -305,6 +308,19 @@ impl Worker {
                 Err(ControlError::Unsupported { .. }) => return Ok(self.control.stop_dev(id, PATIENCE)?),
                 result => return Ok(result?),
             }
+        }
+    }
+
+    fn grow(&mut self, device: DeviceId, size: u64) {
+        let Some((id, name)) = self.running.get(&device) else { return };
+        match self.control.update_size(*id, size) {
+            Ok(()) => {}
+            Err(ControlError::Unsupported { .. }) => tracing::warn!(
+                device = name,
+                "this kernel cannot change a running device's size (Linux 6.16 can): hosts see the new size once nobody uses \
+                 the device and this daemon is restarted"
+            ),
+            Err(error) => tracing::error!(device = name, %error, "telling the kernel its new size"),
         }
     }
 

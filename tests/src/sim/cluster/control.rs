@@ -302,7 +302,9 @@ impl Cluster {
         let map = Arc::clone(&self.manager.map);
         self.checker.violations.extend(wrong_with(before, &map));
         self.note_plans(before, &map);
-        for (device, (old, new)) in before.devices.iter().zip(&map.devices).enumerate() {
+        for new in &map.devices {
+            let Some(old) = before.device(new.id) else { continue };
+            let device = new.id.0 as usize - 1;
             for span in &new.spans {
                 let was = old.span(span.first);
                 if let Some(was) = was.filter(|was| was.loss != span.loss) {

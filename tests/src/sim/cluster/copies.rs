@@ -160,14 +160,16 @@ impl Cluster {
     /// Any member may be primary next: each must hold what could be read now, and on stable storage
     /// nothing older than what a flush covered (rules 1, 6, 7 and 12).
     pub fn check_members(&mut self) {
-        for device in 0..self.manager.map.devices.len() {
+        let devices: Vec<usize> =
+            self.manager.map.devices.iter().map(|device| device.id.0 as usize - 1).collect();
+        for device in devices {
             self.check_device(device);
         }
     }
 
-    /// The same for one device.
+    /// The same for one device: its id, counted from 0.
     pub(super) fn check_device(&mut self, index: usize) {
-        let device = &self.manager.map.devices[index];
+        let Some(device) = self.manager.map.device(DeviceId(index as u32 + 1)) else { return };
         let written: Vec<usize> = self.checker.written(index).collect();
         let mut wrong = Vec::new();
         let (mut current, mut durable) = (&ZEROS, &ZEROS);

@@ -128,7 +128,18 @@ impl Cluster {
             let device = device.map_or_else(String::new, |device| format!("{}: ", device.name));
             said.iter().any(|line| line.contains(&device) && line.contains("regions cannot be copied to"))
         };
-        if plan.moves.iter().any(of_plan) {
+        // Nor does anything of a device become a member on a node where a broken disk has the last copy of another part:
+        // the node's flush of the device fails.
+        let blocked = |step: &Move| {
+            let map = &self.manager.map;
+            let node = map.node_of(step.to);
+            let spans = map.device(step.run.device).into_iter().flat_map(|device| &device.spans);
+            spans.flat_map(Span::members).any(|copy| {
+                map.node_of(copy.disk) == node
+                    && map.disk(copy.disk).is_some_and(|disk| disk.failed.is_some())
+            })
+        };
+        if plan.moves.iter().any(|step| of_plan(step) || blocked(step)) {
             return true;
         }
         let mut spans = plan.moves.iter().flat_map(|step| self.manager.map.spans_of(step.run));
@@ -176,7 +187,19 @@ impl Cluster {
             return;
         }
         let mut wrong = Vec::new();
-        for (old, new) in before.devices.iter().zip(&after.devices).filter(|(old, new)| old != new) {
+        for plan in after.plans.iter().filter(|plan| before.plan(plan.id).is_none()) {
+            for step in &plan.moves {
+                let wanted = after.device(step.run.device).map_or(0, |device| usize::from(device.copies));
+                let has =
+                    |span: &Span, disk: Option<_>| disk.is_some_and(|disk| span.replica_on(disk).is_some());
+                let both = |span: &Span| has(span, step.from) && has(span, Some(step.to));
+                if before.spans_of(step.run).any(|(span, _)| both(span) && span.replicas.len() <= wanted) {
+                    wrong.push(format!("{} gives up a copy for one that there is: {step:?}", plan.id));
+                }
+            }
+        }
+        for new in &after.devices {
+            let Some(old) = before.device(new.id).filter(|old| *old != new) else { continue };
             let wanted = usize::from(new.copies);
             for slice in (0..new.slices).map(mirror_net::ids::SliceIndex) {
                 let (Some(old), Some(span)) = (old.span(slice), new.span(slice)) else { continue };
@@ -196,7 +219,17 @@ impl Cluster {
                 let to_come =
                     after.plans.iter().flat_map(|plan| &plan.moves).filter(|step| comes(step)).count();
                 let few = was_member && members(span) + to_come < wanted.min(members(old));
-                if few || span.replicas.len() + to_come < wanted {
+                // What a move had begun was one too many, or the third of two.
+                let moved = |step: &&Move| {
+                    let run = step.run;
+                    let has = (run.first.0..run.first.0 + run.count).contains(&slice.0);
+                    let both = [step.from, Some(step.to)]
+                        .map(|disk| disk.is_some_and(|disk| old.replica_on(disk).is_some()));
+                    run.device == new.id && has && both == [true; 2]
+                };
+                let extra = before.plans.iter().flat_map(|plan| &plan.moves).filter(moved).count();
+                let had = old.replicas.len() - extra.min(old.replicas.len());
+                if few || span.replicas.len() + to_come < wanted.min(had) {
                     wrong.push(format!("{} {slice}: too little is left: {span:?} follows {old:?}", new.name));
                 }
             }
