@@ -5,6 +5,8 @@ use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::Playground;
 use mirror_tests::sim::scheduler::Random;
 use mirror_tests::stamps::Workload;
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -96,5 +98,68 @@ fn a_node_is_emptied_under_load_while_a_process_dies_every_three_seconds() -> an
         .flatten()
         .any(|disk| disk["node"] == "n2" && disk["spare"] == true);
     ensure!(spare, "{map}");
+    Ok(())
+}
+
+/// The nodes that hold a device's copies; `None` while any is not in sync.
+fn holders(map: &Value, device: &str) -> anyhow::Result<Option<BTreeSet<String>>> {
+    let mut devices = map["devices"].as_array().into_iter().flatten();
+    let device = devices.find(|found| found["name"] == device).context("no such device")?;
+    let spans = device["spans"].as_array().into_iter().flatten();
+    let mut nodes = BTreeSet::new();
+    for copy in spans.flat_map(|span| span["replicas"].as_array().into_iter().flatten()) {
+        if copy["state"] != "in_sync" {
+            return Ok(None);
+        }
+        nodes.extend(copy["node"].as_str().map(str::to_owned));
+    }
+    Ok(Some(nodes))
+}
+
+#[test]
+fn without_a_spare_a_third_disk_is_emptied_and_takes_the_place_of_a_dead_one() -> anyhow::Result<()> {
+    let play = Playground::start_like(5, "nbd", "512M", &["--spare-after", "3s"])?;
+    play.healthy()?;
+    for device in ["n4-d1", "n5-d1", "n4-d1-unmirrored", "n5-d1-unmirrored"] {
+        play.must(&["device", "delete", device, "--yes"])?;
+    }
+    // What is on n5 has to go elsewhere first.
+    play.must(&["device", "create", "filler", "--size", "64M", "--node", "n5"])?;
+    let mut filler = NbdClient::connect(&play.uri("filler")?)?;
+    for number in 0..filler.size / MIB {
+        filler.write(number * MIB, &vec![number as u8 + 1; MIB as usize])?;
+    }
+    filler.flush()?;
+    let workload = Workload::new(&play, 1, &["n1-d1", "n2-d1", "n3-d1"], 2);
+    workload.run(|| {
+        play.kill("n1")?;
+        play.until("what n1 had is in sync on another disk, with no plan left", || {
+            let map = play.json(&["map", "show"])?;
+            let both = [holders(&map, "n1-d1")?, holders(&map, "n2-d1")?];
+            let elsewhere = |nodes: &BTreeSet<String>| nodes.len() == 2 && !nodes.contains("n1");
+            let over = play.json(&["plan", "list"])?.as_array().is_some_and(Vec::is_empty);
+            Ok((over && both.iter().all(|nodes| nodes.as_ref().is_some_and(elsewhere))).then_some(()))
+        })
+        .with_context(|| play.logs())?;
+        workload.pause()?;
+        workload.check().with_context(|| play.logs())?;
+        Ok(())
+    })?;
+    let events = play.must(&["events"])?;
+    let told = |what: &str| ensure_told(&events, what);
+    told("n5/d1 is emptied: there is no spare for what n1/d1 had")?;
+    told("n5/d1 is a spare from now on")?;
+    told("n1/d1 is made again on n5/d1")?;
+    for number in 0..filler.size / MIB {
+        ensure!(
+            filler.read(number * MIB, MIB as u32)? == vec![number as u8 + 1; MIB as usize],
+            "piece {number}"
+        );
+    }
+    Ok(())
+}
+
+fn ensure_told(events: &str, what: &str) -> anyhow::Result<()> {
+    ensure!(events.contains(what), "nobody was told that {what}:\n{events}");
     Ok(())
 }
