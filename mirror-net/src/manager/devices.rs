@@ -69,6 +69,23 @@ pub(super) fn user(view: &View<'_>, device: &Device) -> Option<String> {
     Some(format!("{} on {}", export.in_use.as_ref()?, exporter.name))
 }
 
+/// Why nobody can tell whether a device is in use: of one that is not exported now somebody may wait who had it mounted.
+fn untold(view: &View<'_>, device: &Device) -> Option<String> {
+    let name = view.map.node_name(device.claim.node);
+    let now = view.now;
+    let Some(entry) = now.registry.get(&name).filter(|entry| entry.is_up(now.now_ms)) else {
+        return Some(format!("its exporter {name} is not connected"));
+    };
+    let Some(report) = &entry.report else {
+        return Some(format!("its exporter {name} has not told yet"));
+    };
+    let export = report.exports.iter().find(|export| export.device == device.id);
+    match export {
+        Some(export) if export.path.is_some() || export.uri.is_some() => None,
+        _ => Some(format!("{name} does not export it now")),
+    }
+}
+
 struct Makes<'a> {
     view: &'a View<'a>,
     name: &'a str,
@@ -280,6 +297,13 @@ impl Makes<'_> {
         if let Some(user) = user(self.view, device).filter(|_| !force) {
             return Err(format!(
                 "{} is in use: {user}; end that first, or repeat with --force: whoever uses it gets errors",
+                device.name
+            ));
+        }
+        if let Some(why) = untold(self.view, device).filter(|_| !force) {
+            return Err(format!(
+                "nobody can tell whether {} is in use: {why}; see `mirrorctl status`, or repeat with --force: whoever uses it \
+                 gets errors",
                 device.name
             ));
         }

@@ -1,13 +1,64 @@
 //! Who uses a block device, as far as can be told without touching it: one that hangs must not hang whoever asks.
 
+use crate::frontend::ublk::UblkId;
+use crate::frontend::ublk::users::{User, processes_of};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+
+/// Programs that have a device open are looked for so often; at every report while there are any.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Which programs have this node's block devices open: every process is looked at, in a thread of its own.
+#[derive(Default)]
+pub(super) struct Openers {
+    found: BTreeMap<UblkId, User>,
+    looking: Option<JoinHandle<Vec<(UblkId, User)>>>,
+    looked: Option<Instant>,
+}
+
+impl Openers {
+    /// Begins to look, if it is time to; what was found before is known from then on.
+    pub async fn look(&mut self, now: Instant, paths: impl Iterator<Item = &str>) {
+        if let Some(looking) = self.looking.take_if(|looking| looking.is_finished()) {
+            // One that could not look has found nobody.
+            self.found = looking.await.unwrap_or_default().into_iter().collect();
+        }
+        let is_due = self.looked.is_none_or(|looked| !self.found.is_empty() || now >= looked + LOOK_EVERY);
+        let ids: Vec<UblkId> = paths.filter_map(number_of).collect();
+        if ids.is_empty() {
+            self.found.clear();
+        } else if is_due && self.looking.is_none() {
+            self.looked = Some(now);
+            self.looking = Some(tokio::task::spawn_blocking(move || {
+                processes_of(&ids).unwrap_or_else(|error| {
+                    tracing::warn!(%error, "cannot see who has the devices open");
+                    Vec::new()
+                })
+            }));
+        }
+    }
+
+    /// Who uses the block device at that path, for people.
+    pub fn user(&self, path: &str) -> Option<String> {
+        mounted(path).or_else(|| {
+            let user = self.found.get(&number_of(path)?)?;
+            Some(format!("{user} has it open"))
+        })
+    }
+}
+
+/// The number in `/dev/ublkbN`.
+fn number_of(path: &str) -> Option<UblkId> {
+    path.strip_prefix("/dev/ublkb")?.parse().ok().map(UblkId)
+}
 
 /// What a block device is mounted on, or otherwise used for, for people; partitions of it too.
 ///
-/// Looks at the mounts of this process's namespace, at swap, and at devices built on it. A program that merely has it
-/// open is not seen.
-pub(super) fn mounted(path: &str) -> Option<String> {
+/// Looks at the mounts of this process's namespace, at swap, and at devices built on it.
+fn mounted(path: &str) -> Option<String> {
     let disk = Path::new(path).file_name()?.to_str()?;
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();

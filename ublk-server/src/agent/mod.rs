@@ -115,6 +115,7 @@ struct Agent {
     io: Option<IoHandle>,
     lanes: Lanes,
     exports: Exports,
+    openers: in_use::Openers,
     map: Option<Arc<DistributionMap>>,
     exporter_session: ExporterSession,
     /// How the manager wants other nodes' copies to be treated.
@@ -187,6 +188,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         io: None,
         lanes,
         exports,
+        openers: in_use::Openers::default(),
         map: None,
         exporter_session: ExporterSession(0),
         policy: NodePolicy::default(),
@@ -547,12 +549,14 @@ impl Agent {
             exports: self.exports.reports(Instant::now()),
             ..NodeReport::default()
         };
+        let paths = report.exports.iter().filter_map(|export| export.path.as_deref());
+        self.openers.look(Instant::now(), paths).await;
         if let Some(thread) = thread {
             for export in &mut report.exports {
                 if let Some(found) = thread.devices.iter().find(|found| found.device == export.device) {
                     (export.requests, export.pending) = (found.completed, found.pending);
                     export.in_use = match (found.clients, &export.path) {
-                        (0, Some(path)) => in_use::mounted(path),
+                        (0, Some(path)) => self.openers.user(path),
                         (0, None) => None,
                         (1, _) => Some("an NBD client is connected".to_owned()),
                         (clients, _) => Some(format!("{clients} NBD clients are connected")),

@@ -22,6 +22,23 @@ impl Bench {
         }
     }
 
+    /// Its exporter tells that it exports it, and who uses it.
+    fn exported(&mut self, name: &str, in_use: Option<&str>) {
+        let device = device(self.map(), name);
+        let export = ExportReport {
+            device: device.id,
+            path: Some("/dev/ublkb0".into()),
+            uri: None,
+            error: None,
+            in_use: in_use.map(str::to_owned),
+            requests: 1,
+            pending: 0,
+        };
+        let exporter = u64::from(device.claim.node.0);
+        let report = NodeReport { exports: vec![export], ..NodeReport::default() };
+        self.say(exporter, NodeMessage::Report(report));
+    }
+
     fn device_refused(&mut self, name: &str, change: DeviceChange) -> String {
         let version = self.map().version;
         let reason = self.device_order(name, change).unwrap_err();
@@ -80,9 +97,11 @@ fn an_id_is_never_given_twice() {
     let mut bench = Bench::up(&roomy());
     bench.device_order("a", create("n1", 1, 2)).unwrap();
     let first = device(bench.map(), "a").id;
+    bench.exported("a", None);
     assert_eq!(bench.device_order("a", DELETE).unwrap(), ["a and its 64 MiB are gone; the slots are free"]);
     bench.device_order("a", create("n1", 1, 2)).unwrap();
     assert_eq!(device(bench.map(), "a").id, DeviceId(first.0 + 1));
+    bench.exported("a", None);
     bench.device_order("a", DELETE).unwrap();
     let read: DistributionMap = serde_json::from_str(&serde_json::to_string(bench.map()).unwrap()).unwrap();
     assert_eq!(read.next_device(), DeviceId(first.0 + 2));
@@ -154,22 +173,32 @@ fn what_cannot_be_is_refused_with_a_reason() {
 #[test]
 fn a_device_in_use_is_deleted_by_force_only() {
     let mut bench = Bench::up(&roomy());
-    let id = device(bench.map(), "n1-d1").id;
-    let export = ExportReport {
-        device: id,
-        path: Some("/dev/ublkb0".into()),
-        uri: None,
-        error: None,
-        in_use: Some("it is mounted on /srv".into()),
-        requests: 1,
-        pending: 0,
-    };
-    bench.say(1, NodeMessage::Report(NodeReport { exports: vec![export], ..NodeReport::default() }));
+    bench.exported("n1-d1", Some("it is mounted on /srv"));
     let reason = bench.device_refused("n1-d1", DELETE);
     assert!(reason.starts_with("n1-d1 is in use: it is mounted on /srv on n1; end that first"), "{reason}");
     bench.device_order("n1-d1", DeviceChange::Delete { force: true }).unwrap();
     assert!(bench.map().device_named("n1-d1").is_none());
     bench.map().validate().unwrap();
+}
+
+#[test]
+fn a_device_of_which_nobody_can_tell_is_deleted_by_force_only() {
+    let mut bench = Bench::up(&roomy());
+    let refused = |bench: &mut Bench, why: &str| {
+        let reason = bench.device_refused("n1-d1", DELETE);
+        let begin = format!("nobody can tell whether n1-d1 is in use: {why}; see `mirrorctl status`");
+        assert!(reason.starts_with(&begin) && reason.contains("--force"), "{reason}");
+    };
+    // Its daemon was restarted, and has not taken up yet what was mounted before.
+    bench.register(1, incarnation(1));
+    refused(&mut bench, "its exporter n1 has not told yet");
+    bench.heartbeat(1);
+    refused(&mut bench, "n1 does not export it now");
+    bench.exported("n1-d1", None);
+    bench.disconnect(1);
+    refused(&mut bench, "its exporter n1 is not connected");
+    bench.device_order("n1-d1", DeviceChange::Delete { force: true }).unwrap();
+    assert!(bench.map().device_named("n1-d1").is_none());
 }
 
 #[test]

@@ -72,7 +72,8 @@ impl Cluster {
                 (last.name.clone(), change, Deed::DeviceGrown)
             }
             (_, Some(last)) => {
-                (last.name.clone(), DeviceChange::Delete { force: false }, Deed::DeviceDeleted)
+                // Nodes here do not tell what they export, and nobody uses what the operator makes.
+                (last.name.clone(), DeviceChange::Delete { force: true }, Deed::DeviceDeleted)
             }
             _ => return,
         };

@@ -5,6 +5,7 @@
 //! needs root. What the kernel itself has open without claiming it is not found, but for loop devices.
 
 use super::UblkId;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -86,20 +87,52 @@ fn number(text: &str) -> Option<Number> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
+/// The processes that have one of those devices or a partition of it open, udev's aside. None of them is opened, so a
+/// device that hangs hangs nobody who asks.
+///
+/// # Errors
+/// Not being able to look.
+pub fn processes_of(ids: &[UblkId]) -> io::Result<Vec<(UblkId, User)>> {
+    // One that is not there any more has no numbers.
+    let of = |id: UblkId| {
+        numbers(&id.sysfs_path()).unwrap_or_default().into_iter().map(move |number| (number, id))
+    };
+    let ids: BTreeMap<Number, UblkId> = ids.iter().copied().flat_map(of).collect();
+    let numbers: Vec<Number> = ids.keys().copied().collect();
+    let users = openers(libc::S_IFBLK, &numbers)?.into_iter();
+    Ok(users.filter(|(_, user)| !user.is_udev()).map(|(number, user)| (ids[&number], user)).collect())
+}
+
 /// The processes that have one of these devices open. Those that end meanwhile are left out.
 fn processes_with(kind: libc::mode_t, numbers: &[Number]) -> io::Result<Vec<User>> {
-    let mut users = Vec::new();
+    let mut users: Vec<User> = openers(kind, numbers)?.into_iter().map(|(_, user)| user).collect();
+    // One that has two partitions open is one; they come in the order of their processes.
+    users.dedup();
+    Ok(users)
+}
+
+/// Which of these devices each process has open.
+fn openers(kind: libc::mode_t, numbers: &[Number]) -> io::Result<Vec<(Number, User)>> {
+    let mut found = Vec::new();
+    if numbers.is_empty() {
+        return Ok(found);
+    }
     for process in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let Ok(open) = fs::read_dir(process.path().join("fd")) else { continue };
-        let has =
-            |file: &Path| device(file).is_some_and(|(is, number)| is == kind && numbers.contains(&number));
-        if open.flatten().any(|file| has(&file.path())) {
-            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            users.push(User::Process { pid, name: name.trim_end().to_owned() });
+        let files = open.flatten().filter_map(|file| device(&file.path()));
+        let has: BTreeSet<Number> = files
+            .filter(|(is, number)| *is == kind && numbers.contains(number))
+            .map(|(_, number)| number)
+            .collect();
+        if has.is_empty() {
+            continue;
         }
+        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        let user = User::Process { pid, name: name.trim_end().to_owned() };
+        found.extend(has.into_iter().map(|number| (number, user.clone())));
     }
-    Ok(users)
+    Ok(found)
 }
 
 /// What kind of device an open file is, and its number. Nobody is waited for: what a process has open may be
@@ -170,7 +203,26 @@ mod tests {
     }
 
     #[test]
+    fn of_several_devices_each_has_its_own_users() {
+        let (zero, null) = ((1, 5), (1, 3));
+        let opened = File::open("/dev/zero").unwrap();
+        let again = File::open("/dev/zero").unwrap();
+        let mine = |numbers: &[Number]| {
+            let found = openers(libc::S_IFCHR, numbers).unwrap().into_iter();
+            let is_own =
+                |user: &User| matches!(user, User::Process { pid, .. } if *pid == std::process::id());
+            found.filter(|(_, user)| is_own(user)).map(|(number, _)| number).collect::<Vec<_>>()
+        };
+        // Whether a test has /dev/null open depends on who runs it.
+        assert_eq!(mine(&[zero, null]).iter().filter(|number| **number == zero).count(), 1, "once a process");
+        assert_eq!(mine(&[]), []);
+        drop((opened, again));
+        assert_eq!(mine(&[zero]), []);
+    }
+
+    #[test]
     fn a_device_that_is_gone_is_used_by_nobody() {
         assert_eq!(users_of(UblkId(4_000_000)).unwrap(), []);
+        assert_eq!(processes_of(&[UblkId(4_000_000)]).unwrap(), []);
     }
 }
