@@ -219,7 +219,6 @@ impl Cluster {
                 };
                 let to_come =
                     after.plans.iter().flat_map(|plan| &plan.moves).filter(|step| comes(step)).count();
-                let few = was_member && members(span) + to_come < wanted.min(members(old));
                 // What a move had begun was one too many, or the third of two.
                 let moved = |step: &&Move| {
                     let run = step.run;
@@ -230,7 +229,10 @@ impl Cluster {
                 };
                 let extra = before.plans.iter().flat_map(|plan| &plan.moves).filter(moved).count();
                 let had = old.replicas.len() - extra.min(old.replicas.len());
-                if few || span.replicas.len() + to_come < wanted.min(had) {
+                // Where a third copy was cancelled there are two to be kept, however many are wished.
+                let kept = wanted.min(had);
+                let few = was_member && members(span) + to_come < kept.min(members(old));
+                if few || span.replicas.len() + to_come < kept {
                     wrong.push(format!("{} {slice}: too little is left: {span:?} follows {old:?}", new.name));
                 }
             }
