@@ -124,8 +124,14 @@ pub fn make_room(shape: &mut Shape, random: &mut Random) {
     shape.nodes = used + shape.spares;
 }
 
+/// Whether his wishes go beyond where copies lie: in half of his seeds he changes topologies, numbers of copies and
+/// devices too.
+pub fn wishes_more(seed: u64) -> bool {
+    !Random::new(seed ^ 0x5e7_71e5).one_in(2)
+}
+
 /// Plans what he does until then.
-pub fn plan(cluster: &mut Cluster, shape: Shape, random: &mut Random, until: Nanos) {
+pub fn plan(cluster: &mut Cluster, shape: Shape, random: &mut Random, more: bool, until: Nanos) {
     let used = u64::from(shape.nodes - shape.spares);
     for _ in 0..1 + random.below(4) {
         // Mostly shortly before something goes wrong.
@@ -137,7 +143,7 @@ pub fn plan(cluster: &mut Cluster, shape: Shape, random: &mut Random, until: Nan
         };
         // What is a spare from the beginning may be none by then.
         let nodes = if random.one_in(6) { shape.nodes.into() } else { used };
-        let wish = match random.below(11) {
+        let wish = match random.below(if more { 11 } else { 4 }) {
             0 => Wish::Balance,
             5 => {
                 Wish::Topology([None, Some(Topology::Pair), Some(Topology::Chain)][random.below(3) as usize])

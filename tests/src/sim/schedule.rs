@@ -502,7 +502,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         last = planner.draw(classes, last, close, &mut faults);
     }
     if let Some(random) = &mut operator {
-        operator::plan(&mut cluster, shape, random, last + 1_000 * MS);
+        operator::plan(&mut cluster, shape, random, operator::wishes_more(seed), last + 1_000 * MS);
     }
     cluster.run_until(last + 500 * MS + random.below(1_000 * MS));
     if count > 0 {
