@@ -7,7 +7,9 @@ use crate::json::DeviceJson;
 use crate::redistribution::redistribute;
 use crate::{import, output};
 use mirror_net::config::format_bytes;
-use mirror_net::control::{DeviceChange, DeviceOrder, OperatorReply, OperatorRequest, Redistribution};
+use mirror_net::control::{
+    DeviceChange, DeviceOrder, OperatorReply, OperatorRequest, Redistribution, RedistributionOrder,
+};
 use std::io::IsTerminal;
 use std::path::Path;
 
@@ -85,6 +87,13 @@ pub async fn resize(config: &Path, name: &str, bytes: u64, dry_run: bool) -> Res
 pub async fn set(config: &Path, name: &str, what: DeviceSetArguments, dry_run: bool) -> Result<u8, Failure> {
     let DeviceSetArguments { copies, commit, on_no_quorum } = what;
     if commit.is_some() || on_no_quorum.is_some() {
+        if let Some(copies) = copies {
+            // All of it or nothing: what would be refused is, before anything is changed.
+            let wish = Redistribution::Copies { device: name.to_owned(), copies };
+            let request = OperatorRequest::Redistribute(RedistributionOrder { wish, carry_out: false });
+            let reply = Client::from_config(config)?.ask(&request).await?;
+            let OperatorReply::Done { .. } = reply else { return Err(unexpected(&reply)) };
+        }
         order(config, name, DeviceChange::Set { commit, on_no_quorum }, dry_run).await?;
     }
     match copies {

@@ -97,14 +97,15 @@ pub async fn import(config: &Path, name: &str, source: &Path, is_new: bool) -> R
     if let Some(user) = export.in_use.as_ref().filter(|_| !is_new) {
         return Err(Failure::new(format!("{name} is in use: {user}; end that first, nothing was written")));
     }
-    let (name, from) = (name.to_owned(), source.to_owned());
+    let from = source.to_owned();
     let again = format!("mirrorctl device import {name} {}", source.display());
     let copied = tokio::task::spawn_blocking(move || copy(&from, &export, size, is_new)).await;
     match copied {
         Ok(Ok(())) => {
             let seconds = began.elapsed().as_secs_f64().max(0.001);
+            let rest = if is_new || size == room { "" } else { "; what lies behind that is as it was" };
             output::print(&format!(
-                "{} imported into {name} in {seconds:.1} s, {}/s, and flushed to all copies",
+                "{} imported into {name} in {seconds:.1} s, {}/s, and flushed to all copies{rest}",
                 format_bytes(size),
                 format_bytes((size as f64 / seconds) as u64)
             ));

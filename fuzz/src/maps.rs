@@ -9,7 +9,7 @@ use mirror_net::ids::{
 };
 use mirror_net::map::verbs::{Run, Verb};
 use mirror_net::map::{
-    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,
+    Claim, Device, Disk, DistributionMap, Node, Replica, ReplicaState, SegmentSlots, Span,
 };
 
 /// Nodes of the small map; each has the disk of its number, its process and its attachment.
@@ -65,7 +65,6 @@ fn device(id: u32, exporter: u16, spans: &[(u32, &[u16])]) -> Device {
 /// Three nodes with a disk each; devices of two, three and one copies, and one of two spans.
 pub fn small() -> DistributionMap {
     DistributionMap {
-        format: MAP_FORMAT,
         cluster: ClusterId::default(),
         cluster_name: "small".into(),
         version: MapVersion(1),
@@ -96,11 +95,7 @@ pub fn small() -> DistributionMap {
             device(3, 1, &[(SLICES, &[1])]),
             device(4, 1, &[(2, &[1, 3]), (2, &[3, 1])]),
         ],
-        topology: None,
-        last_device: 0,
-        last_disk: 0,
-        last_node: 0,
-        plans: Vec::new(),
+        ..DistributionMap::empty()
     }
 }
 

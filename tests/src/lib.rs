@@ -14,5 +14,6 @@ pub mod nbd_server;
 pub mod playground;
 pub mod sim;
 pub mod stamps;
+pub mod tenant;
 pub mod test_disk;
 pub mod usage;

@@ -4,43 +4,8 @@ use anyhow::ensure;
 use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::Playground;
 use mirror_tests::sim::scheduler::Random;
+use mirror_tests::tenant::Tenant;
 use serde_json::Value;
-use std::collections::BTreeMap;
-
-const BLOCK: u64 = 64 << 10;
-
-/// A device, and what it has to hold: blocks that were never written are zeros.
-struct Tenant {
-    name: &'static str,
-    client: NbdClient,
-    content: BTreeMap<u64, u8>,
-}
-
-impl Tenant {
-    fn connect(play: &Playground, name: &'static str) -> anyhow::Result<Self> {
-        Ok(Self { name, client: NbdClient::connect(&play.uri(name)?)?, content: BTreeMap::new() })
-    }
-
-    fn work(&mut self, random: &mut Random) -> anyhow::Result<()> {
-        let blocks = self.client.size / BLOCK;
-        let (at, value) = (random.below(blocks), random.below(255) as u8 + 1);
-        self.client.write(at * BLOCK, &vec![value; BLOCK as usize])?;
-        self.content.insert(at, value);
-        let at = random.below(blocks);
-        self.check(at)
-    }
-
-    fn check(&mut self, at: u64) -> anyhow::Result<()> {
-        let expected = self.content.get(&at).copied().unwrap_or(0);
-        let read = self.client.read(at * BLOCK, BLOCK as u32)?;
-        ensure!(read.iter().all(|byte| *byte == expected), "{} block {at} is not {expected}", self.name);
-        Ok(())
-    }
-
-    fn check_all(&mut self) -> anyhow::Result<()> {
-        (0..self.client.size / BLOCK).try_for_each(|at| self.check(at))
-    }
-}
 
 fn work_until_done(play: &Playground, tenants: &mut [Tenant], random: &mut Random) -> anyhow::Result<()> {
     play.until("the plan's end", || {

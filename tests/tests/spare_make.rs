@@ -3,49 +3,13 @@
 use anyhow::{Context, ensure};
 use mirror_net::ids::DeviceId;
 use mirror_tests::contents::slices;
-use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::Playground;
 use mirror_tests::sim::scheduler::Random;
-use std::collections::BTreeMap;
+use mirror_tests::tenant::Tenant;
 
-const BLOCK: u64 = 64 << 10;
 /// Devices are numbered in the order of the cluster file: n1-d1, n1-d1-unmirrored, n2-d1.
 const NAMES: [(&str, DeviceId); 3] =
     [("n1-d1", DeviceId(1)), ("n1-d1-unmirrored", DeviceId(2)), ("n2-d1", DeviceId(3))];
-
-/// A device, and what it has to hold: blocks that were never written are zeros.
-struct Tenant {
-    name: &'static str,
-    client: NbdClient,
-    content: BTreeMap<u64, u8>,
-}
-
-impl Tenant {
-    fn connect(play: &Playground, name: &'static str) -> anyhow::Result<Self> {
-        Ok(Self { name, client: NbdClient::connect(&play.uri(name)?)?, content: BTreeMap::new() })
-    }
-
-    /// Writes somewhere, and reads somewhere else.
-    fn work(&mut self, random: &mut Random) -> anyhow::Result<()> {
-        let blocks = self.client.size / BLOCK;
-        let (at, value) = (random.below(blocks), random.below(255) as u8 + 1);
-        self.client.write(at * BLOCK, &vec![value; BLOCK as usize])?;
-        self.content.insert(at, value);
-        let at = random.below(blocks);
-        self.check(at)
-    }
-
-    fn check(&mut self, at: u64) -> anyhow::Result<()> {
-        let expected = self.content.get(&at).copied().unwrap_or(0);
-        let read = self.client.read(at * BLOCK, BLOCK as u32)?;
-        ensure!(read.iter().all(|byte| *byte == expected), "{} block {at} is not {expected}", self.name);
-        Ok(())
-    }
-
-    fn check_all(&mut self) -> anyhow::Result<()> {
-        (0..self.client.size / BLOCK).try_for_each(|at| self.check(at))
-    }
-}
 
 /// Where copies of a device are, as nodes, each once.
 fn nodes_of(play: &Playground, device: &str) -> anyhow::Result<Vec<String>> {

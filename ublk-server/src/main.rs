@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use mirror_net::config::Frontend;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use ublk_server::agent::{self, Options};
+use ublk_server::agent::{self, End, Options};
 use ublk_server::driver::BUFFER_BYTES;
 use ublk_server::frontend::ublk::control::Control;
 use ublk_server::frontend::ublk::process::prepare_process;
@@ -14,6 +14,8 @@ use ublk_server::frontend::ublk::{UblkId, names};
 
 /// Exit code for a command line that makes no sense (EX_USAGE).
 const USAGE: u8 = 64;
+/// The node was removed from the cluster. Its unit names this in `RestartPreventExitStatus`.
+const REMOVED: u8 = 3;
 
 #[derive(Parser)]
 #[command(version, about = "The daemon of one ublk-mirror node", arg_required_else_help = true)]
@@ -96,7 +98,10 @@ fn main() -> ExitCode {
         .init();
     ublk_server::abort::on_panic();
     let result = match arguments.command {
-        Command::Run(run) => start(run),
+        Command::Run(run) => match start(run) {
+            Ok(End::Removed) => return ExitCode::from(REMOVED),
+            ended => ended.map(drop),
+        },
         Command::DeviceName(asked) => device_name(asked),
         Command::RemoveDevices(asked) => remove_devices(asked),
     };
@@ -141,7 +146,7 @@ fn remove_devices(asked: RemoveDevices) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start(run: Run) -> anyhow::Result<()> {
+fn start(run: Run) -> anyhow::Result<End> {
     let (node, run_dir) = node_and_run_dir(run.node, run.run_dir)?;
     let options = Options {
         config: run.config,

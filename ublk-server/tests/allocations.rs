@@ -10,7 +10,7 @@ use mirror_net::ids::{
     MapVersion, NodeId, ProcessId, SliceEpoch, SliceIndex,
 };
 use mirror_net::map::{
-    Claim, Device, Disk, DistributionMap, MAP_FORMAT, Node, Replica, ReplicaState, SegmentSlots, Span,
+    Claim, Device, Disk, DistributionMap, Node, Replica, ReplicaState, SegmentSlots, Span,
 };
 use mirror_net::wire::handshake::ClusterKey;
 use mirror_net::wire::header::CrcSeed;
@@ -103,7 +103,6 @@ fn map() -> DistributionMap {
         failed: None,
     };
     DistributionMap {
-        format: MAP_FORMAT,
         cluster: ClusterId::default(),
         cluster_name: "test".into(),
         version: MapVersion(1),
@@ -128,11 +127,7 @@ fn map() -> DistributionMap {
                 replicas: vec![replica(1), replica(2)],
             }],
         }],
-        topology: None,
-        last_device: 0,
-        last_disk: 0,
-        last_node: 0,
-        plans: Vec::new(),
+        ..DistributionMap::empty()
     }
 }
 

@@ -219,7 +219,6 @@ mod tests {
 
     fn swap() -> Order {
         let next = DistributionMap {
-            format: mirror_net::map::MAP_FORMAT,
             cluster: ClusterId::default(),
             cluster_name: "lab".into(),
             version: MapVersion(3),
@@ -227,11 +226,7 @@ mod tests {
             nodes: Vec::new(),
             disks: Vec::new(),
             devices: Vec::new(),
-            topology: None,
-            last_device: 0,
-            last_disk: 0,
-            last_node: 0,
-            plans: Vec::new(),
+            ..DistributionMap::empty()
         };
         let why = vec!["because".into()];
         Order::Swap(Box::new(Proposal { base: None, batch: Vec::new(), next: Box::new(next), why }))

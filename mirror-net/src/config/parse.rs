@@ -223,20 +223,29 @@ impl Reader<'_> {
     }
 
     fn refuse_what_is_not_built(&self, cluster: &RawCluster) -> Result<(), ConfigError> {
-        let only = |value: &Option<Text>, field: &str, built: &str| match value {
+        let only = |value: &Option<Text>, field: &str, built: &str| {
+            match value {
             Some(value) if value.get_ref() != built => Err(self.error(
                 value,
                 field,
-                format!("{:?} is not built yet: leave the field out, or write {built:?}", value.get_ref()),
+                format!(
+                    "a cluster begins with {built:?}: leave the field out, and type `mirrorctl topology {}` once it is created",
+                    value.get_ref()
+                ),
             )),
             _ => Ok(()),
+        }
         };
         only(&cluster.layout, "cluster.layout", "pair")?;
         match &cluster.copies {
             Some(copies) if *copies.get_ref() != 2 => Err(self.error(
                 copies,
                 "cluster.copies",
-                format!("{} copies are not built yet: leave the field out, or write 2", copies.get_ref()),
+                format!(
+                    "a cluster begins with 2 copies of everything mirrored: leave the field out, and type `mirrorctl device \
+                     set DEVICE --copies {}` once it is created",
+                    copies.get_ref()
+                ),
             )),
             _ => Ok(()),
         }

@@ -141,7 +141,8 @@ fn every_mistake_names_line_field_and_remedy() {
         (
             "manager = ",
             "copies = 3\nmanager = ",
-            "line 5: cluster.copies: 3 copies are not built yet: leave the field out, or write 2",
+            "line 5: cluster.copies: a cluster begins with 2 copies of everything mirrored: leave the field out, and type \
+             `mirrorctl device set DEVICE --copies 3` once it is created",
         ),
         (
             "\"10.0.0.9:7300\"",

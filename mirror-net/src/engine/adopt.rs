@@ -99,9 +99,8 @@ impl Engine {
             .collect();
         let peers: Vec<NodeId> = self.peers.iter().map(|peer| peer.node).collect();
         let viewer = Viewer { me: self.me, disks: &disks, peers: &peers };
-        let views: Vec<DeviceView> = map.devices.iter().map(|device| viewer.device(&map, device)).collect();
-        let mut views = views;
-        views.extend(self.buried(&map));
+        let listed = map.devices.iter().map(|device| viewer.device(&map, device));
+        let views: Vec<DeviceView> = listed.chain(self.buried(&map)).collect();
         self.find_devices(&views);
         self.check_room(&views)?;
         if self.map.is_none() {

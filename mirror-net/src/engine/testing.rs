@@ -11,8 +11,7 @@ use crate::ids::{
     MapVersion, NodeId, ProcessId, SliceEpoch, SliceIndex, SlotIndex,
 };
 use crate::map::{
-    Claim, Commit, Device, Disk, DistributionMap, MAP_FORMAT, Node, OnNoQuorum, Replica, ReplicaState,
-    SegmentSlots, Span,
+    Claim, Commit, Device, Disk, DistributionMap, Node, OnNoQuorum, Replica, ReplicaState, SegmentSlots, Span,
 };
 use crate::wire::header::{Header, Kind, Status, Trailer};
 use std::sync::Arc;
@@ -34,7 +33,6 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
         incarnation: incarnation(node),
     };
     DistributionMap {
-        format: MAP_FORMAT,
         cluster: ClusterId::default(),
         cluster_name: "test".into(),
         version: MapVersion(1),
@@ -77,11 +75,7 @@ pub(super) fn map(nodes: u16, copies: u16, exporter: u16) -> DistributionMap {
                 replicas: (1..=copies).map(replica).collect(),
             }],
         }],
-        topology: None,
-        last_device: 0,
-        last_disk: 0,
-        last_node: 0,
-        plans: Vec::new(),
+        ..DistributionMap::empty()
     }
 }
 

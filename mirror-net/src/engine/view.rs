@@ -112,6 +112,24 @@ pub struct Mine {
 }
 
 impl SpanView {
+    /// Slices of which nobody has a copy.
+    fn empty(slices: std::ops::Range<u32>, epoch: SliceEpoch, loss: LossGeneration) -> Self {
+        Self {
+            first: slices.start,
+            end: slices.end,
+            epoch,
+            loss,
+            primary: Place::Here,
+            intact: false,
+            mine: None,
+            others: Vec::new(),
+            attached: Vec::new(),
+            members: Vec::new(),
+            stale: Vec::new(),
+            copies: 0,
+        }
+    }
+
     /// Whether this node serves these slices, leases and waits apart.
     pub fn serves(&self) -> bool {
         self.primary == Place::Here && self.intact
@@ -183,20 +201,7 @@ impl DeviceView {
             generation: ClaimGeneration(self.claim.generation.0 + 1),
             since: version,
         };
-        let span = SpanView {
-            first: 0,
-            end: self.slices,
-            epoch: SliceEpoch(version.0),
-            loss: LossGeneration(0),
-            primary: Place::Here,
-            intact: false,
-            mine: None,
-            others: Vec::new(),
-            attached: Vec::new(),
-            members: Vec::new(),
-            stale: Vec::new(),
-            copies: 0,
-        };
+        let span = SpanView::empty(0..self.slices, SliceEpoch(version.0), LossGeneration(0));
         let spans = if self.slices > 0 { vec![span] } else { Vec::new() };
         DeviceView { claim, gone: true, fails: false, deferred: false, ..self.clone() }.with_spans(spans)
     }
@@ -261,20 +266,9 @@ impl Viewer<'_> {
     }
 
     fn span(&self, map: &DistributionMap, device: &map::Device, span: &map::Span) -> SpanView {
-        let mut view = SpanView {
-            first: span.first.0,
-            end: span.end(),
-            epoch: span.epoch,
-            loss: span.loss,
-            primary: Place::Here,
-            intact: false,
-            mine: None,
-            others: Vec::new(),
-            attached: Vec::new(),
-            members: Vec::new(),
-            stale: Vec::new(),
-            copies: span.replicas.len(),
-        };
+        let copies = span.replicas.len();
+        let mut view =
+            SpanView { copies, ..SpanView::empty(span.first.0..span.end(), span.epoch, span.loss) };
         for (position, replica) in span.replicas.iter().enumerate() {
             let Some(place) = map.node_of(replica.disk).and_then(|node| self.place(node)) else { continue };
             if position == 0 {

@@ -3,7 +3,7 @@
 use super::registry::{Registered, Registry};
 use super::{export, failover};
 use crate::control::{DiskContent, Finding, SessionReport, Severity};
-use crate::map::{Device, DistributionMap, Node};
+use crate::map::{Commit, Device, DistributionMap, Node};
 use std::collections::BTreeMap;
 
 /// Everything worth telling an operator, the worst first.
@@ -57,6 +57,17 @@ pub fn findings(
         );
         let todo = "nothing if all nodes are there; else start those that are not".to_owned();
         Finding { severity: Severity::Note, device: None, node: None, what, todo }
+    }));
+    let settling = map.devices.iter().filter(|device| device.commit == Commit::Settling);
+    found.extend(settling.map(|device| Finding {
+        severity: Severity::Note,
+        device: Some(device.name.clone()),
+        node: None,
+        what: format!(
+            "{} commits immediately once its mirrors have stored what they hold in memory",
+            device.name
+        ),
+        todo: "nothing if all nodes are there; else start those that are not".into(),
     }));
     if let Some(topology) = map.topology.filter(|_| map.plans.is_empty())
         && let Some(what) = map.deviation(topology)

@@ -217,7 +217,8 @@ impl Registry {
         if map.node_named(name).is_none() {
             let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
             return Err(Refusal::Wrong(format!(
-                "there is no node {name:?} in cluster {}, its nodes are {}: check --node and the cluster file",
+                "there is no node {name:?} in cluster {}, its nodes are {}: check --node and the cluster file; if it was removed \
+                 with `mirrorctl node remove`, disable ublk-server there",
                 map.cluster_name,
                 names.join(", ")
             )));

@@ -5,8 +5,8 @@
 //! the secondary segments of the partner's disks, and one unmirrored device if it has such a segment.
 
 use super::{
-    Claim, Commit, Device, DevicePolicy, Disk, DistributionMap, MAP_FORMAT, Node, Replica, ReplicaState,
-    SegmentSlots, Span,
+    Claim, Commit, Device, DevicePolicy, Disk, DistributionMap, Node, Replica, ReplicaState, SegmentSlots,
+    Span,
 };
 use crate::format::alloc::Segment;
 use crate::ids::{
@@ -78,7 +78,6 @@ pub fn pairs(
 ) -> Result<DistributionMap, LayoutError> {
     let version = MapVersion(1);
     let mut map = DistributionMap {
-        format: MAP_FORMAT,
         cluster,
         cluster_name: cluster_name.to_owned(),
         version,
@@ -86,11 +85,7 @@ pub fn pairs(
         nodes: Vec::new(),
         disks: Vec::new(),
         devices: Vec::new(),
-        topology: None,
-        last_device: 0,
-        last_disk: 0,
-        last_node: 0,
-        plans: Vec::new(),
+        ..DistributionMap::empty()
     };
     let mut disks_of: Vec<Vec<(DiskId, &DiskSpec)>> = Vec::new();
     for (index, node) in nodes.iter().enumerate() {

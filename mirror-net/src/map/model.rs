@@ -375,6 +375,25 @@ impl Device {
 }
 
 impl DistributionMap {
+    /// One that lists nothing, of no cluster: to be filled.
+    pub fn empty() -> Self {
+        Self {
+            format: MAP_FORMAT,
+            cluster: ClusterId::default(),
+            cluster_name: String::new(),
+            version: MapVersion(0),
+            slice_bytes: 0,
+            nodes: Vec::new(),
+            disks: Vec::new(),
+            devices: Vec::new(),
+            topology: None,
+            last_device: 0,
+            last_disk: 0,
+            last_node: 0,
+            plans: Vec::new(),
+        }
+    }
+
     /// The node with that id.
     pub fn node(&self, id: NodeId) -> Option<&Node> {
         self.nodes.binary_search_by_key(&id, |node| node.id).ok().map(|index| &self.nodes[index])

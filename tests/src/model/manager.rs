@@ -14,8 +14,7 @@ use mirror_net::ids::{
 use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
 use mirror_net::map::verbs::{Run, Verb};
 use mirror_net::map::{
-    Claim, Commit, Device, Disk, DistributionMap, MAP_FORMAT, Node, OnNoQuorum, ReplicaState, SegmentSlots,
-    Span,
+    Claim, Commit, Device, Disk, DistributionMap, Node, OnNoQuorum, ReplicaState, SegmentSlots, Span,
 };
 
 /// The device that every model is about.
@@ -114,7 +113,6 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
         failed: None,
     };
     DistributionMap {
-        format: MAP_FORMAT,
         cluster: ClusterId::default(),
         cluster_name: "model".into(),
         version,
@@ -132,11 +130,7 @@ pub fn map_of(nodes: usize, version: MapVersion, claim: Claim, spans: Vec<Span>)
             claim,
             spans,
         }],
-        topology: None,
-        last_device: 0,
-        last_disk: 0,
-        last_node: 0,
-        plans: Vec::new(),
+        ..DistributionMap::empty()
     }
 }
 

@@ -3,19 +3,23 @@
 use crate::frontend::ublk::UblkId;
 use crate::frontend::ublk::users::{User, processes_of};
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 use tokio::task::JoinHandle;
 
 /// Programs that have a device open are looked for so often; at every report while there are any.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// Devices that somebody has open, each with one who has.
+type Seen = Vec<(UblkId, User)>;
+
 /// Which programs have this node's block devices open: every process is looked at, in a thread of its own.
 #[derive(Default)]
 pub(super) struct Openers {
-    found: BTreeMap<UblkId, User>,
-    looking: Option<JoinHandle<Vec<(UblkId, User)>>>,
+    /// As was last seen; `None` before anything was, and where it could not be.
+    found: Option<BTreeMap<UblkId, User>>,
+    looking: Option<JoinHandle<io::Result<Seen>>>,
     looked: Option<Instant>,
 }
 
@@ -23,29 +27,33 @@ impl Openers {
     /// Begins to look, if it is time to; what was found before is known from then on.
     pub async fn look(&mut self, now: Instant, paths: impl Iterator<Item = &str>) {
         if let Some(looking) = self.looking.take_if(|looking| looking.is_finished()) {
-            // One that could not look has found nobody.
-            self.found = looking.await.unwrap_or_default().into_iter().collect();
+            let seen = looking.await.map_err(io::Error::other).and_then(|seen| seen);
+            self.found = match seen {
+                Ok(seen) => Some(seen.into_iter().collect()),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot see who has the devices open");
+                    None
+                }
+            };
         }
-        let is_due = self.looked.is_none_or(|looked| !self.found.is_empty() || now >= looked + LOOK_EVERY);
+        let is_due = self.looked.is_none_or(|looked| {
+            let used = self.found.as_ref().is_none_or(|found| !found.is_empty());
+            used || now >= looked + LOOK_EVERY
+        });
         let ids: Vec<UblkId> = paths.filter_map(number_of).collect();
         if ids.is_empty() {
-            self.found.clear();
+            self.found = None;
         } else if is_due && self.looking.is_none() {
             self.looked = Some(now);
-            self.looking = Some(tokio::task::spawn_blocking(move || {
-                processes_of(&ids).unwrap_or_else(|error| {
-                    tracing::warn!(%error, "cannot see who has the devices open");
-                    Vec::new()
-                })
-            }));
+            self.looking = Some(tokio::task::spawn_blocking(move || processes_of(&ids)));
         }
     }
 
-    /// Who uses the block device at that path, for people.
+    /// Who uses the block device at that path, for people. What is not known counts as used.
     pub fn user(&self, path: &str) -> Option<String> {
-        mounted(path).or_else(|| {
-            let user = self.found.get(&number_of(path)?)?;
-            Some(format!("{user} has it open"))
+        mounted(path).or_else(|| match &self.found {
+            None => Some("it is not known yet which programs have it open".to_owned()),
+            Some(found) => Some(format!("{} has it open", found.get(&number_of(path)?)?)),
         })
     }
 }
@@ -90,6 +98,14 @@ fn found(disk: &str, mounts: &str, swaps: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_nobody_has_looked_at_counts_as_used() {
+        let mut openers = Openers::default();
+        assert!(openers.user("/dev/ublkb4000000").is_some());
+        openers.found = Some(BTreeMap::new());
+        assert_eq!(openers.user("/dev/ublkb4000000"), None);
+    }
 
     #[test]
     fn a_disk_its_partitions_and_no_other() {

@@ -17,7 +17,7 @@ mod ublk;
 
 pub use state::StateError;
 
-use crate::driver::command::Event;
+use crate::driver::command::{Event, ThreadReport};
 use crate::storage::{Candidate, DiskError, prepare};
 use anyhow::Context;
 use exports::Exports;
@@ -132,8 +132,17 @@ struct Agent {
     removed: bool,
 }
 
-/// Runs the daemon until it is told to stop.
-pub async fn run(options: Options) -> anyhow::Result<()> {
+/// Why the daemon ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// It was told to.
+    Told,
+    /// Its node was removed from the cluster: starting it again leads to nothing.
+    Removed,
+}
+
+/// Runs the daemon until it is told to stop, or has nothing to serve any more.
+pub async fn run(options: Options) -> anyhow::Result<End> {
     let text = std::fs::read_to_string(&options.config)
         .with_context(|| format!("cannot read the cluster file {}", options.config.display()))?;
     let file = ClusterFile::parse(&text, &options.config.to_string_lossy())?;
@@ -209,10 +218,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 let Some(input) = input else { break };
                 agent.handle(input).await?;
                 if agent.removed {
-                    tracing::warn!(
-                        node = agent.common.node,
-                        "removed from the cluster: nothing is left to be served here; disable ublk-server on this machine"
-                    );
                     break;
                 }
             }
@@ -225,7 +230,18 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }
     }
     tracing::info!("stopping");
-    agent.stop(&mut inputs).await
+    let removed = agent.removed.then(|| agent.common.node.clone());
+    agent.stop(&mut inputs).await?;
+    Ok(match removed {
+        None => End::Told,
+        Some(node) => {
+            tracing::warn!(
+                node,
+                "removed from the cluster: nothing is left to be served here; disable ublk-server on this machine"
+            );
+            End::Removed
+        }
+    })
 }
 
 impl Agent {
@@ -372,7 +388,7 @@ impl Agent {
             }
         }
         let Some(me) = map.node_named(&self.common.node).map(|node| node.id) else {
-            self.removed = self.io.is_some();
+            self.removed = self.map.is_some();
             tracing::info!(version = %map.version, "this node is not in the map");
             return Ok(());
         };
@@ -551,16 +567,26 @@ impl Agent {
         };
         let paths = report.exports.iter().filter_map(|export| export.path.as_deref());
         self.openers.look(Instant::now(), paths).await;
+        for export in &mut report.exports {
+            let of_device = |thread: &ThreadReport| {
+                thread
+                    .devices
+                    .iter()
+                    .find(|found| found.device == export.device)
+                    .map_or(0, |found| found.clients)
+            };
+            export.in_use = match (&export.path, thread.as_ref().map(of_device)) {
+                (Some(path), _) => self.openers.user(path),
+                (None, None) => Some("nobody answers who is connected".to_owned()),
+                (None, Some(0)) => None,
+                (None, Some(1)) => Some("an NBD client is connected".to_owned()),
+                (None, Some(clients)) => Some(format!("{clients} NBD clients are connected")),
+            };
+        }
         if let Some(thread) = thread {
             for export in &mut report.exports {
                 if let Some(found) = thread.devices.iter().find(|found| found.device == export.device) {
                     (export.requests, export.pending) = (found.completed, found.pending);
-                    export.in_use = match (found.clients, &export.path) {
-                        (0, Some(path)) => self.openers.user(path),
-                        (0, None) => None,
-                        (1, _) => Some("an NBD client is connected".to_owned()),
-                        (clients, _) => Some(format!("{clients} NBD clients are connected")),
-                    };
                 }
             }
             report.sessions = thread.sessions;

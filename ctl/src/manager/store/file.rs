@@ -242,7 +242,6 @@ mod tests {
 
     fn map(version: u64) -> DistributionMap {
         DistributionMap {
-            format: mirror_net::map::MAP_FORMAT,
             cluster: ClusterId::default(),
             cluster_name: "lab".into(),
             version: MapVersion(version),
@@ -250,11 +249,7 @@ mod tests {
             nodes: Vec::new(),
             disks: Vec::new(),
             devices: Vec::new(),
-            topology: None,
-            last_device: 0,
-            last_disk: 0,
-            last_node: 0,
-            plans: Vec::new(),
+            ..DistributionMap::empty()
         }
     }
 

@@ -209,6 +209,11 @@ fn from_deferred_to_immediate_commit_the_way_leads_over_everybodys_memory() {
     let epoch = bench.span("n1-d1").epoch;
     bench.device_order("n1-d1", set(Some(Commit::Immediate))).unwrap();
     assert_eq!(device(bench.map(), "n1-d1").commit, Commit::Settling);
+    let told = bench.manager.status(bench.now_ms).findings;
+    assert!(
+        told.iter().any(|finding| finding.what.starts_with("n1-d1 commits immediately once")),
+        "{told:#?}"
+    );
     assert!(bench.span("n1-d1").epoch > epoch, "nobody acknowledges under what held before");
     bench.adopt(1);
     bench.pass(100);

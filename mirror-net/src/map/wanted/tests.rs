@@ -7,7 +7,7 @@ use crate::ids::{
 use crate::map::plan::Plan;
 use crate::map::verbs::{Run, Verb};
 use crate::map::{
-    Claim, Commit, Device, Disk, MAP_FORMAT, Node, OnNoQuorum, Replica, ReplicaState, SegmentSlots, Span,
+    Claim, Commit, Device, Disk, Node, OnNoQuorum, Replica, ReplicaState, SegmentSlots, Span,
     layout::tests::pair_map,
 };
 use proptest::prelude::*;
@@ -129,7 +129,6 @@ fn random_map(
         failed: None,
     };
     let mut map = DistributionMap {
-        format: MAP_FORMAT,
         cluster: ClusterId::default(),
         cluster_name: "random".into(),
         version: MapVersion(1),
@@ -137,11 +136,7 @@ fn random_map(
         nodes: (0..nodes).map(node).collect(),
         disks: (0..nodes * disks_each).map(disk).collect(),
         devices: Vec::new(),
-        topology: None,
-        last_device: 0,
-        last_disk: 0,
-        last_node: 0,
-        plans: Vec::new(),
+        ..DistributionMap::empty()
     };
     for index in 0..1 + random(2 * nodes) {
         let unmirrored = random(5) == 0;

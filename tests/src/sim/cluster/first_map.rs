@@ -9,8 +9,7 @@ use mirror_net::ids::{
 };
 use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
 use mirror_net::map::{
-    Claim, Commit, Device, Disk, DistributionMap, MAP_FORMAT, Node as MapNode, Replica, ReplicaState,
-    SegmentSlots, Span,
+    Claim, Commit, Device, Disk, DistributionMap, Node as MapNode, Replica, ReplicaState, SegmentSlots, Span,
 };
 
 /// What the map says of every disk's slots. A partner with three disks holds some devices on two of them.
@@ -76,7 +75,6 @@ fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
     let copies = |device: usize| if device < 2 { shape.copies } else { 1 };
     let devices = if shape.mirrored_only { shape.devices.min(2) } else { shape.devices };
     DistributionMap {
-        format: MAP_FORMAT,
         cluster: ClusterId::default(),
         cluster_name: "sim".into(),
         version: MapVersion(1),
@@ -129,10 +127,6 @@ fn spread(shape: Shape, nodes: &[Node], count: usize) -> DistributionMap {
                 }],
             })
             .collect(),
-        topology: None,
-        last_device: 0,
-        last_disk: 0,
-        last_node: 0,
-        plans: Vec::new(),
+        ..DistributionMap::empty()
     }
 }
