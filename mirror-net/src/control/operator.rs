@@ -322,7 +322,7 @@ pub struct Finding {
 pub struct NodeStatus {
     /// Its name.
     pub name: String,
-    /// Whether it is connected and heard of within [`SILENCE_MS`].
+    /// Whether it is connected and heard of within [`SILENCE_MS`](super::SILENCE_MS).
     pub up: bool,
     /// Its process, if it has registered since the manager started.
     pub process: Option<ProcessId>,

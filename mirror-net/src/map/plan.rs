@@ -23,7 +23,7 @@ pub struct Plan {
     #[serde(default)]
     pub paused: bool,
     /// It is taken back: nothing begins any more, and of what has begun one copy goes, the new one or the old, once it
-    /// is certain which of them can ([`settle`](crate::manager::settle)).
+    /// is certain which of them can (`manager::settle`).
     #[serde(default, skip_serializing_if = "is_false")]
     pub cancelled: bool,
     /// Disks that are spares at its end if they hold no copies then: those that it is to empty, and the spares that it

@@ -1,0 +1,161 @@
+//! How copies that lag behind are filled, cleared and told, seen from outside.
+
+use super::*;
+
+/// Rule 1: nobody waits for a copy that is being filled and cannot be reached; what it misses is sent
+/// when it is back.
+#[test]
+fn a_syncing_copy_without_a_session_is_left_out_and_caught_up() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    rig.lane_down(2);
+    let token = rig.write(0, 4096);
+    assert_eq!(rig.result(token), Some(Ok(())));
+    assert!(rig.reports.is_empty(), "{:?}", rig.reports);
+    rig.take(Kind::Write);
+    rig.open(2, MapVersion(2));
+    assert_eq!(rig.take(Kind::Write).len(), 1, "what it missed");
+    let during = rig.write(8192, 4096);
+    assert_eq!(rig.result(during), None, "it has a session: it is waited for");
+}
+
+/// A plan that is paused keeps its new copies from being filled. Members are compared all the same: reads wait for that.
+#[test]
+fn what_an_operator_paused_is_not_filled_and_members_are_compared_all_the_same() {
+    for member in [true, false] {
+        for paused in [true, false] {
+            let mut first = map(2, 2, 1);
+            let run = Run { device: DEVICE, first: SliceIndex(0), count: 1 };
+            let step = Move { run, from: None, to: DiskId(1), segment: Segment::Secondary, primary: false };
+            first.plans = vec![Plan { paused, ..Plan::new(PlanId(1), "test".into(), vec![step]) }];
+            // The second takes over, and has a write that nobody acknowledged.
+            let mut rig = Rig::new(2, &first);
+            rig.frame(1, forwarded(Kind::Write, 1, 0), None);
+            rig.sent.clear();
+            rig.adopted(1, 2);
+            rig.adopt(&next(&first, |span| {
+                span.replicas.swap(0, 1);
+                span.replicas[1].state = if member { ReplicaState::InSync } else { ReplicaState::Syncing };
+            }));
+            rig.wait(2_000, &[1]);
+            let begun = [Kind::Compare, Kind::Write].iter().any(|kind| !rig.take(*kind).is_empty());
+            assert_eq!(begun, member || !paused, "{member} {paused}");
+        }
+    }
+}
+
+/// While a host asks again and again, copies go on at the rate that they may, without waiting for a tick.
+#[test]
+fn copies_keep_to_the_pace_while_a_host_writes() {
+    const REGION: u64 = 4096;
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    rig.lane_down(2);
+    for region in 0..60 {
+        rig.write(region * REGION, REGION as u32);
+    }
+    rig.take(Kind::Write);
+    let pace = Pace { rate: Some(100 * REGION), floor: 10 * REGION };
+    rig.engine.set_policy(NodePolicy { pace, ..NodePolicy::default() });
+    rig.open(2, MapVersion(2));
+    let mut copied = 0;
+    let end = rig.now + 400_000_000;
+    while rig.now < end {
+        rig.now = rig.engine.next_tick().min(rig.now + 5_000_000);
+        rig.tick();
+        rig.write(63 * REGION, 512);
+        for sent in rig.take(Kind::Write) {
+            copied += u32::from(u64::from(sent.header.offset) < 60 * REGION);
+            rig.ack(&sent);
+        }
+    }
+    assert!((40..=51).contains(&copied), "{copied}");
+}
+
+/// For the log, which is to say what a resync cost.
+#[test]
+fn the_end_of_a_resync_is_told_once() {
+    let mut rig = Rig::new(1, &map(2, 2, 1));
+    let opened = rig.engine.take_ended_resyncs();
+    assert_eq!(opened.len(), 1, "the copies were reconciled when the session began: {opened:?}");
+    assert_eq!((opened[0].peer.0, opened[0].moved_bytes, opened[0].behind_bytes), (2, 0, 0));
+    assert!(!opened[0].joining);
+    assert_eq!(rig.engine.take_ended_resyncs(), []);
+}
+
+/// Rule 11: what is invalid here becomes invalid there, also where the copy had nothing when its masks
+/// came and was written since. Left alone it would bring back what was discarded.
+#[test]
+fn a_discard_that_a_syncing_copy_missed_is_made_up_for() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    let (region, length) = (3 * 4096, 4096);
+    rig.write(region, length);
+    let leg = rig.take(Kind::Write);
+    rig.ack(&leg[0]);
+    rig.lane_down(2);
+    let discard = rig.request(RequestKind::Discard, region, length);
+    assert_eq!(rig.result(discard), Some(Ok(())));
+    rig.open(2, MapVersion(2));
+    let missed: Vec<u32> = rig.take(Kind::Discard).iter().map(|sent| sent.header.offset).collect();
+    assert_eq!(missed, [region as u32]);
+}
+
+/// The same for one that is another incarnation than the one that joins.
+#[test]
+fn a_joining_copy_of_another_incarnation_is_lost_anew() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.lane_down(2);
+    let joining = next(&next(&first, second_stale), |span| span.replicas[1].state = ReplicaState::Syncing);
+    rig.open_as(2, joining.version, 2, 22);
+    rig.reports.clear();
+    rig.adopt(&joining);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+}
+
+/// The same of what is copied from it: the other copy may have what this one has lost.
+#[test]
+fn nothing_is_copied_from_a_disk_that_failed_meanwhile() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    rig.lane_down(2);
+    rig.write(0, 4096);
+    rig.hold = true;
+    rig.open(2, MapVersion(2));
+    assert_eq!(rig.held.len(), 1, "the region is being read");
+    rig.fail_flush = true;
+    rig.flush();
+    rig.complete_io(Ok(()));
+    assert!(rig.take(Kind::Write).is_empty());
+}
+
+#[test]
+fn space_that_was_never_written_is_not_sent_to_a_new_copy() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, second_stale));
+    rig.clean_peers = false;
+    let syncing = next(&next(&first, second_stale), |span| span.replicas[1].state = ReplicaState::Syncing);
+    rig.adopt(&syncing);
+    rig.adopted(2, syncing.version.0);
+    rig.wait(300, &[2]);
+    let unite = rig.take(Kind::Unite);
+    assert_eq!(unite.len(), 1, "its slice");
+    // All of the new copy is dirty, and nothing of it content.
+    let body = [u64::MAX, 0].map(u64::to_le_bytes).concat();
+    let masks = Header { sequence: unite[0].header.sequence, ..Header::new(Kind::Masks) };
+    rig.frame_with(2, masks, &body);
+    rig.wait(300, &[2]);
+    for kind in [Kind::Write, Kind::Compare, Kind::Discard] {
+        assert_eq!(rig.take(kind).len(), 0, "{kind:?}");
+    }
+    // What is written from now on is content.
+    let write = rig.write(0, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.result(write), Some(Ok(())));
+    let data =
+        |extents: &mut dyn Iterator<Item = crate::engine::Extent>| extents.filter(|extent| extent.data).count();
+    let now = rig.now;
+    assert_eq!(data(&mut rig.engine.extents(now, DEVICE, 0, u64::from(crate::engine::testing::SLICE))), 1);
+}
