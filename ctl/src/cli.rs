@@ -3,6 +3,7 @@
 use crate::failure::Failure;
 use crate::playground::PlaygroundArguments;
 use clap::{Parser, Subcommand};
+use mirror_net::config::Segments;
 use mirror_net::map::{Commit, OnNoQuorum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -308,6 +309,8 @@ pub enum NodeVerb {
         #[arg(long)]
         json: bool,
     },
+    /// Take a node of the cluster file into a running cluster; its disks are formatted, and empty
+    Add(NodeAddArguments),
     /// Move everything away from a node, online; afterwards it is no part of the cluster any more
     Remove(NodeRemoveArguments),
     /// Go on from a node's copies that are not in sync, where every other is lost: what they lack is lost too
@@ -502,6 +505,56 @@ pub enum PlanVerb {
     },
 }
 
+/// Percent of a disk for each segment, as `--segments` spells it.
+#[derive(Clone, Copy, Debug)]
+pub struct SegmentShares(pub [u8; 3]);
+
+fn segment_shares(text: &str) -> Result<SegmentShares, String> {
+    let shares: Option<Vec<u8>> = text.split('/').map(|share| share.parse().ok()).collect();
+    let shares: Option<[u8; 3]> = shares.and_then(|shares| shares.try_into().ok());
+    shares.filter(|shares| Segments::of(*shares).is_some()).map(SegmentShares).ok_or_else(|| {
+        "three percentages that add up to 100: for primaries, mirrors, and what nobody mirrors".to_owned()
+    })
+}
+
+/// What [`DiskVerb::Add`] is told.
+#[derive(clap::Args, Debug)]
+pub struct DiskAddArguments {
+    /// Its node, and the name that it is to have
+    #[arg(value_name = "NODE/DISK")]
+    pub disk: String,
+    /// The block device on that node
+    pub path: PathBuf,
+    /// Percent of it for primaries, mirrors and what nobody mirrors
+    #[arg(long, value_name = "P/S/U", value_parser = segment_shares, default_value = "45/45/10")]
+    pub segments: SegmentShares,
+    /// It holds nothing until it takes the place of another
+    #[arg(long)]
+    pub spare: bool,
+    /// Though it holds something, which is destroyed
+    #[arg(long)]
+    pub force: bool,
+    /// Do nothing, successfully, if the node has a disk of that name already
+    #[arg(long)]
+    pub if_new: bool,
+    /// Only show what it would bring, and what `rebalance` would move then
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What [`NodeVerb::Add`] is told.
+#[derive(clap::Args, Debug)]
+pub struct NodeAddArguments {
+    /// Its name in the cluster file
+    pub node: String,
+    /// Though its disks hold something, which is destroyed
+    #[arg(long)]
+    pub force: bool,
+    /// Only show what it would bring, and what `rebalance` would move then
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
 /// What [`DiskVerb::Remove`] is told.
 #[derive(clap::Args, Debug)]
 pub struct DiskRemoveArguments {
@@ -535,6 +588,14 @@ pub struct NodeRemoveArguments {
 /// Verbs of `disk`.
 #[derive(Subcommand, Debug)]
 pub enum DiskVerb {
+    /// What there is: where, how large, how full, in which state
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take a disk into a running cluster; it is formatted, and empty
+    Add(DiskAddArguments),
     /// Move everything away from a disk, online; afterwards it is no part of the cluster any more
     Remove(DiskRemoveArguments),
     /// Show what our metadata on a disk says, damaged or not; without the daemon

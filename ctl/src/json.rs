@@ -394,6 +394,11 @@ impl NodeJson {
                 },
                 (DiskContent::Blank, _) => ("blank", None),
                 (DiskContent::Foreign { what }, _) => ("foreign", Some(what.clone())),
+                (DiskContent::Ours { cluster, disk }, _)
+                    if map.is_some_and(|map| *cluster == map.cluster) =>
+                {
+                    ("removed", Some(format!("it was {disk}")))
+                }
                 (DiskContent::Ours { cluster, .. }, _) => ("other_cluster", Some(cluster.to_string())),
                 (DiskContent::Unusable { why }, _) => ("unusable", Some(why.clone())),
             };
@@ -414,5 +419,95 @@ impl NodeJson {
             disks: disks.collect(),
             sessions: sessions.collect(),
         }
+    }
+}
+
+/// A disk of the map or of a node that is connected, for `disk list`.
+#[derive(Serialize, Debug)]
+pub struct ListedDiskJson {
+    /// Its node's name.
+    pub node: String,
+    /// Its name.
+    pub disk: String,
+    /// Its path there, if its node has said so.
+    pub path: Option<String>,
+    /// Its size, if its node has said so.
+    pub bytes: Option<u64>,
+    /// The size of its primary segment; none if it is not in the map, as with the other segments.
+    pub primary_bytes: Option<u64>,
+    /// The size of its secondary segment.
+    pub secondary_bytes: Option<u64>,
+    /// The size of its unmirrored segment.
+    pub unmirrored_bytes: Option<u64>,
+    /// Bytes of slices that have a copy on it.
+    pub used_bytes: Option<u64>,
+    /// `ok`, `spare`, `failed`, `absent`, `node_down`; of one that is not in the map what is on it.
+    pub state: String,
+    /// Of what its state does not say all, for people.
+    pub detail: Option<String>,
+}
+
+impl ListedDiskJson {
+    /// Those of the map, then those that are in no cluster, or in another.
+    pub fn of(status: &ClusterStatus) -> Vec<Self> {
+        let mut disks = Vec::new();
+        let map = status.map.as_ref();
+        let balance = map.map_or_else(Vec::new, BalanceJson::of);
+        for (disk, balance) in map.into_iter().flat_map(|map| &map.disks).zip(balance) {
+            let Some(map) = map else { continue };
+            let node = map.node_name(disk.node);
+            let found = status.nodes.iter().find(|entry| entry.name == node);
+            let ours = DiskContent::Ours { cluster: map.cluster, disk: disk.id };
+            let inventory =
+                found.and_then(|entry| entry.disks.iter().find(|inventory| inventory.content == ours));
+            let up = found.is_some_and(|entry| entry.up);
+            let state = match (&disk.failed, inventory) {
+                (Some(_), _) => "failed",
+                (None, _) if !up => "node_down",
+                (None, None) => "absent",
+                (None, Some(_)) if disk.spare => "spare",
+                (None, Some(_)) => "ok",
+            };
+            let slice = u64::from(map.slice_bytes);
+            let of = |slots: u32| Some(u64::from(slots) * slice);
+            disks.push(Self {
+                node,
+                disk: disk.name.clone(),
+                path: inventory.map(|inventory| inventory.path.clone()),
+                bytes: inventory.map(|inventory| inventory.bytes),
+                primary_bytes: of(disk.slots.primary),
+                secondary_bytes: of(disk.slots.secondary),
+                unmirrored_bytes: of(disk.slots.unmirrored),
+                used_bytes: Some(balance.used_bytes),
+                state: state.to_owned(),
+                detail: disk.failed.as_ref().map(|failed| failed.reason.clone()),
+            });
+        }
+        for node in &status.nodes {
+            let json = NodeJson::of(map, node);
+            let in_map = |content: &DiskContent| match (content, map) {
+                (DiskContent::Ours { cluster, disk }, Some(map)) => {
+                    *cluster == map.cluster && map.disk(*disk).is_some()
+                }
+                _ => false,
+            };
+            for (found, json) in
+                node.disks.iter().zip(json.disks).filter(|(found, _)| !in_map(&found.content))
+            {
+                disks.push(Self {
+                    node: node.name.clone(),
+                    disk: found.name.clone(),
+                    path: Some(found.path.clone()),
+                    bytes: Some(found.bytes),
+                    primary_bytes: None,
+                    secondary_bytes: None,
+                    unmirrored_bytes: None,
+                    used_bytes: None,
+                    state: json.state.to_owned(),
+                    detail: json.detail,
+                });
+            }
+        }
+        disks
     }
 }

@@ -9,6 +9,7 @@ pub mod client;
 mod cluster;
 mod device;
 mod disk;
+mod enrol;
 mod events;
 pub mod failure;
 mod import;
@@ -79,6 +80,9 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Node { verb: NodeVerb::Failover { node, json } } => {
             node::failover(&config, &node, json).await
         }
+        Command::Node { verb: NodeVerb::Add(arguments) } => enrol::add_node(&config, arguments).await,
+        Command::Disk { verb: DiskVerb::Add(arguments) } => enrol::add_disk(&config, arguments).await,
+        Command::Disk { verb: DiskVerb::List { json } } => disk::list(&config, json).await,
         Command::Node { verb: NodeVerb::Remove(arguments) } => {
             redistribution::remove_node(&config, arguments).await
         }

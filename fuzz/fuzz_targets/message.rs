@@ -10,9 +10,10 @@ use ublk_mirror_fuzz::choices::Choices;
 use ublk_mirror_fuzz::streams::receive;
 use ublk_server::mirror::lane::{LaneParser, open_body};
 
-const KINDS: [Kind; 21] = [
+const KINDS: [Kind; 22] = [
     Kind::Open,
     Kind::Adopted,
+    Kind::Attached,
     Kind::Ping,
     Kind::Pong,
     Kind::Write,

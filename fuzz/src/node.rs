@@ -28,7 +28,7 @@ const UNDER_WAY_MAX: usize = 64;
 /// Buffers that the engine copies through, for ever.
 const COPY_BUFFERS: [BufferId; 2] = [BufferId(u32::MAX), BufferId(u32::MAX - 1)];
 
-const KINDS: [Kind; 21] = [
+const KINDS: [Kind; 22] = [
     Kind::Write,
     Kind::Zero,
     Kind::Discard,
@@ -47,6 +47,7 @@ const KINDS: [Kind; 21] = [
     Kind::Ack,
     Kind::Reply,
     Kind::Adopted,
+    Kind::Attached,
     Kind::Ping,
     Kind::Pong,
     Kind::Open,

@@ -161,6 +161,10 @@ impl Server<'_> {
                 self.replies.insert(ticket, reply);
                 return Some(Input::Device { ticket, order });
             }
+            OperatorRequest::Enrol(order) => {
+                self.replies.insert(ticket, reply);
+                return Some(Input::Enrol { ticket, order });
+            }
             OperatorRequest::Rebuild { file, without, install } => {
                 match ClusterFile::parse(&file, "cluster file") {
                     Ok(file) => {

@@ -195,6 +195,13 @@ impl FakeNode {
                 }
                 vec![NodeMessage::Formatted { error: None, attach }]
             }
+            ManagerMessage::Look { .. } => {
+                vec![NodeMessage::Looked { found: Err("no such disk".to_owned()) }]
+            }
+            ManagerMessage::Waiting { why } => {
+                println!("{}: {why}", self.name);
+                Vec::new()
+            }
             ManagerMessage::Map { map } => {
                 let version = map.version;
                 self.kept.adopted = version;

@@ -27,6 +27,16 @@ pub const SLICE_BYTES_DEFAULT: u32 = 64 << 20;
 /// Longest name of a cluster, node or disk.
 pub const NAME_BYTES_MAX: usize = 32;
 
+/// Whether a text can be the name of a cluster, node or disk.
+pub fn check_name(text: &str) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let fits = !text.is_empty() && text.len() <= NAME_BYTES_MAX;
+    if fits && text.chars().all(plain) && !text.starts_with('-') {
+        return Ok(());
+    }
+    Err(format!("{text:?} is not a name: 1 to {NAME_BYTES_MAX} of a-z, 0-9 and -, not beginning with -"))
+}
+
 /// A cluster file that has passed every check.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClusterFile {
@@ -129,6 +139,14 @@ pub struct Segments {
     pub secondary: u8,
     /// Data that nobody mirrors.
     pub unmirrored: u8,
+}
+
+impl Segments {
+    /// From percentages for primaries, mirrors and what nobody mirrors; `None` unless they add up to 100.
+    pub fn of([primary, secondary, unmirrored]: [u8; 3]) -> Option<Self> {
+        let sum = [primary, secondary, unmirrored].into_iter().map(u32::from).sum::<u32>();
+        (sum == 100).then_some(Self { primary, secondary, unmirrored })
+    }
 }
 
 impl Default for Segments {

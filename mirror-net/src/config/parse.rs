@@ -2,8 +2,8 @@
 
 use super::store::{RawStore, StoreFile};
 use super::{
-    ClusterFile, ConfigError, DiskFile, Frontend, NAME_BYTES_MAX, NbdListen, NodeFile, NodePolicy, Pace,
-    Policy, SLICE_BYTES_DEFAULT, Segments, Tolerance, format_bytes, parse_bytes,
+    ClusterFile, ConfigError, DiskFile, Frontend, NbdListen, NodeFile, NodePolicy, Pace, Policy,
+    SLICE_BYTES_DEFAULT, Segments, Tolerance, check_name, format_bytes, parse_bytes,
 };
 use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
 use crate::map::{Commit, DevicePolicy, OnNoQuorum};
@@ -439,18 +439,8 @@ impl Reader<'_> {
     }
 
     fn name(&self, name: &Text, field: &str) -> Result<String, ConfigError> {
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
         let text = name.get_ref();
-        if text.is_empty() || text.len() > NAME_BYTES_MAX || !text.chars().all(plain) || text.starts_with('-')
-        {
-            return Err(self.error(
-                name,
-                field,
-                format!(
-                    "{text:?} is not a name: 1 to {NAME_BYTES_MAX} of a-z, 0-9 and -, not beginning with -"
-                ),
-            ));
-        }
+        check_name(text).map_err(|what| self.error(name, field, what))?;
         Ok(text.clone())
     }
 

@@ -83,6 +83,11 @@ pub enum NodeMessage {
         /// The disks' attachments, in the order of the request.
         attach: Vec<AttachId>,
     },
+    /// The answer to [`ManagerMessage::Look`].
+    Looked {
+        /// What is there; the reason in words if it cannot be used.
+        found: Result<DiskInventory, String>,
+    },
     /// The answer to [`ManagerMessage::TellMap`]: the newest map that this node was ever sent and kept.
     KeptMap {
         /// `None` if it has none.
@@ -200,6 +205,19 @@ pub enum ManagerMessage {
     },
     /// Check all named disks, then format them; answered with [`NodeMessage::Formatted`].
     Format(FormatOrder),
+    /// Open a disk that this node does not have yet, say what is there, and let go of it; answered with
+    /// [`NodeMessage::Looked`].
+    Look {
+        /// The name that it is to have.
+        name: String,
+        /// Its path.
+        path: String,
+    },
+    /// This node has no place in the cluster, and waits for one.
+    Waiting {
+        /// What to do about it, for people.
+        why: String,
+    },
     /// The newest map.
     Map {
         /// All of it.
@@ -240,7 +258,7 @@ pub enum ManagerMessage {
 /// The disks of one node to be formatted.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct FormatOrder {
-    /// The new cluster.
+    /// Their cluster.
     pub cluster: ClusterId,
     /// The node's id in it.
     pub node: NodeId,
@@ -259,6 +277,9 @@ pub struct FormatOrder {
 pub struct FormatDisk {
     /// Its name in the cluster file.
     pub name: String,
+    /// Its path, of a disk that the node does not have yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
     /// Its id in the map.
     pub disk: DiskId,
     /// Its slots, by segment.

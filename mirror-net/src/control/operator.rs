@@ -38,6 +38,8 @@ pub enum OperatorRequest {
     Redistribute(RedistributionOrder),
     /// A device is made, deleted or changed.
     Device(DeviceOrder),
+    /// A disk or a node enters the cluster.
+    Enrol(EnrolOrder),
     /// Every store is lost: make the map again from what the nodes have kept.
     Rebuild {
         /// The text of the cluster file.
@@ -72,6 +74,41 @@ pub struct ForceOrder {
     pub confirmed_off: Vec<String>,
     /// Do it; else only tell what would be done.
     pub carry_out: bool,
+}
+
+/// What enters the cluster.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EnrolOrder {
+    /// What exactly.
+    pub what: Entrant,
+    /// Format over foreign data.
+    pub force: bool,
+    /// Do it; else only tell what would be done.
+    pub carry_out: bool,
+}
+
+/// A disk or a node that enters.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Entrant {
+    /// A disk of a node that is there already.
+    Disk {
+        /// `NODE/DISK`: its node, and the name that it is to have.
+        disk: String,
+        /// Its path on that node.
+        path: String,
+        /// Percent of it for the primary, the secondary and the unmirrored segment.
+        segments: [u8; 3],
+        /// It is to hold nothing until it takes the place of another.
+        spare: bool,
+    },
+    /// A node with all its disks.
+    Node {
+        /// The text of the cluster file.
+        file: String,
+        /// Its name there.
+        node: String,
+    },
 }
 
 /// What is to become of a device.

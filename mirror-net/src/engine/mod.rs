@@ -119,6 +119,21 @@ struct Disk {
     idle_since: Option<Nanos>,
 }
 
+impl Disk {
+    fn new(disk: LocalDisk) -> Self {
+        Self {
+            id: disk.id,
+            attach: disk.attach,
+            journal: disk.journal,
+            allocator: disk.allocator,
+            flusher: flush::DiskFlusher::default(),
+            intents: VecDeque::new(),
+            failed: false,
+            idle_since: None,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Device {
     view: DeviceView,
@@ -225,22 +240,12 @@ pub struct Engine {
 impl Engine {
     /// An engine that serves nothing until it gets its first map.
     pub fn new(me: Me, slice_bytes: u32, disks: Vec<LocalDisk>, now: Nanos) -> Self {
-        let disks = disks.into_iter().map(|disk| Disk {
-            id: disk.id,
-            attach: disk.attach,
-            journal: disk.journal,
-            allocator: disk.allocator,
-            flusher: flush::DiskFlusher::default(),
-            intents: VecDeque::new(),
-            failed: false,
-            idle_since: None,
-        });
         Self {
             me: me.node,
             process: me.process,
             now,
             slice_bytes,
-            disks: disks.collect(),
+            disks: disks.into_iter().map(Disk::new).collect(),
             peers: Vec::new(),
             devices: Vec::new(),
             by_device: HashMap::new(),
@@ -289,6 +294,17 @@ impl Engine {
         if self.exporter_session == ExporterSession(0) {
             self.exporter_session = session;
         }
+    }
+
+    /// A further disk, before any map that has copies on it. A map that is being adopted has none, so it need not wait for
+    /// anything on this disk.
+    pub fn add_disk(&mut self, now: Nanos, disk: LocalDisk) {
+        self.now = now;
+        self.disks.push(Disk::new(disk));
+        for peer in 0..self.peers.len() {
+            self.tell_disks(peer);
+        }
+        self.settle();
     }
 
     /// The process is about to end: nothing is held in memory for other nodes any more.

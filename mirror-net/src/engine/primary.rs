@@ -507,6 +507,7 @@ impl Engine {
         match header.kind {
             Kind::Open => self.on_open(peer, small_body)?,
             Kind::Adopted => self.on_adopted(peer, crate::ids::MapVersion(header.slice_epoch.0)),
+            Kind::Attached => self.on_attached(peer, small_body)?,
             Kind::Ping => self.on_ping(peer, header),
             Kind::Pong => self.on_pong(peer, header),
             Kind::Write

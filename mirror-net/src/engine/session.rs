@@ -31,6 +31,8 @@ pub const UNREACHED: Nanos = 5_000_000_000;
 pub const ASK_AGAIN: Nanos = 1_000_000_000;
 /// Pings whose answer is still awaited, at most.
 const PINGS_MAX: usize = 8;
+/// The most disks that a peer may have.
+const DISKS_MAX: usize = 1024;
 
 #[derive(Debug)]
 struct Session {
@@ -50,6 +52,20 @@ struct Session {
     adopted: MapVersion,
     /// The attachments of its disks.
     attached: Vec<(DiskId, AttachId)>,
+    /// How many of this node's disks the peer was told of.
+    told_disks: usize,
+}
+
+impl super::Disk {
+    fn write_attachment(&self, body: &mut Vec<u8>) {
+        body.extend(u64::from(self.id.0).to_le_bytes());
+        body.extend(self.attach.0.to_le_bytes());
+    }
+}
+
+fn attachments(words: impl Iterator<Item = u64>) -> Vec<(DiskId, AttachId)> {
+    let words: Vec<u64> = words.collect();
+    words.chunks_exact(2).map(|pair| (DiskId(pair[0] as u32), AttachId(pair[1]))).collect()
 }
 
 /// A read lease that a peer granted.
@@ -188,6 +204,7 @@ impl Engine {
             pings: VecDeque::new(),
             adopted: MapVersion(0),
             attached: Vec::new(),
+            told_disks: 0,
         });
         self.open_if_quiet(peer);
         self.settle();
@@ -213,13 +230,11 @@ impl Engine {
             return;
         };
         session.sent_open = true;
+        session.told_disks = self.disks.len();
         let mut body = Vec::with_capacity(16 * (1 + self.disks.len()));
         body.extend(self.process.0.to_le_bytes());
         body.extend(adopted.0.to_le_bytes());
-        for disk in &self.disks {
-            body.extend(u64::from(disk.id.0).to_le_bytes());
-            body.extend(disk.attach.0.to_le_bytes());
-        }
+        self.disks.iter().for_each(|disk| disk.write_attachment(&mut body));
         self.send_unanswered(peer, Header::new(Kind::Open), Body::Bytes(body));
         self.opened(peer);
     }
@@ -231,9 +246,7 @@ impl Engine {
         let (Some(process), Some(adopted)) = (words.next(), words.next()) else {
             return Err(BadFrame::Content("open: too short"));
         };
-        let words: Vec<u64> = words.collect();
-        let attached: Vec<(DiskId, AttachId)> =
-            words.chunks_exact(2).map(|pair| (DiskId(pair[0] as u32), AttachId(pair[1]))).collect();
+        let attached = attachments(words);
         let session = self.peers[peer].session.as_mut().ok_or(BadFrame::Session)?;
         if session.process != ProcessId(process) {
             return Err(BadFrame::Content("open: not the process of the handshake"));
@@ -249,8 +262,39 @@ impl Engine {
         Ok(())
     }
 
-    /// A member whose incarnation is not the map's is no member (rule 3). Asked when either of the
-    /// two is new: the peer's session, or our map.
+    /// Tells the peer of disks that this node got since it sent `Open`.
+    pub(super) fn tell_disks(&mut self, peer: PeerIndex) {
+        if !self.peers[peer].is_open() {
+            return;
+        }
+        let Some(session) = self.peers[peer].session.as_mut() else { return };
+        let told = std::mem::replace(&mut session.told_disks, self.disks.len());
+        let mut body = Vec::new();
+        self.disks[told..].iter().for_each(|disk| disk.write_attachment(&mut body));
+        if !body.is_empty() {
+            self.send_unanswered(peer, Header::new(Kind::Attached), Body::Bytes(body));
+        }
+    }
+
+    /// `Attached` from the peer.
+    pub(super) fn on_attached(&mut self, peer: PeerIndex, body: &[u8]) -> Result<(), BadFrame> {
+        let session = self.peers[peer].session.as_mut().ok_or(BadFrame::Session)?;
+        let words = body.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
+        for (disk, attach) in attachments(words) {
+            if session.attached.iter().any(|(other, _)| *other == disk) {
+                return Err(BadFrame::Content("attached: a disk that was there"));
+            }
+            if session.attached.len() >= DISKS_MAX {
+                return Err(BadFrame::Content("attached: too many disks"));
+            }
+            session.attached.push((disk, attach));
+        }
+        self.check_incarnation(peer);
+        Ok(())
+    }
+
+    /// A member whose incarnation is not the map's is no member (rule 3). Asked when any of these
+    /// is new: the peer's session, its disks, the map that it has, or ours.
     pub(super) fn check_incarnation(&mut self, peer: PeerIndex) {
         if let Some(cause) = self.other_incarnation(peer)
             && !planted::is(Bug::SecondaryRebootBelieved)
@@ -270,6 +314,11 @@ impl Engine {
                 continue;
             };
             let attach = attached.iter().find(|(disk, _)| *disk == replica.disk).map(|(_, attach)| *attach);
+            // It may have got the disk just now: it tells before it adopts the map that has a copy on it, and nothing is
+            // sent to that copy, nor acknowledged without it, before it has.
+            if attach.is_none() && session.adopted.0 < span.epoch.0 {
+                continue;
+            }
             if attach != Some(replica.incarnation.attach) {
                 return Some(format!(
                     "{} was detached or its machine restarted",
@@ -325,6 +374,7 @@ impl Engine {
         }
         self.shorten_wait();
         self.retry_parked();
+        self.tell_disks(peer);
         self.send_adopted(peer);
         self.ping_if_due(peer);
         self.resume_after(peer);
@@ -549,6 +599,7 @@ impl Engine {
             && session.adopted < version
         {
             session.adopted = version;
+            self.check_incarnation(peer);
             self.shorten_wait();
             self.retry_parked();
             self.resume_after(peer);

@@ -135,7 +135,7 @@ pub(super) struct Rig {
     next_buffer: u32,
 }
 
-fn formatted(disk: u32, known_zero: bool) -> LocalDisk {
+pub(super) fn formatted(disk: u32, known_zero: bool) -> LocalDisk {
     let geometry = Geometry::with_log_blocks(DISK_BYTES, SLICE, 512, 16).unwrap();
     let options = FormatOptions {
         cluster: ClusterId::default(),

@@ -1,14 +1,17 @@
 //! The manager as a state machine.
 
+mod entering;
+
 use super::ask::{Ask, Asks, Wish};
 use super::broadcast::Broadcasts;
-use super::create::{Creation, Progress};
+use super::create::Creation;
+use super::enrolment::Enrolment;
 use super::evening::Evening;
 use super::findings::slow_lines;
 use super::rebuild::{self, Rebuild};
 use super::redistribution::View;
 use super::regeneration::{self, Situation};
-use super::registry::{Refusal, Registry, outdated, own_disks};
+use super::registry::{self, Refusal, Registry, outdated, own_disks};
 use super::repair::repair;
 use super::{
     Change, ConnectionId, Input, Output, Proposal, Ticket, advance, detector, devices, export, failover,
@@ -16,7 +19,7 @@ use super::{
 };
 use crate::config::Policy;
 use crate::control::{
-    ClusterStatus, DeviceOrder, DiskContent, EventKind, ForceOrder, ManagerMessage, NodeMessage, NodeStatus,
+    ClusterStatus, DeviceOrder, EventKind, ForceOrder, ManagerMessage, NodeMessage, NodeStatus,
     OperatorReply, PlanOrder, RedistributionOrder, Registration,
 };
 use crate::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId, PlanId};
@@ -59,6 +62,7 @@ pub struct Manager {
     /// Nodes that count as failed, as was last said.
     down: BTreeSet<NodeId>,
     creation: Option<Creation>,
+    enrolment: Option<Enrolment>,
     rebuild: Option<Rebuild>,
     /// What is being stored, and who waits for it.
     storing: Option<(Proposal, Then)>,
@@ -69,9 +73,22 @@ pub struct Manager {
 #[derive(Debug)]
 enum Then {
     Nothing,
-    FailedOver { ticket: Ticket, moved: Vec<String>, stayed: Vec<String> },
-    Ordered { ticket: Ticket, lines: Vec<String> },
+    FailedOver {
+        ticket: Ticket,
+        moved: Vec<String>,
+        stayed: Vec<String>,
+    },
+    Ordered {
+        ticket: Ticket,
+        lines: Vec<String>,
+    },
     Created,
+    /// The enrolment's ids are.
+    Reserved,
+    /// What enters has.
+    Entered {
+        lines: Vec<String>,
+    },
 }
 
 impl Manager {
@@ -98,6 +115,7 @@ impl Manager {
             evening: Evening::default(),
             down: BTreeSet::new(),
             creation: None,
+            enrolment: None,
             rebuild: None,
             storing: None,
             outputs: VecDeque::new(),
@@ -157,32 +175,9 @@ impl Manager {
             Input::Message { connection, message } => self.message(now_ms, connection, message),
             Input::Disconnected { connection } => self.disconnected(connection),
             Input::Create { ticket, file, cluster, force } => {
-                let refused = if let Some(map) = &self.map {
-                    Some(format!(
-                        "there is a cluster already, {}; to begin anew, stop the manager and move its state \
-                         directory away",
-                        map.cluster_name
-                    ))
-                } else if self.creation.is_some() || self.storing.is_some() {
-                    Some("a cluster is being created at this moment; wait for it".to_owned())
-                } else {
-                    let outputs = &mut self.outputs;
-                    let request = (ticket, &*file, cluster, force);
-                    let started = Creation::start(now_ms, request, &self.registry, &mut |output| {
-                        outputs.push_back(output);
-                    });
-                    match started {
-                        Ok(creation) => {
-                            self.creation = Some(creation);
-                            None
-                        }
-                        Err(reason) => Some(reason),
-                    }
-                };
-                if let Some(reason) = refused {
-                    self.reply(ticket, OperatorReply::Refused { reason });
-                }
+                self.create(now_ms, (ticket, &*file, cluster, force));
             }
+            Input::Enrol { ticket, order } => self.enrol(now_ms, ticket, &order),
             Input::Failover { ticket, node } => self.failovers.push_back((ticket, node)),
             Input::Force { ticket, order } => self.forces.push_back((ticket, order)),
             Input::Plan { ticket, plan, order } => self.orders.push_back((ticket, plan, order)),
@@ -211,11 +206,12 @@ impl Manager {
                 };
                 self.reply(ticket, reply);
             }
-            Input::Stored { version } => self.stored(version),
+            Input::Stored { version } => self.stored(now_ms, version),
             Input::Conflict { newest } => self.conflict(newest.map(|map| *map)),
             Input::Tick => {}
         }
         self.advance_creation(now_ms);
+        self.advance_enrolment(now_ms);
         self.advance_rebuild(now_ms);
         self.decide(now_ms);
         self.grant_exports(now_ms);
@@ -260,11 +256,16 @@ impl Manager {
             registration.adopted = MapVersion(0);
         }
         let line = format!("node {} registered with {}", registration.node, registration.process);
+        let stranger = self.map.as_ref().filter(|map| map.node_named(&registration.node).is_none());
+        let waits = stranger.map(|map| registry::waits(map, &registration.node));
         if let Some(old) = self.registry.enter(now_ms, connection, registration) {
-            if let Some(creation) = &mut self.creation {
-                creation.disconnected(old);
-            }
+            self.enrolled_by_gone(old);
             self.outputs.push_back(Output::Close { connection: old });
+        }
+        if let Some(why) = waits {
+            self.log(why.clone());
+            self.outputs.push_back(Output::Send { connection, message: ManagerMessage::Waiting { why } });
+            return;
         }
         self.outputs.push_back(Output::Event(EventKind::Node, line));
         self.outputs.push_back(Output::GiveSession { connection });
@@ -362,40 +363,25 @@ impl Manager {
             NodeMessage::Formatted { error, attach } => {
                 if let Some(creation) = &mut self.creation {
                     creation.formatted(connection, error, &attach);
+                } else if let Some(enrolment) = &mut self.enrolment {
+                    enrolment.formatted(connection, error, &attach);
+                }
+            }
+            NodeMessage::Looked { found } => {
+                if let (Some(enrolment), Some(map)) = (&mut self.enrolment, &self.map) {
+                    enrolment.looked(map, connection, found);
                 }
             }
         }
     }
 
     fn disconnected(&mut self, connection: ConnectionId) {
-        if let Some(creation) = &mut self.creation {
-            creation.disconnected(connection);
-        }
+        self.enrolled_by_gone(connection);
         let Some((name, entry)) = self.registry.by_connection_mut(connection) else { return };
         entry.connected = false;
         let line = format!("node {name} disconnected");
         self.outputs.push_back(Output::Event(EventKind::Node, line));
         self.map.iter().for_each(|map| self.registry.forget_strangers(map));
-    }
-
-    fn advance_creation(&mut self, now_ms: u64) {
-        if self.storing.is_some() {
-            return;
-        }
-        let Some(creation) = &mut self.creation else { return };
-        let outputs = &mut self.outputs;
-        match creation.progress(now_ms, &mut |output| outputs.push_back(output)) {
-            Progress::Waiting => {}
-            Progress::Done(proposal) => self.store(proposal, Then::Created),
-            Progress::Failed { reason, close } => {
-                let ticket = creation.ticket;
-                self.creation = None;
-                self.reply(ticket, OperatorReply::Refused { reason });
-                for connection in close {
-                    self.outputs.push_back(Output::Close { connection });
-                }
-            }
-        }
     }
 
     fn advance_rebuild(&mut self, now_ms: u64) {
@@ -661,8 +647,12 @@ impl Manager {
                     "BUG: a change was computed that cannot be made: {reason}: {:?}",
                     change.batch
                 ));
-                if let Then::FailedOver { ticket, .. } | Then::Ordered { ticket, .. } = then {
-                    self.reply(ticket, OperatorReply::Refused { reason });
+                match then {
+                    Then::FailedOver { ticket, .. } | Then::Ordered { ticket, .. } => {
+                        self.reply(ticket, OperatorReply::Refused { reason });
+                    }
+                    Then::Reserved | Then::Entered { .. } => self.enrolment_failed(reason, None),
+                    Then::Created | Then::Nothing => {}
                 }
                 self.storing = None;
                 self.asks.clear();
@@ -670,12 +660,14 @@ impl Manager {
         }
     }
 
-    fn stored(&mut self, version: MapVersion) {
+    fn stored(&mut self, now_ms: u64, version: MapVersion) {
         let Some((proposal, then)) = self.storing.take() else { return };
         assert_eq!(proposal.next.version, version, "the store confirmed another version than was proposed");
         self.map = Some(*proposal.next);
-        if matches!(then, Then::Created) {
-            self.enter_formatted_disks();
+        match then {
+            Then::Created => self.enter_formatted_disks(),
+            Then::Entered { .. } => self.enter_newcomers(),
+            _ => {}
         }
         self.send_map_to_all();
         self.map.iter().for_each(|map| self.registry.forget_strangers(map));
@@ -690,26 +682,8 @@ impl Manager {
                     self.reply(creation.ticket, OperatorReply::Created { map: Box::new(map) });
                 }
             }
-        }
-    }
-
-    /// The nodes registered with blank disks; what they formatted is known from their answers.
-    fn enter_formatted_disks(&mut self) {
-        let (Some(creation), Some(map)) = (&self.creation, &self.map) else { return };
-        let formatted = creation.formatted_disks();
-        for (name, entry) in self.registry.iter_mut() {
-            entry.adopted = MapVersion(0);
-            // One that restarted since has registered with what is on its disks now.
-            if creation.process_of(name) != Some(entry.process) {
-                continue;
-            }
-            for (disk_name, disk, attach) in formatted.get(name).into_iter().flatten() {
-                if let Some(inventory) = entry.disks.iter_mut().find(|inventory| inventory.name == *disk_name)
-                {
-                    inventory.content = DiskContent::Ours { cluster: map.cluster, disk: *disk };
-                    inventory.attach = *attach;
-                }
-            }
+            Then::Reserved => self.format_newcomers(now_ms),
+            Then::Entered { lines } => self.welcome(lines),
         }
     }
 
@@ -741,6 +715,7 @@ impl Manager {
                     self.reply(creation.ticket, OperatorReply::Refused { reason });
                 }
             }
+            Some(Then::Reserved | Then::Entered { .. }) => self.enrolment_failed(reason, None),
             Some(Then::Nothing) | None => {}
         }
     }

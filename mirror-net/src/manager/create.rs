@@ -165,7 +165,12 @@ impl Creation {
                 .disks
                 .iter()
                 .zip(&member.disks)
-                .map(|(spec, disk)| FormatDisk { name: spec.name.clone(), disk: *disk, slots: spec.slots })
+                .map(|(spec, disk)| FormatDisk {
+                    name: spec.name.clone(),
+                    path: None,
+                    disk: *disk,
+                    slots: spec.slots,
+                })
                 .collect();
             let order = FormatOrder {
                 cluster: self.cluster,
@@ -281,7 +286,7 @@ impl Creation {
 }
 
 /// Whether a disk may be formatted, before its node is asked.
-fn check_content(node: &str, disk: &DiskInventory, force: bool) -> Result<(), String> {
+pub(super) fn check_content(node: &str, disk: &DiskInventory, force: bool) -> Result<(), String> {
     let at = format!("node {node} disk {} ({}, {})", disk.name, disk.path, format_bytes(disk.bytes));
     let what = match &disk.content {
         DiskContent::Unusable { why } => return Err(format!("{at} cannot be used: {why}")),

@@ -2,7 +2,7 @@
 
 use super::registry::{Registered, Registry};
 use super::{export, failover};
-use crate::control::{DiskContent, Finding, SessionReport, Severity};
+use crate::control::{DiskContent, DiskInventory, Finding, SessionReport, Severity};
 use crate::map::{Commit, Device, DistributionMap, Node};
 use std::collections::BTreeMap;
 
@@ -49,6 +49,22 @@ pub fn findings(
     for node in &map.nodes {
         View { map, registry, now_ms }.node(node, &mut found);
     }
+    let strangers =
+        registry.iter().filter(|(name, entry)| map.node_named(name).is_none() && entry.is_up(now_ms));
+    found.extend(strangers.map(|(name, _)| Finding {
+        severity: Severity::Note,
+        device: None,
+        node: Some(name.to_owned()),
+        what: format!("{name} is connected, and no part of the cluster"),
+        todo: format!(
+            "mirrorctl node add {name}   (--dry-run shows what it would bring), or stop ublk-server there"
+        ),
+    }));
+    for (name, entry) in
+        registry.iter().filter(|(name, entry)| map.node_named(name).is_some() && entry.is_up(now_ms))
+    {
+        found.extend(entry.disks.iter().filter_map(|disk| removed_disk(map, name, disk)));
+    }
     found.extend(map.plans.iter().filter(|plan| plan.cancelled).map(|plan| {
         let slices: u64 = plan.moves.iter().map(|step| u64::from(step.run.count)).sum();
         let what = format!(
@@ -82,6 +98,22 @@ pub fn findings(
     }
     found.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     found
+}
+
+/// A disk that its node still has, and the map has not any more.
+fn removed_disk(map: &DistributionMap, node: &str, disk: &DiskInventory) -> Option<Finding> {
+    let DiskContent::Ours { cluster, disk: id } = disk.content else { return None };
+    (cluster == map.cluster && map.has_left(id)).then(|| Finding {
+        severity: Severity::Note,
+        device: None,
+        node: Some(node.to_owned()),
+        what: format!("{node}/{} ({}) is no part of the cluster any more", disk.name, disk.path),
+        todo: format!(
+            "take it out of the cluster file of {node} and restart ublk-server there; or restart it and type: mirrorctl disk \
+             add {node}/{} {} --force",
+            disk.name, disk.path
+        ),
+    })
 }
 
 /// A manager that lost its state looks like a new one, but the nodes' disks tell.

@@ -27,6 +27,7 @@ mod core;
 mod create;
 pub mod detector;
 mod devices;
+mod enrolment;
 mod evening;
 pub mod export;
 pub mod failover;
@@ -52,8 +53,8 @@ pub use self::core::Manager;
 use self::registry::{Registry, Standing};
 use crate::config::ClusterFile;
 use crate::control::{
-    BroadcastKind, DeviceOrder, EventKind, ForceOrder, ManagerMessage, NodeMessage, OperatorReply, PlanOrder,
-    RedistributionOrder, Registration,
+    BroadcastKind, DeviceOrder, EnrolOrder, EventKind, ForceOrder, ManagerMessage, NodeMessage,
+    OperatorReply, PlanOrder, RedistributionOrder, Registration,
 };
 use crate::ids::{ClusterId, DeviceId, DiskId, ExporterSession, MapVersion, PlanId};
 use crate::map::verbs::{Run, Verb};
@@ -145,6 +146,13 @@ pub enum Input {
         ticket: Ticket,
         /// What exactly.
         order: DeviceOrder,
+    },
+    /// An operator wants a disk or a node to enter the cluster.
+    Enrol {
+        /// Where the answer goes.
+        ticket: Ticket,
+        /// What exactly.
+        order: EnrolOrder,
     },
     /// An operator wants the map made again from what the nodes have kept.
     Rebuild {

@@ -214,15 +214,6 @@ impl Registry {
     ) -> Result<(), Refusal> {
         let name = &registration.node;
         let Some(map) = map else { return Ok(()) };
-        if map.node_named(name).is_none() {
-            let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
-            return Err(Refusal::Wrong(format!(
-                "there is no node {name:?} in cluster {}, its nodes are {}: check --node and the cluster file; if it was removed \
-                 with `mirrorctl node remove`, disable ublk-server there",
-                map.cluster_name,
-                names.join(", ")
-            )));
-        }
         if let Some(other) = cluster.filter(|cluster| *cluster != map.cluster) {
             return Err(Refusal::Wrong(format!(
                 "node {name} belongs to cluster {other}, this manager's cluster {} is {}: check `manager` in its \
@@ -238,9 +229,11 @@ impl Registry {
         if own {
             return Ok(());
         }
+        let stranger = map.node_named(name).is_none();
         for disk in &registration.disks {
             if let DiskContent::Ours { cluster, disk: id } = disk.content {
-                if cluster == map.cluster && map.has_left(id) {
+                // A newcomer's may hold what nobody needs: whoever takes it in decides about that.
+                if cluster == map.cluster && map.has_left(id) || cluster != map.cluster && stranger {
                     continue;
                 }
                 let what = if cluster == map.cluster {
@@ -259,6 +252,12 @@ impl Registry {
         }
         // A second daemon started by mistake finds the disks in use; it must not push out the first.
         match self.get(name) {
+            Some(old) if stranger && old.is_up(now_ms) && old.process != registration.process => {
+                Err(Refusal::Wrong(format!(
+                    "node {name}, which is no part of the cluster yet, is connected already: a second ublk-server for it seems \
+                     to have been started; stop one of the two"
+                )))
+            }
             Some(old) if old.is_up(now_ms) && old.process != registration.process && old.has_disks(map) => {
                 Err(Refusal::Wrong(format!(
                     "node {name} is already connected, with its disks, and the newcomer has none of them: a second \
@@ -268,6 +267,17 @@ impl Registry {
             _ => Ok(()),
         }
     }
+}
+
+/// What to do about a node that the map does not know.
+pub(super) fn waits(map: &DistributionMap, name: &str) -> String {
+    let names: Vec<&str> = map.nodes.iter().map(|node| node.name.as_str()).collect();
+    format!(
+        "node {name} is no part of cluster {}, whose nodes are {}: it waits for `mirrorctl node add {name}`; if it was removed, \
+         disable ublk-server there",
+        map.cluster_name,
+        names.join(", ")
+    )
 }
 
 fn our_disk(inventory: &DiskInventory) -> Option<DiskId> {
@@ -297,9 +307,9 @@ pub(super) fn outdated(node: &str, theirs: MapVersion, ours: MapVersion) -> Stri
 
 /// Whether any disk of a registration is one that the map has on that node.
 pub(super) fn own_disks(map: &DistributionMap, registration: &Registration) -> bool {
-    let node = map.node_named(&registration.node).map(|node| node.id);
+    let Some(node) = map.node_named(&registration.node).map(|node| node.id) else { return false };
     registration.disks.iter().any(|disk| match disk.content {
-        DiskContent::Ours { cluster, disk } => cluster == map.cluster && map.node_of(disk) == node,
+        DiskContent::Ours { cluster, disk } => cluster == map.cluster && map.node_of(disk) == Some(node),
         _ => false,
     })
 }

@@ -3,8 +3,9 @@
 //! Plain data. [`DistributionMap`] is changed by [`verbs`] only, checked by [`validate`] on every
 //! load, first made by [`layout`].
 
+mod inventory;
 pub mod layout;
-mod leaving;
+
 mod model;
 pub mod plan;
 pub mod runs;

@@ -5,7 +5,9 @@
 
 use super::plan::Plan;
 use super::validate::InvalidMap;
-use super::{Commit, Device, DistributionMap, Failed, OnNoQuorum, Replica, ReplicaState, Span, Topology};
+use super::{
+    Commit, Device, Disk, DistributionMap, Failed, Node, OnNoQuorum, Replica, ReplicaState, Span, Topology,
+};
 use crate::format::alloc::Segment;
 use crate::ids::{
     ClaimGeneration, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId, PlanId, SliceEpoch,
@@ -107,6 +109,24 @@ pub enum Verb {
         /// Whether it is to hold nothing until it is activated.
         spare: bool,
     },
+    /// Ids up to these are given to nothing but what enters with them: a disk is formatted with its id before it enters,
+    /// and is never to meet another of that id, whatever happens in between.
+    Reserve {
+        /// For disks.
+        disk: DiskId,
+        /// For nodes.
+        node: NodeId,
+    },
+    /// A disk that holds nothing enters the map, under a reserved id.
+    AddDisk {
+        /// All of it.
+        disk: Disk,
+    },
+    /// A node enters the map, under a reserved id.
+    AddNode {
+        /// All of it.
+        node: Node,
+    },
     /// A disk that holds nothing leaves the map; its id is never given again.
     RemoveDisk {
         /// The disk.
@@ -201,6 +221,12 @@ pub enum VerbError {
     NotInSync { device: DeviceId, slice: u32, disk: DiskId, state: ReplicaState },
     #[error("{device} slice {slice}: the replica on {disk} is the last that is in sync")]
     LastMember { device: DeviceId, slice: u32, disk: DiskId },
+    #[error("{0} was not reserved for a disk that enters, or is another's")]
+    DiskNotReserved(DiskId),
+    #[error("{0} was not reserved for a node that enters, or is another's")]
+    NodeNotReserved(NodeId),
+    #[error("{node} has a disk named {name} already")]
+    DiskNameTaken { node: String, name: String },
     #[error("{disk} holds a copy of {device} slice {slice}")]
     DiskInUse { disk: DiskId, device: DeviceId, slice: u32 },
     #[error("{plan} moves something to {disk}")]
@@ -349,6 +375,12 @@ impl DistributionMap {
                 disk.spare = *spare;
                 Ok(())
             }
+            Verb::Reserve { disk, node } => {
+                self.reserve(*disk, *node);
+                Ok(())
+            }
+            Verb::AddDisk { disk } => self.add_disk(disk),
+            Verb::AddNode { node } => self.add_node(node),
             Verb::RemoveDisk { disk } => self.remove_disk(*disk),
             Verb::RemoveNode { node } => self.remove_node(*node),
             Verb::SetTopology { topology } => {

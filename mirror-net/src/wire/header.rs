@@ -31,6 +31,8 @@ pub enum Kind {
     Ping = 3,
     /// Grants the lease; `slice_epoch` is the grantor's map version.
     Pong = 4,
+    /// The sender has further disks since it sent [`Kind::Open`].
+    Attached = 5,
     /// Primary to secondary: store the body.
     Write = 10,
     /// Primary to secondary: the range reads as zeros from now on.
@@ -77,6 +79,7 @@ impl Kind {
             2 => Self::Adopted,
             3 => Self::Ping,
             4 => Self::Pong,
+            5 => Self::Attached,
             10 => Self::Write,
             11 => Self::Zero,
             12 => Self::Discard,

@@ -6,7 +6,6 @@ use crate::driver::{IoThread, WireKeys, now};
 use crate::frontend::nbd;
 use crate::frontend::ublk::export::Export;
 use crate::ring::disk::DiskFile;
-use crate::storage::{Candidate, prepare};
 use anyhow::Context;
 use mirror_net::config::NodePolicy;
 use mirror_net::control::{BroadcastKind, SurveyRun};
@@ -44,32 +43,17 @@ impl IoHandle {
         (Self { handle }, inbox)
     }
 
-    /// Opens the node's disks and starts the thread. Disks that cannot be used are left out, and why
-    /// is returned beside.
+    /// Starts the thread with the node's disks.
     pub fn start(
         key: &ClusterKey,
         me: Me,
         map: &DistributionMap,
-        disks: &[Candidate],
+        disks: Vec<(LocalDisk, DiskFile)>,
         inputs: mpsc::UnboundedSender<Input>,
         buffer_bytes: usize,
         serves_ublk: bool,
-    ) -> anyhow::Result<(Self, Vec<String>)> {
-        let mut troubles = Vec::new();
-        let mut opened: Vec<(LocalDisk, DiskFile)> = Vec::new();
-        for disk in disks {
-            match prepare::open_for_service(disk, map.cluster) {
-                Ok((local, _)) if map.disk(local.id).is_none() => troubles.push(format!(
-                    "disk {} ({}) was removed from the cluster, as {}: take it out of the cluster file of this machine",
-                    disk.name,
-                    disk.path.display(),
-                    local.id
-                )),
-                Ok(pair) => opened.push(pair),
-                Err(error) => troubles.push(error.to_string()),
-            }
-        }
-        let (locals, files): (Vec<LocalDisk>, Vec<DiskFile>) = opened.into_iter().unzip();
+    ) -> anyhow::Result<Self> {
+        let (locals, files): (Vec<LocalDisk>, Vec<DiskFile>) = disks.into_iter().unzip();
         let engine = Engine::new(me, map.slice_bytes, locals, now());
         let (handle, inbox) = channel().context("eventfd")?;
         let (events, mut received) = mpsc::unbounded_channel::<Event>();
@@ -100,7 +84,12 @@ impl IoHandle {
                 }
             }
         });
-        Ok((Self { handle }, troubles))
+        Ok(Self { handle })
+    }
+
+    /// A further disk, before the map that lists it.
+    pub fn add_disk(&self, disk: (LocalDisk, DiskFile)) {
+        self.handle.send(Command::AddDisk(Box::new(disk)));
     }
 
     /// Adopt this map.

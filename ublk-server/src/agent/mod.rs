@@ -4,6 +4,7 @@
 //! ublk control thread are tasks and threads of their own that send it inputs. Nothing here is in
 //! the way of a request.
 
+mod disks;
 mod exports;
 mod in_use;
 mod io;
@@ -18,27 +19,28 @@ mod ublk;
 pub use state::StateError;
 
 use crate::driver::command::{Event, ThreadReport};
-use crate::storage::{Candidate, DiskError, prepare};
+use crate::storage::prepare;
 use anyhow::Context;
+use disks::Disks;
 use exports::Exports;
 use io::IoHandle;
 use lanes::Lanes;
 use manager::Membership;
 use mirror_net::config::{ClusterFile, Frontend, NodeFile, NodePolicy};
 use mirror_net::control::{
-    FormatOrder, Life, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration, SurveyAnswer,
-    SurveyResult,
+    FormatDisk, FormatOrder, Life, ManagerMessage, NodeMessage, NodeReport, REPORT_MS, Registration,
+    SurveyAnswer, SurveyResult,
 };
 use mirror_net::engine::Me;
 use mirror_net::engine::action::Report;
-use mirror_net::ids::{AttachId, ClusterId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
+use mirror_net::ids::{ClusterId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
 use mirror_net::wire::handshake::{ClusterKey, Identity, Role};
 use rand::TryRngCore;
 use state::StateDir;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -107,7 +109,7 @@ struct Agent {
     membership: Membership,
     file: NodeFile,
     state: StateDir,
-    disks: Arc<[Candidate]>,
+    disks: Disks,
     inputs: mpsc::UnboundedSender<Input>,
     manager: Option<mpsc::UnboundedSender<NodeMessage>>,
     /// The manager has taken us in.
@@ -178,7 +180,7 @@ pub async fn run(options: Options) -> anyhow::Result<End> {
     let lives = state.lives();
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let lanes = Lanes::listen(&node.address, common.clone(), sender.clone()).await?;
-    let disks = node.disks.iter().map(Candidate::open).collect::<Result<_, DiskError>>()?;
+    let disks = Disks::open(&node.disks, state.added_disks()?)?;
     let exports = Exports::new(&node, &options.run_dir, sender.clone()).await?;
     let membership = Membership::default();
     membership.set(cluster);
@@ -290,7 +292,7 @@ impl Agent {
     }
 
     fn register(&mut self) {
-        let disks = self.disks.iter().map(Candidate::inventory).collect();
+        let disks = self.disks.inventory();
         self.tell_manager(NodeMessage::Register(Registration {
             node: self.common.node.clone(),
             process: self.common.process,
@@ -323,13 +325,18 @@ impl Agent {
                 if let Err(error) = &result {
                     tracing::error!(error = format!("{error:#}"), "formatting was refused");
                 }
-                let attach = order.disks.iter().filter_map(|wanted| {
-                    self.disks.iter().find(|disk| disk.name == wanted.name).map(|disk| disk.attach)
-                });
-                let attach: Vec<AttachId> = attach.collect();
+                let attach = self.disks.attachments(&order);
                 let error = result.err().map(|error| format!("{error:#}"));
                 self.tell_manager(NodeMessage::Formatted { error, attach });
             }
+            ManagerMessage::Look { name, path } => {
+                let disks = self.disks.clone();
+                let look = move || Ok(disks.find(&name, Path::new(&path))?.inventory());
+                let found = meanwhile(look, async || self.report().await).await?;
+                let found = found.map_err(|error: anyhow::Error| format!("{error:#}"));
+                self.tell_manager(NodeMessage::Looked { found });
+            }
+            ManagerMessage::Waiting { why } => tracing::warn!(why, "this node is no part of the cluster"),
             ManagerMessage::Map { map } => self.new_map(Arc::new(*map)).await?,
             ManagerMessage::Export { device, generation } => {
                 self.exports.allow(device, generation);
@@ -358,18 +365,30 @@ impl Agent {
     }
 
     async fn format(&mut self, order: FormatOrder) -> anyhow::Result<()> {
+        if let [FormatDisk { name, path: Some(path), disk: id, .. }] = &order.disks[..] {
+            let (name, path, id) = (name.clone(), PathBuf::from(path), *id);
+            let (node, disks) = (self.common.node.clone(), self.disks.clone());
+            let format = move || {
+                let candidate = disks.find(&name, &path)?;
+                disks::format(&order, &node, &candidate)?;
+                Ok::<_, anyhow::Error>(candidate)
+            };
+            let candidate = meanwhile(format, async || self.report().await).await??;
+            return self.disks.add(candidate, id, &self.state);
+        }
         anyhow::ensure!(
             self.io.is_none(),
             "its disks are in use for the cluster that it serves: stop the daemon, empty its state directory, start it again"
         );
         if order.check_only {
-            return Ok(prepare::check(&order, &self.disks)?);
+            return Ok(prepare::check(&order, &self.disks.candidates())?);
         }
         // What is known of a cluster that these disks were part of is history now.
         self.state.forget()?;
+        self.disks.forget_added();
         self.membership.set(None);
         self.adopted = MapVersion(0);
-        let (name, disks) = (self.common.node.clone(), Arc::clone(&self.disks));
+        let (name, disks) = (self.common.node.clone(), self.disks.candidates());
         let format = move || prepare::format_all(&order, &name, &disks);
         meanwhile(format, async || self.report().await).await??;
         Ok(())
@@ -392,11 +411,13 @@ impl Agent {
             tracing::info!(version = %map.version, "this node is not in the map");
             return Ok(());
         };
-        self.tell_removed(&map);
+        self.forget_removed(&map)?;
         self.state.save_map(&map)?;
         self.membership.set(Some(map.cluster));
-        if self.io.is_none() && !self.start_io(me, &map).await? {
-            return Ok(());
+        match self.io.is_some() {
+            true => self.add_disks(me, &map).await?,
+            false if !self.start_io(me, &map).await? => return Ok(()),
+            false => {}
         }
         self.lanes.follow(&map, me, &self.inputs);
         self.map = Some(Arc::clone(&map));
@@ -411,33 +432,31 @@ impl Agent {
 
     /// Disks of this node that a new map does not list any more are written nothing; they are let go of when the daemon
     /// ends.
-    fn tell_removed(&self, map: &DistributionMap) {
-        let mine = self.map.as_ref().into_iter().flat_map(|before| {
-            let me = before.node_named(&self.common.node).map(|node| node.id);
-            before.disks.iter().filter(move |disk| Some(disk.node) == me)
-        });
+    fn forget_removed(&mut self, map: &DistributionMap) -> anyhow::Result<()> {
+        let Some(before) = self.map.clone() else { return Ok(()) };
+        let me = before.node_named(&self.common.node).map(|node| node.id);
+        let mine = before.disks.iter().filter(|disk| Some(disk.node) == me);
         for disk in mine.filter(|disk| map.disk(disk.id).is_none()) {
+            self.disks.removed(&disk.name, &self.state)?;
             tracing::warn!(
                 disk = disk.name,
                 "removed from the cluster: take it out of the cluster file of this machine and restart ublk-server, which \
                  holds it until then"
             );
         }
+        Ok(())
     }
 
-    /// Opens the disks and starts the I/O thread; false if no disk can be used.
+    /// Opens the disks and starts the I/O thread; false if it does not start.
     async fn start_io(&mut self, me: NodeId, map: &Arc<DistributionMap>) -> anyhow::Result<bool> {
+        let opened = self.open_disks(map, true).await?;
         let me = Me { node: me, process: self.common.process };
-        let (key, map, disks) = (self.common.key.clone(), Arc::clone(map), Arc::clone(&self.disks));
+        let (key, map) = (self.common.key.clone(), Arc::clone(map));
         let (inputs, buffer_bytes) = (self.inputs.clone(), self.buffer_bytes);
         let serves_ublk = self.exports.frontend() == Frontend::Ublk;
-        let start = move || IoHandle::start(&key, me, &map, &disks, inputs, buffer_bytes, serves_ublk);
+        let start = move || IoHandle::start(&key, me, &map, opened, inputs, buffer_bytes, serves_ublk);
         match meanwhile(start, async || self.report().await).await? {
-            Ok((io, troubles)) => {
-                for trouble in &troubles {
-                    tracing::error!(trouble, "a disk is left out");
-                }
-                self.trouble = troubles.into_iter().next();
+            Ok(io) => {
                 io.exporter_session(self.exporter_session);
                 io.policy(self.policy);
                 self.io = Some(io);
@@ -445,10 +464,51 @@ impl Agent {
             }
             Err(error) => {
                 tracing::error!(%error, "the I/O thread did not start");
+                self.disks.let_go();
                 self.trouble = Some(error.to_string());
                 Ok(false)
             }
         }
+    }
+
+    /// Gives the I/O thread disks that were added and that this map lists, before it adopts it.
+    async fn add_disks(&mut self, me: NodeId, map: &Arc<DistributionMap>) -> anyhow::Result<()> {
+        if self.disks.awaits(map, me) {
+            let opened = self.open_disks(map, false).await?;
+            for disk in opened {
+                tracing::info!(disk = %disk.0.id, "a disk was added");
+                if let Some(io) = &self.io {
+                    io.add_disk(disk);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens disks for the I/O thread; what cannot be used is left out and told.
+    async fn open_disks(
+        &mut self,
+        map: &Arc<DistributionMap>,
+        first: bool,
+    ) -> anyhow::Result<Vec<disks::Opened>> {
+        let (mut disks, map) = (self.disks.clone(), Arc::clone(map));
+        let open = move || {
+            let opened = disks.open_for_service(&map, first);
+            (disks, opened)
+        };
+        let (disks, (opened, troubles)) = meanwhile(open, async || self.report().await).await?;
+        self.disks = disks;
+        if first {
+            self.trouble = troubles.first().map(|(_, trouble)| trouble.clone());
+        }
+        for (disk, trouble) in troubles {
+            tracing::error!(trouble, "a disk is left out");
+            if let Some(disk) = disk {
+                self.failed_disks.insert(disk, trouble.clone());
+                self.tell_manager(NodeMessage::DiskFailed { disk, reason: trouble });
+            }
+        }
+        Ok(opened)
     }
 
     /// Starts what may be exported and is not.

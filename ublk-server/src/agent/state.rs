@@ -1,8 +1,10 @@
-//! The node's state directory: the newest map that it was sent, and which maps its processes adopted.
+//! The node's state directory: the newest map that it was sent, which maps its processes adopted, and disks that were added.
 //!
 //! The map is not what the node acts on after a start, which is the manager's word; it is there so that
 //! the map can be rebuilt from the nodes if every manager is lost.
 
+use super::disks::AddedDisk;
+use anyhow::Context;
 use mirror_net::control::Life;
 use mirror_net::map::DistributionMap;
 use nix::fcntl::{Flock, FlockArg};
@@ -14,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 const MAP_FILE: &str = "map.json";
 const LIVES_FILE: &str = "lives.json";
+const DISKS_FILE: &str = "disks.json";
 
 /// Why the state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +60,18 @@ impl StateDir {
         self.read(LIVES_FILE).unwrap_or_default()
     }
 
+    /// Disks that were added while the node ran. Without knowing them it must not go on: their data would seem lost.
+    pub fn added_disks(&self) -> anyhow::Result<Vec<AddedDisk>> {
+        let path = self.path.join(DISKS_FILE);
+        match std::fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| {
+                format!("{} is damaged: write the disks into the cluster file and remove it", path.display())
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(source) => Err(StateError::Io { path, source }.into()),
+        }
+    }
+
     fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
         let path = self.path.join(name);
         let told = |error: &dyn std::fmt::Display| {
@@ -75,7 +90,7 @@ impl StateDir {
 
     /// Forgets what is kept: it is of another cluster.
     pub fn forget(&self) -> Result<(), StateError> {
-        for name in [MAP_FILE, LIVES_FILE] {
+        for name in [MAP_FILE, LIVES_FILE, DISKS_FILE] {
             match std::fs::remove_file(self.path.join(name)) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     return Err(StateError::Io { path: self.path.join(name), source });
@@ -94,6 +109,11 @@ impl StateDir {
     /// The same for what processes adopted.
     pub fn save_lives(&self, lives: &[Life]) -> Result<(), StateError> {
         self.save(LIVES_FILE, lives)
+    }
+
+    /// The same for disks that were added.
+    pub fn save_disks(&self, disks: &[AddedDisk]) -> Result<(), StateError> {
+        self.save(DISKS_FILE, disks)
     }
 
     fn save<T: Serialize + ?Sized>(&self, name: &str, what: &T) -> Result<(), StateError> {

@@ -2,8 +2,10 @@
 
 use crate::frontend::nbd;
 use crate::frontend::ublk::export::Export;
+use crate::ring::disk::DiskFile;
 use mirror_net::config::NodePolicy;
 use mirror_net::control::{BroadcastKind, ResyncReport, SessionReport, SurveyAnswer, SurveyRun};
+use mirror_net::engine::LocalDisk;
 use mirror_net::engine::action::Report;
 use mirror_net::ids::{DeviceId, ExporterSession, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
@@ -14,6 +16,8 @@ use std::sync::mpsc;
 
 /// For the I/O thread.
 pub enum Command {
+    /// A further disk, before the map that lists it.
+    AddDisk(Box<(LocalDisk, DiskFile)>),
     /// Adopt this map.
     Map(Arc<DistributionMap>),
     /// The manager's number for this process as an exporter.

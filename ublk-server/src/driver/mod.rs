@@ -246,6 +246,11 @@ impl IoThread {
                     self.tell(Event::MapRefused(error.to_string()));
                 }
             }
+            Command::AddDisk(disk) => {
+                let (local, file) = *disk;
+                self.disks.push(file);
+                self.engine.add_disk(now(), local);
+            }
             Command::ExporterSession(session) => self.engine.set_exporter_session(session),
             Command::Policy(policy) => self.engine.set_policy(policy),
             Command::Lane { peer, session, process, socket } => {

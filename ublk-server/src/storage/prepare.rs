@@ -11,9 +11,10 @@ use mirror_net::ids::{ClusterId, SlotIndex};
 use nix::fcntl::FallocateFlags;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
 
 /// Checks that every disk of an order may be formatted; nothing is changed.
-pub fn check(order: &FormatOrder, disks: &[Candidate]) -> Result<(), DiskError> {
+pub fn check(order: &FormatOrder, disks: &[Arc<Candidate>]) -> Result<(), DiskError> {
     for wanted in &order.disks {
         let disk = find(wanted, disks)?;
         let (name, path) = (disk.name.clone(), disk.path.clone());
@@ -40,7 +41,7 @@ pub fn check(order: &FormatOrder, disks: &[Candidate]) -> Result<(), DiskError> 
 }
 
 /// Formats every disk of an order, which has been checked.
-pub fn format_all(order: &FormatOrder, node_name: &str, disks: &[Candidate]) -> Result<(), DiskError> {
+pub fn format_all(order: &FormatOrder, node_name: &str, disks: &[Arc<Candidate>]) -> Result<(), DiskError> {
     check(order, disks)?;
     order.disks.iter().try_for_each(|wanted| format_one(order, wanted, node_name, find(wanted, disks)?))
 }
@@ -98,10 +99,11 @@ fn carry_out(plan: Plan, disk: &Candidate) -> io::Result<()> {
     Ok(())
 }
 
-fn find<'a>(wanted: &FormatDisk, disks: &'a [Candidate]) -> Result<&'a Candidate, DiskError> {
+fn find<'a>(wanted: &FormatDisk, disks: &'a [Arc<Candidate>]) -> Result<&'a Candidate, DiskError> {
     disks
         .iter()
-        .find(|disk| disk.name == wanted.name)
+        .map(AsRef::as_ref)
+        .find(|disk: &&Candidate| disk.name == wanted.name)
         .ok_or_else(|| DiskError::Missing { name: wanted.name.clone(), path: std::path::PathBuf::new() })
 }
 

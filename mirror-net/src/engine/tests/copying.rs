@@ -154,8 +154,81 @@ fn space_that_was_never_written_is_not_sent_to_a_new_copy() {
     let leg = rig.take(Kind::Write);
     rig.ack(&leg[0]);
     assert_eq!(rig.result(write), Some(Ok(())));
-    let data =
-        |extents: &mut dyn Iterator<Item = crate::engine::Extent>| extents.filter(|extent| extent.data).count();
+    let data = |extents: &mut dyn Iterator<Item = crate::engine::Extent>| {
+        extents.filter(|extent| extent.data).count()
+    };
     let now = rig.now;
     assert_eq!(data(&mut rig.engine.extents(now, DEVICE, 0, u64::from(crate::engine::testing::SLICE))), 1);
+}
+
+/// Node 2 gets another disk, which the map's next version has a copy on.
+fn with_disk_added(first: &crate::map::DistributionMap, state: ReplicaState) -> crate::map::DistributionMap {
+    let mut second = next(first, |span| {
+        span.replicas[1].disk = DiskId(9);
+        span.replicas[1].incarnation.attach.0 = 99;
+        span.replicas[1].state = state;
+    });
+    second.disks.push(crate::map::Disk { id: DiskId(9), name: "e".into(), ..first.disks[1].clone() });
+    second
+}
+
+/// The map may be here before the peer has told of its disk: that is no reason to take the disk for lost.
+#[test]
+fn a_disk_that_a_peer_got_meanwhile_is_not_missed() {
+    for state in [ReplicaState::Syncing, ReplicaState::InSync] {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(1, &first);
+        rig.adopt(&with_disk_added(&first, state));
+        let token = rig.write(0, 4096);
+        assert!(
+            rig.reports.iter().all(|report| !matches!(report, Report::AskStale { .. })),
+            "{:?}",
+            rig.reports
+        );
+        assert!(rig.take(Kind::Write).is_empty(), "the peer has not adopted the map");
+        // A member is waited for; what a copy that is being filled misses is sent later.
+        let waited = (state == ReplicaState::Syncing).then_some(Ok(()));
+        assert_eq!(rig.result(token), waited);
+        let body: Vec<u8> = [9u64, 99].iter().flat_map(|word| word.to_le_bytes()).collect();
+        rig.frame_with(2, Header::new(Kind::Attached), &body);
+        rig.adopted(2, 2);
+        let legs = rig.take(Kind::Write);
+        rig.ack(&legs[0]);
+        assert_eq!(rig.result(token), Some(Ok(())));
+        assert!(
+            rig.reports.iter().all(|report| !matches!(report, Report::AskStale { .. })),
+            "{:?}",
+            rig.reports
+        );
+        // Again it is a peer that errs.
+        rig.frame_with(2, Header::new(Kind::Attached), &body);
+        assert_eq!(rig.closed, [2]);
+    }
+}
+
+#[test]
+fn a_disk_that_a_peer_does_not_have_by_the_map_that_needs_it_is_lost() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    rig.adopt(&with_disk_added(&first, ReplicaState::InSync));
+    let token = rig.write(0, 4096);
+    rig.adopted(2, 2);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+    assert_eq!(rig.result(token), None, "one copy is not enough");
+}
+
+#[test]
+fn peers_are_told_of_a_disk_once_in_a_session() {
+    let mut rig = Rig::new(2, &map(2, 2, 1));
+    let words = |sent: &crate::engine::testing::Sent| sent.body.clone();
+    rig.engine.add_disk(rig.now, crate::engine::testing::formatted(9, true));
+    rig.run();
+    let told = rig.take(Kind::Attached);
+    let of = |disk: u64| [disk, disk].iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    assert_eq!(told.iter().map(words).collect::<Vec<_>>(), [of(9)]);
+    rig.lane_down(1);
+    rig.open(1, MapVersion(1));
+    assert!(rig.take(Kind::Attached).is_empty());
+    let open = rig.take(Kind::Open);
+    assert_eq!(words(&open[0])[16..], [of(2), of(9)].concat());
 }

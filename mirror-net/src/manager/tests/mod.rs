@@ -6,6 +6,7 @@ mod creation;
 mod deferred;
 mod devices;
 mod ends;
+mod enrolment;
 mod evening;
 mod force;
 mod making;

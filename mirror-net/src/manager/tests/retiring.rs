@@ -62,7 +62,7 @@ fn a_node_leaves_with_its_disk_once_others_export_and_hold_all_that_it_had() {
     assert_eq!((bench.map().node(NodeId(1)), bench.map().disk(DiskId(1))), (None, None));
     assert!(bench.map().devices.iter().all(|device| device.claim.node != NodeId(1)));
     bench.all_have_their_copies();
-    // It is told, and not let in again.
+    // It is told, and waits to be added as a newcomer.
     let connection = bench.connections["n1"];
     let told = |(to, message): &(_, ManagerMessage)| {
         *to == connection && matches!(message, ManagerMessage::Map { map } if map.node(NodeId(1)).is_none())
@@ -71,7 +71,15 @@ fn a_node_leaves_with_its_disk_once_others_export_and_hold_all_that_it_had() {
     bench.disconnect(1);
     assert!(bench.manager.status(bench.now_ms).nodes.iter().all(|node| node.name != "n1"));
     let connection = bench.register(1, incarnation(1));
-    assert!(bench.closed.contains(&connection));
+    let waits = |(to, message): &(_, ManagerMessage)| {
+        *to == connection
+            && matches!(message, ManagerMessage::Waiting { why } if why.contains("if it was removed"))
+    };
+    assert!(bench.sent.iter().any(waits));
+    let given = |(to, message): &(_, ManagerMessage)| {
+        *to == connection && !matches!(message, ManagerMessage::Waiting { .. })
+    };
+    assert!(!bench.sent.iter().any(given));
 }
 
 #[test]

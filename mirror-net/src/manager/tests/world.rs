@@ -203,6 +203,9 @@ impl World {
                 assert!(reason.contains("a second ublk-server"), "{reason}")
             }
             ManagerMessage::Format(_) => panic!("nobody asked for a cluster"),
+            ManagerMessage::Look { .. } | ManagerMessage::Waiting { .. } => {
+                panic!("nothing enters this cluster")
+            }
             ManagerMessage::TellMap => panic!("nobody asked for the map"),
             ManagerMessage::Survey { .. } => panic!("nobody asked for a broadcast"),
             ManagerMessage::NotLeader { .. } => panic!("the core does not know of other managers"),

@@ -285,6 +285,9 @@ impl Cluster {
                 self.checker.violations.push(format!("n{node} is refused: {reason}"));
             }
             ManagerMessage::Format(_) => self.checker.violations.push("nobody asked for a cluster".into()),
+            ManagerMessage::Look { .. } | ManagerMessage::Waiting { .. } => {
+                self.checker.violations.push("nothing enters this cluster".into());
+            }
             ManagerMessage::TellMap => self.checker.violations.push("nobody asked for the map".into()),
             ManagerMessage::Survey { .. } => {
                 self.checker.violations.push("nobody asked for a broadcast".into())

@@ -1,10 +1,58 @@
-//! Disks and nodes that leave the map.
+//! Disks and nodes that enter the map and leave it.
 
-use super::DistributionMap;
 use super::verbs::VerbError;
+use super::{Disk, DistributionMap, Node};
 use crate::ids::{DiskId, NodeId};
 
 impl DistributionMap {
+    /// An id that no disk has, or had.
+    pub fn next_disk(&self) -> DiskId {
+        DiskId(self.last_disk.max(self.disks.last().map_or(0, |last| last.id.0)) + 1)
+    }
+
+    /// An id that no node has, or had; `None` if all are used up.
+    pub fn next_node(&self) -> Option<NodeId> {
+        let last = self.last_node.max(self.nodes.last().map_or(0, |last| last.id.0));
+        last.checked_add(1).map(NodeId)
+    }
+
+    /// No disk or node gets an id up to these any more, but by [`add_disk`](Self::add_disk) and
+    /// [`add_node`](Self::add_node).
+    pub(super) fn reserve(&mut self, disk: DiskId, node: NodeId) {
+        self.last_disk = self.last_disk.max(disk.0);
+        self.last_node = self.last_node.max(node.0);
+    }
+
+    /// Enters a disk, empty, under an id that was reserved for it.
+    pub(super) fn add_disk(&mut self, disk: &Disk) -> Result<(), VerbError> {
+        if self.disk(disk.id) == Some(disk) {
+            return Ok(());
+        }
+        let newest = self.disks.last().is_none_or(|last| last.id < disk.id);
+        if disk.id.0 > self.last_disk || !newest {
+            return Err(VerbError::DiskNotReserved(disk.id));
+        }
+        let node = self.node(disk.node).ok_or(VerbError::UnknownNode(disk.node))?;
+        if self.disks.iter().any(|other| other.node == disk.node && other.name == disk.name) {
+            return Err(VerbError::DiskNameTaken { node: node.name.clone(), name: disk.name.clone() });
+        }
+        self.disks.push(disk.clone());
+        Ok(())
+    }
+
+    /// The same for a node. That its name is its own is a rule of the map.
+    pub(super) fn add_node(&mut self, node: &Node) -> Result<(), VerbError> {
+        if self.node(node.id) == Some(node) {
+            return Ok(());
+        }
+        let newest = self.nodes.last().is_none_or(|last| last.id < node.id);
+        if node.id.0 > self.last_node || !newest {
+            return Err(VerbError::NodeNotReserved(node.id));
+        }
+        self.nodes.push(node.clone());
+        Ok(())
+    }
+
     /// Whether a disk was in the map once and is no more.
     pub fn has_left(&self, id: DiskId) -> bool {
         id.0 <= self.last_disk && self.disk(id).is_none()
@@ -58,19 +106,49 @@ mod tests {
     use super::*;
     use crate::map::layout::tests::pair_map;
     use crate::map::verbs::{Run, Verb};
-    use crate::map::{Disk, Node};
+
+    /// What enters a third node with an empty disk.
+    fn third(map: &DistributionMap, node: NodeId, disk: DiskId) -> [Verb; 2] {
+        let (name, address) = ("third".into(), "third:1".into());
+        let node = Node { id: node, name, address, power: None, switch: None };
+        let disk = Disk { id: disk, node: node.id, spare: false, failed: None, ..map.disks[0].clone() };
+        [Verb::AddNode { node }, Verb::AddDisk { disk }]
+    }
 
     /// A pair with a third node that has one empty disk.
     fn with_empty_third() -> (DistributionMap, NodeId, DiskId) {
-        let mut map = pair_map(2);
+        let map = pair_map(2);
         let (node, disk) = (NodeId(9), DiskId(9));
-        map.nodes.push(Node { id: node, name: "third".into(), ..map.nodes[0].clone() });
-        map.nodes[2].address = "third:1".into();
-        map.disks.push(Disk { id: disk, node, spare: false, failed: None, ..map.disks[0].clone() });
-        map.nodes[2].power = None;
-        map.nodes[2].switch = None;
-        assert_eq!(map.validate(), Ok(()));
-        (map, node, disk)
+        let reserved = map.apply(&[Verb::Reserve { disk, node }]).unwrap().unwrap();
+        (reserved.apply(&third(&map, node, disk)).unwrap().unwrap(), node, disk)
+    }
+
+    #[test]
+    fn what_enters_has_an_id_that_was_reserved_for_it() {
+        let map = pair_map(2);
+        let (node, disk) = (map.next_node().unwrap(), map.next_disk());
+        let enter = third(&map, node, disk);
+        assert_eq!(map.apply(&enter), Err(VerbError::NodeNotReserved(node)));
+        let reserved = map.apply(&[Verb::Reserve { disk, node }]).unwrap().unwrap();
+        // What was formatted with it and did not enter keeps it: the next gets another.
+        assert_eq!(
+            (reserved.next_node(), reserved.next_disk()),
+            (Some(NodeId(node.0 + 1)), DiskId(disk.0 + 1))
+        );
+        let after = reserved.apply(&enter).unwrap().unwrap();
+        assert_eq!((&after.node(node).unwrap().name[..], after.node_of(disk)), ("third", Some(node)));
+        // Repeated it changes nothing.
+        assert_eq!(after.apply(&enter), Ok(None));
+        let text = serde_json::to_string(&after).unwrap();
+        assert_eq!(serde_json::from_str::<DistributionMap>(&text).unwrap(), after);
+        // Not with an id of another, or older than another's, nor with another's name.
+        let first = Disk { name: "new".into(), ..map.disks[0].clone() };
+        let again = Verb::AddDisk { disk: first.clone() };
+        assert_eq!(after.apply(&[again]), Err(VerbError::DiskNotReserved(first.id)));
+        let reserved = after.apply(&[Verb::Reserve { disk: after.next_disk(), node }]).unwrap().unwrap();
+        let twin = Disk { id: after.next_disk(), ..map.disks[0].clone() };
+        let error = reserved.apply(&[Verb::AddDisk { disk: twin }]).unwrap_err();
+        assert!(matches!(error, VerbError::DiskNameTaken { .. }), "{error}");
     }
 
     #[test]
