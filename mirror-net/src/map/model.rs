@@ -6,7 +6,7 @@ use crate::ids::{
     SliceEpoch, SliceIndex,
 };
 use crate::map::plan::Plan;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use std::collections::HashSet;
 
 /// The version of the map's JSON form; a reader refuses any other.
@@ -90,10 +90,6 @@ pub struct Node {
     /// The switch it hangs on, if named: the other half of its failure set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switch: Option<String>,
-}
-
-fn is_first(version: &MapVersion) -> bool {
-    version.0 == 0
 }
 
 fn is_zero(number: &u32) -> bool {
@@ -279,7 +275,10 @@ pub struct Claim {
 }
 
 /// A run of consecutive slices with the same replica list.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+///
+/// Written as an array of its fields in this order, as replicas and moves are: they are most of a map. Read as an object as
+/// well, which it once was.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Span {
     /// The first slice.
@@ -293,14 +292,14 @@ pub struct Span {
     pub loss: LossGeneration,
     /// The map version that made a copy primary which was not before; what it then held in memory for the one before
     /// it stored before it adopted that map. 0: since the beginning.
-    #[serde(default, skip_serializing_if = "is_first")]
+    #[serde(default)]
     pub primary_since: MapVersion,
     /// The copies; the first is the primary, the rest are secondaries.
     pub replicas: Vec<Replica>,
 }
 
 /// One copy of a slice.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Replica {
     /// The disk it is on.
@@ -314,6 +313,20 @@ pub struct Replica {
     pub state: ReplicaState,
     /// The incarnation under which it became so.
     pub incarnation: Incarnation,
+}
+
+impl Serialize for Span {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { first, count, epoch, loss, primary_since, replicas } = self;
+        (first, count, epoch, loss, primary_since, replicas).serialize(serializer)
+    }
+}
+
+impl Serialize for Replica {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { disk, segment, added, state, incarnation: Incarnation { attach, process } } = self;
+        (disk, segment, added, state, (attach, process)).serialize(serializer)
+    }
 }
 
 /// What a copy is worth.
@@ -452,5 +465,40 @@ impl DistributionMap {
     pub fn disk_name(&self, id: DiskId) -> String {
         self.disk(id)
             .map_or_else(|| id.to_string(), |disk| format!("{}/{}", self.node_name(disk.node), disk.name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::layout::tests::pair_map;
+    use crate::map::plan::{Move, Plan};
+    use crate::map::verbs::Run;
+
+    #[test]
+    fn spans_copies_and_moves_are_read_as_they_once_were_written() {
+        let mut map = pair_map(2);
+        map.devices.truncate(1);
+        let span = &map.devices[0].spans[0];
+        let run = Run { device: map.devices[0].id, first: span.first, count: span.count };
+        let (from, to) = (Some(span.replicas[1].disk), span.replicas[0].disk);
+        let step = Move { run, from, to, segment: Segment::Secondary, primary: false };
+        map.plans = vec![Plan::new(crate::ids::PlanId(1), "test".into(), vec![step])];
+        let now = serde_json::to_value(&map).unwrap();
+        let mut then = now.clone();
+        let copy = |copy: &serde_json::Value| {
+            serde_json::json!({"disk": copy[0], "segment": copy[1], "added": copy[2], "state": copy[3],
+                "incarnation": {"attach": copy[4][0], "process": copy[4][1]}})
+        };
+        for span in then["devices"][0]["spans"].as_array_mut().unwrap() {
+            let replicas: Vec<_> = span[5].as_array().unwrap().iter().map(copy).collect();
+            *span = serde_json::json!({"first": span[0], "count": span[1], "epoch": span[2], "loss": span[3],
+                "replicas": replicas});
+        }
+        let step = &mut then["plans"][0]["moves"][0];
+        *step = serde_json::json!({"run": {"device": step[0][0], "first": step[0][1], "count": step[0][2]},
+            "from": step[1], "to": step[2], "segment": step[3], "primary": step[4]});
+        assert_eq!(serde_json::from_value::<DistributionMap>(now).unwrap(), map);
+        assert_eq!(serde_json::from_value::<DistributionMap>(then).unwrap(), map);
     }
 }

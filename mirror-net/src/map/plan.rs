@@ -8,7 +8,7 @@ use super::verbs::Run;
 use super::{DistributionMap, ReplicaState, Span};
 use crate::format::alloc::Segment;
 use crate::ids::{DiskId, NodeId, PlanId};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use std::collections::BTreeSet;
 
 /// Copies that are to be somewhere else.
@@ -53,15 +53,15 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// One copy of a run of slices gets another place.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+/// One copy of a run of slices gets another place. Written as an array, as a [`Span`] is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Move {
     /// Where in the address space.
     pub run: Run,
     /// The disk that is rid of it once the copy at `to` is in sync; `None` if a copy was missing, or only its role
     /// changes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub from: Option<DiskId>,
     /// The disk that takes it, or has it already.
     pub to: DiskId,
@@ -69,6 +69,13 @@ pub struct Move {
     pub segment: Segment,
     /// Whether the new copy becomes the primary at the end.
     pub primary: bool,
+}
+
+impl Serialize for Move {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { run: Run { device, first, count }, from, to, segment, primary } = self;
+        ((device, first, count), from, to, segment, primary).serialize(serializer)
+    }
 }
 
 /// How far a plan is, in slices.

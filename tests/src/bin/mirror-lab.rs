@@ -4,7 +4,7 @@ use anyhow::{Context, bail, ensure};
 use mirror_tests::machines::campaign::{Campaign, STORIES};
 use mirror_tests::machines::exec::Running;
 use mirror_tests::machines::regeneration::{self, Dies};
-use mirror_tests::machines::{Options, hub};
+use mirror_tests::machines::{Options, hub, sets};
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -21,7 +21,8 @@ usage: scripts/lab up N [--kernel stable|latest] [--seed S] [--disk MIB] [--memo
        scripts/lab disk I cut|fail [writes|next-write|next-flush]|hang|bad-sector LBA [COUNT]|slow MIB_S [MIB_S_AT_THE_END]|heal|status
        scripts/lab info | down
        scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres] [--slow-detection] [--stories NAME,...]
-       scripts/lab regenerate [--disk] [--seed S] [--kernel stable|latest] [--postgres]
+       scripts/lab regenerate [--disk|--without-spare] [--seed S] [--kernel stable|latest] [--postgres]
+       scripts/lab sets [--seed S] [--kernel stable|latest] [--postgres]
 
 up      N machines with a disk each, and one for the manager, on a private link; a cluster on them unless --bare
 exec    runs a command in machine I (1, 2, ... or manager); its exit code becomes ours
@@ -30,7 +31,9 @@ cut     the power of these machines is gone, at the same moment; their disks los
 start   switches them on again
 disk    does something to the data disk of machine I
 soak    a lab of its own: N rounds of power cuts and cut cables under load; nothing that was acknowledged may be lost
-regenerate  a lab of four nodes and a spare: one loses power for good, or a disk of one dies, under load
+regenerate  a lab of four nodes and a spare: one loses power for good, or a disk of one dies, under load; without a spare
+        a third disk is emptied for what died
+sets    a lab of four nodes on two switches and two power feeds: a switch dies, then a feed, under load
 
 Where the lab is: UBLK_MIRROR_LAB (default /tmp/ublk-mirror-lab-UID). docs/lab.md says more.";
 
@@ -70,6 +73,7 @@ fn run(words: &[&str]) -> anyhow::Result<u8> {
         }
         ["soak", options @ ..] => soak(options).map(|()| 0),
         ["regenerate", options @ ..] => regenerate(options).map(|()| 0),
+        ["sets", options @ ..] => sets(options).map(|()| 0),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
             Ok(0)
@@ -159,21 +163,35 @@ fn soak(words: &[&str]) -> anyhow::Result<()> {
 }
 
 fn regenerate(words: &[&str]) -> anyhow::Result<()> {
-    let dies = if words.contains(&"--disk") { Dies::Disk } else { Dies::Node };
-    let mut options = regeneration::options(dies);
+    let dies = match words {
+        words if words.contains(&"--without-spare") => Dies::DiskWithoutSpare,
+        words if words.contains(&"--disk") => Dies::Disk,
+        _ => Dies::Node,
+    };
+    let (options, programs) = under_load(regeneration::options(dies), words)?;
+    in_a_lab_of_its_own(|dir| regeneration::run(dir, &options, dies, &programs))
+}
+
+fn sets(words: &[&str]) -> anyhow::Result<()> {
+    let (options, programs) = under_load(sets::options(), words)?;
+    in_a_lab_of_its_own(|dir| sets::run(dir, &options, &programs))
+}
+
+/// What a single story is told with, beside what it is.
+fn under_load(mut options: Options, words: &[&str]) -> anyhow::Result<(Options, Vec<&'static str>)> {
     let mut programs = vec!["sqlite", "fio"];
     let mut words = words.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
         match *word {
-            "--disk" => {}
+            "--disk" | "--without-spare" => {}
             "--postgres" => programs.push("postgres"),
             "--seed" => options.seed = value()?.parse()?,
             "--kernel" => options.kernel = (*value()?).to_owned(),
             _ => bail!("unknown option {word} (see --help)"),
         }
     }
-    in_a_lab_of_its_own(|dir| regeneration::run(dir, &options, dies, &programs))
+    Ok((options, programs))
 }
 
 /// In a directory that is left only if it fails.

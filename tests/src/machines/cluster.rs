@@ -44,11 +44,29 @@ impl Lab {
                 "[[node]]\nname = \"{}\"\naddress = \"10.77.0.{}:7301\"\nspare = {spare}\n",
                 node.name, node.number
             );
+            if let Some((power, switch)) = self.sets.get(index) {
+                text += &format!("power = \"{power}\"\nswitch = \"{switch}\"\n");
+            }
             for serial in node.data_disks() {
                 text += &format!("[[node.disk]]\npath = \"/dev/disk/by-id/virtio-{serial}\"\n");
             }
         }
         text
+    }
+
+    /// Puts a mirrored device of that size on each node, called like the first that a cluster begins with, in place of all
+    /// that there are: with room left on every disk.
+    pub fn make_roomy(&self, size: &str) -> anyhow::Result<()> {
+        let devices = self.json(&["device", "list"])?;
+        for device in devices.as_array().into_iter().flatten() {
+            let name = device["name"].as_str().context("a device without a name")?;
+            self.ctl(&["device", "delete", name, "--yes"])?.ok()?;
+        }
+        for node in self.nodes() {
+            let name = format!("{}-d1", node.name);
+            self.ctl(&["device", "create", &name, "--size", size, "--node", &node.name])?.ok()?;
+        }
+        self.healthy()
     }
 
     /// The machines of the nodes.

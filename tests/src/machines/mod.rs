@@ -11,6 +11,7 @@ pub mod exec;
 pub mod hub;
 pub mod machine;
 pub mod regeneration;
+pub mod sets;
 pub mod switch;
 pub mod tenant;
 
@@ -54,6 +55,8 @@ pub struct Options {
     pub memory_mib: u64,
     /// Whether a machine that is switched on at once is back before the manager takes it for failed.
     pub slow_detection: bool,
+    /// The power feed and the switch of each node in turn; none are named if this is empty.
+    pub sets: &'static [(&'static str, &'static str)],
 }
 
 impl Default for Options {
@@ -67,6 +70,7 @@ impl Default for Options {
             disk_mib: 512,
             memory_mib: 512,
             slow_detection: false,
+            sets: &[],
         }
     }
 }
@@ -82,6 +86,7 @@ pub struct Lab {
     pub fail_after: Duration,
     /// The last so many nodes are spares.
     spares: usize,
+    sets: &'static [(&'static str, &'static str)],
     dir: PathBuf,
 }
 
@@ -125,7 +130,8 @@ impl Lab {
             false => calibration.scale(FAIL_AFTER),
         };
         let spares = options.spares.into();
-        Ok(Self { machines, switch, calibration, fail_after, spares, dir: dir.to_owned() })
+        let (sets, dir) = (options.sets, dir.to_owned());
+        Ok(Self { machines, switch, calibration, fail_after, spares, sets, dir })
     }
 
     /// Where its files are.

@@ -1,7 +1,8 @@
 //! A node, or a disk of one, dies for good under load, and what it had is made again on the spare.
 //!
 //! Of the dead node n2 the devices have stamped blocks from the host, elsewhere programs run on a file system. Of a dead
-//! disk it is the file system itself that lies on it: its machine lives, and nothing on it may notice.
+//! disk it is the file system itself that lies on it: its machine lives, and nothing on it may notice. Where there is no
+//! spare, a third disk is emptied and becomes it.
 
 use super::tenant::Tenants;
 use super::{Lab, Options};
@@ -9,7 +10,7 @@ use crate::nbd::NbdClient;
 use crate::stamps::Workload;
 use anyhow::{Context, ensure};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -40,12 +41,18 @@ pub enum Dies {
     Node,
     /// One of a machine's two disks fails whatever is asked of it.
     Disk,
+    /// A machine's only disk does, and there is no spare, but room on the others.
+    DiskWithoutSpare,
 }
 
-/// Four nodes and a spare.
+/// Four nodes, and a spare if there is one.
 pub fn options(dies: Dies) -> Options {
-    let disks = if dies == Dies::Disk { 2 } else { 1 };
-    Options { nodes: 5, spares: 1, disks, memory_mib: 384, ..Options::default() }
+    let base = Options { memory_mib: 384, ..Options::default() };
+    match dies {
+        Dies::Node => Options { nodes: 5, spares: 1, ..base },
+        Dies::Disk => Options { nodes: 5, spares: 1, disks: 2, ..base },
+        Dies::DiskWithoutSpare => Options { nodes: 4, disk_mib: 768, ..base },
+    }
 }
 
 /// Runs it in that directory, and says what came of it.
@@ -53,9 +60,13 @@ pub fn run(dir: &Path, options: &Options, dies: Dies, programs: &[&'static str])
     let lab = Lab::up(dir, options)?;
     println!("{}; a silent node has failed after {:.1} s", lab.calibration, lab.fail_after.as_secs_f64());
     lab.create_cluster()?;
+    if dies == Dies::DiskWithoutSpare {
+        // Both segments of every disk could take what another disk has.
+        lab.make_roomy(&format!("{}M", (FILLED_AT + FILLED_BYTES) >> 20))?;
+    }
     let (stamped, tenanted): (&[&str], _) = match dies {
         Dies::Node => (&[VICTIMS_DEVICE, MIRRORED_THERE], ELSEWHERE),
-        Dies::Disk => (&[MIRRORED_THERE], VICTIMS_DEVICE),
+        Dies::Disk | Dies::DiskWithoutSpare => (&[MIRRORED_THERE], VICTIMS_DEVICE),
     };
     for device in stamped {
         fill(&lab, device)?;
@@ -100,14 +111,14 @@ impl Story<'_> {
                 })?;
                 self.compare("failover", begun.elapsed(), FAILOVER_WITHIN);
             }
-            Dies::Disk => drop(victim.order("fail")?),
+            Dies::Disk | Dies::DiskWithoutSpare => drop(victim.order("fail")?),
         }
         let acknowledged = workload.counts.acknowledged.load(Relaxed);
         lab.until("a plan, begun by itself", || {
             let plans = lab.json(&["plan", "list"])?;
             Ok(plans.as_array().is_some_and(|plans| !plans.is_empty()).then_some(()))
         })?;
-        println!("regeneration began after {:.1} s", begun.elapsed().as_secs_f64());
+        println!("a plan began after {:.1} s", begun.elapsed().as_secs_f64());
         lab.until("every copy to be in sync, none where they died", || {
             let over = lab.json(&["plan", "list"])?.as_array().is_some_and(Vec::is_empty);
             Ok((over && self.is_whole(&lab.json(&["map", "show"])?)).then_some(()))
@@ -118,7 +129,7 @@ impl Story<'_> {
             workload.counts.acknowledged.load(Relaxed) > acknowledged,
             "nothing was written while it went on"
         );
-        if self.dies == Dies::Disk {
+        if self.dies != Dies::Node {
             let longest = tenants.longest_gap();
             self.compare("the file system's longest stall", longest, STALL_MOST);
             tenants.all_run().context("a program on the file system of the dead disk has ended")?;
@@ -126,8 +137,9 @@ impl Story<'_> {
         workload.pause()?;
         workload.check().context("the stamped blocks")?;
         tenants.check(false).context("the programs")?;
-        self.moved_what_was_lost()?;
-        self.copies_are_equal(tenants)
+        let spare = self.spare()?;
+        self.moved_what_was_lost(&spare)?;
+        self.copies_are_equal(&spare, tenants)
     }
 
     /// Prints a time beside what it may be, both as they would be where nothing is slow.
@@ -159,9 +171,30 @@ impl Story<'_> {
         })
     }
 
+    /// The node of the disk that took the place of what died. One that was emptied for it has nothing else on it.
+    fn spare(&self) -> anyhow::Result<String> {
+        if self.dies != Dies::DiskWithoutSpare {
+            return Ok(self.lab.nodes()[self.lab.nodes().len() - 1].name.clone());
+        }
+        let map = self.lab.json(&["map", "show"])?;
+        let mut on_it: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+        for device in map["devices"].as_array().into_iter().flatten() {
+            let name = device["name"].as_str().context("a device without a name")?;
+            let spans = device["spans"].as_array().into_iter().flatten();
+            for replica in spans.flat_map(|span| span["replicas"].as_array().into_iter().flatten()) {
+                on_it.entry(replica["node"].as_str().context("no node")?).or_default().insert(name);
+            }
+        }
+        let lost = BTreeSet::from([MIRRORED_THERE, VICTIMS_DEVICE]);
+        let third = on_it.iter().find(|(_, devices)| **devices == lost);
+        let (third, _) =
+            third.with_context(|| format!("no disk has what died, and nothing else: {on_it:?}"))?;
+        println!("the disk of {third} was emptied, and has what died now: {on_it:?}");
+        Ok((*third).to_owned())
+    }
+
     /// Bytes that resyncs to the spare moved, against what the devices concerned hold.
-    fn moved_what_was_lost(&self) -> anyhow::Result<()> {
-        let spare = &self.lab.nodes()[self.lab.nodes().len() - 1].name;
+    fn moved_what_was_lost(&self, spare: &str) -> anyhow::Result<()> {
         let mut moved: BTreeMap<String, u64> = BTreeMap::new();
         for machine in self.lab.nodes() {
             let log = std::fs::read_to_string(machine.dir().join("stderr")).unwrap_or_default();
@@ -171,7 +204,7 @@ impl Story<'_> {
                     let rest = line.split(&format!("{name}=")).nth(1)?;
                     rest.split_ascii_whitespace().next().map(|word| word.trim_matches('"').to_owned())
                 };
-                if value("node").as_deref() == Some(spare) {
+                if value("node").as_deref() == Some(spare) && self.was_lost(value("device").as_deref()) {
                     let bytes: u64 = value("moved_bytes").context("no bytes")?.parse()?;
                     *moved.entry(value("device").context("no device")?).or_default() += bytes;
                 }
@@ -194,8 +227,13 @@ impl Story<'_> {
         Ok(())
     }
 
+    /// Whether a device had a copy on what died.
+    fn was_lost(&self, device: Option<&str>) -> bool {
+        device == Some(MIRRORED_THERE) || device == Some(VICTIMS_DEVICE)
+    }
+
     /// A checksum of what one copy holds, and of what the other does once the roles are exchanged.
-    fn copies_are_equal(&self, tenants: &mut Tenants<'_>) -> anyhow::Result<()> {
+    fn copies_are_equal(&self, spare: &str, tenants: &mut Tenants<'_>) -> anyhow::Result<()> {
         tenants.rest()?;
         let lab = self.lab;
         let sums = || -> anyhow::Result<BTreeMap<String, String>> {
@@ -214,8 +252,7 @@ impl Story<'_> {
             })
         };
         let before = sums()?;
-        let spare = lab.nodes()[lab.nodes().len() - 1].name.clone();
-        for node in [&spare, &lab.node(0).name] {
+        for node in [spare, &lab.node(0).name] {
             // What it is primary of goes to the other copy; what it mirrors stays.
             let answer = lab.json(&["node", "failover", node])?;
             let moved = answer["moved"].as_array().into_iter().flatten().filter_map(Value::as_str);

@@ -123,7 +123,7 @@ impl StateDir {
     fn replace<T: Serialize + ?Sized>(&self, name: &str, what: &T) -> io::Result<()> {
         let new = self.path.join(format!("{name}.new"));
         let mut file = File::create(&new)?;
-        file.write_all(&serde_json::to_vec_pretty(what)?)?;
+        file.write_all(&serde_json::to_vec(what)?)?;
         file.sync_all()?;
         std::fs::rename(&new, self.path.join(name))?;
         File::open(&self.path)?.sync_all()

@@ -154,7 +154,7 @@ fn decode(text: &str) -> Result<DistributionMap, String> {
 }
 
 fn encode(map: &DistributionMap, why: &[String]) -> Result<String, serde_json::Error> {
-    let body = serde_json::to_string_pretty(&Stored { why: why.to_vec(), map: map.clone() })? + "\n";
+    let body = serde_json::to_string(&Stored { why: why.to_vec(), map: map.clone() })? + "\n";
     let header = Header { format: FORMAT, blake3: blake3::hash(body.as_bytes()).to_hex().to_string() };
     Ok(serde_json::to_string(&header)? + "\n" + &body)
 }

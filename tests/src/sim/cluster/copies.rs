@@ -429,11 +429,6 @@ impl Cluster {
             let mut spans = plan.moves.iter().flat_map(|step| self.manager.map.spans_of(step.run));
             spans.all(|(span, _)| readable(span)) && !self.is_unreadable(plan)
         };
-        // An operator takes back what nobody can read.
-        let waits = |plan: &&Plan| self.shape.operator || waits(plan);
-        if let Some(plan) = self.manager.map.plans.iter().find(waits) {
-            return Err(format!("{} is never done: {}", plan.id, plan.cause));
-        }
         // All copies of a device at a node become in sync together: what cannot be read of one slice holds up the rest.
         let said = self.waiting();
         let held_up = |device: &Device, node: u16| {
@@ -441,13 +436,35 @@ impl Cluster {
             let blocked = format!("regions cannot be copied to n{node}:");
             said.iter().any(|said| said.contains(&line) && said.contains(&blocked))
         };
+        // Which of two copies can go is not certain as long as one of those that stay is held up.
+        let has_held_up = |device: &Device, span: &Span| {
+            let mut lagging = span.replicas.iter().filter(|copy| copy.state != ReplicaState::InSync);
+            lagging.any(|copy| held_up(device, self.locate(copy.disk).0))
+        };
+        let is_uncertain = |plan: &Plan| {
+            plan.moves.iter().all(|step| {
+                let device = self.manager.map.device(step.run.device);
+                device.is_some_and(|device| {
+                    self.manager.map.spans_of(step.run).any(|(span, _)| has_held_up(device, span))
+                })
+            })
+        };
+        // An operator takes back what nobody can read.
+        let waits = |plan: &&Plan| match self.shape.operator {
+            true => !(plan.cancelled && is_uncertain(plan)),
+            false => waits(plan),
+        };
+        if let Some(plan) = self.manager.map.plans.iter().find(waits) {
+            return Err(format!("{} is never done: {}", plan.id, plan.cause));
+        }
         for device in &self.manager.map.devices {
             for span in &device.spans {
                 // What no good copy can read nobody can give to another.
                 if !readable(span) {
                     continue;
                 }
-                if self.shape.operator && span.replicas.len() != usize::from(device.copies) {
+                let copies = usize::from(device.copies);
+                if self.shape.operator && span.replicas.len() != copies && !has_held_up(device, span) {
                     let (name, wanted) = (&device.name, device.copies);
                     return Err(format!("{name} slice {}: never {wanted} copies: {span:?}", span.first));
                 }

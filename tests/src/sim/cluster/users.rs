@@ -39,8 +39,11 @@ impl Cluster {
         }
         if self.exporting[device] == Some(exporter) {
             // The claim went away and came back before it heard of that: it goes on under the newer one, and
-            // who starts late under one in between is not its successor.
-            self.exported[device] = allowed.0;
+            // who starts late under one in between is not its successor. Its device is another for all that: whoever had the
+            // old one saw it go, and nobody waits for news of what was written there.
+            if std::mem::replace(&mut self.exported[device], allowed.0) != allowed.0 {
+                self.checker.exporter_changed(device);
+            }
             return;
         }
         let before = std::mem::replace(&mut self.exported[device], allowed.0);
