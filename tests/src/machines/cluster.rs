@@ -62,6 +62,8 @@ impl Lab {
             let name = device["name"].as_str().context("a device without a name")?;
             self.ctl(&["device", "delete", name, "--yes"])?.ok()?;
         }
+        // Else mirrors would be spread over all others.
+        self.ctl(&["topology", "pair"])?.ok()?;
         for node in self.nodes() {
             let name = format!("{}-d1", node.name);
             self.ctl(&["device", "create", &name, "--size", size, "--node", &node.name])?.ok()?;

@@ -421,6 +421,12 @@ impl Cluster {
         })
     }
 
+    /// Whether a copy of a span cannot become in sync for what cannot be read of another slice.
+    pub(super) fn has_held_up(&self, said: &[String], device: &Device, span: &Span) -> bool {
+        let mut lagging = span.replicas.iter().filter(|copy| copy.state != ReplicaState::InSync);
+        lagging.any(|copy| is_held_up(said, device, self.locate(copy.disk).0))
+    }
+
     /// Every copy that could come back is in sync again, and what was to be made again on a spare is.
     pub fn all_rejoined(&self) -> Result<(), String> {
         let readable =
@@ -429,23 +435,13 @@ impl Cluster {
             let mut spans = plan.moves.iter().flat_map(|step| self.manager.map.spans_of(step.run));
             spans.all(|(span, _)| readable(span)) && !self.is_unreadable(plan)
         };
-        // All copies of a device at a node become in sync together: what cannot be read of one slice holds up the rest.
         let said = self.waiting();
-        let held_up = |device: &Device, node: u16| {
-            let line = format!("{}: ", device.name);
-            let blocked = format!("regions cannot be copied to n{node}:");
-            said.iter().any(|said| said.contains(&line) && said.contains(&blocked))
-        };
         // Which of two copies can go is not certain as long as one of those that stay is held up.
-        let has_held_up = |device: &Device, span: &Span| {
-            let mut lagging = span.replicas.iter().filter(|copy| copy.state != ReplicaState::InSync);
-            lagging.any(|copy| held_up(device, self.locate(copy.disk).0))
-        };
         let is_uncertain = |plan: &Plan| {
             plan.moves.iter().all(|step| {
                 let device = self.manager.map.device(step.run.device);
                 device.is_some_and(|device| {
-                    self.manager.map.spans_of(step.run).any(|(span, _)| has_held_up(device, span))
+                    self.manager.map.spans_of(step.run).any(|(span, _)| self.has_held_up(&said, device, span))
                 })
             })
         };
@@ -464,7 +460,10 @@ impl Cluster {
                     continue;
                 }
                 let copies = usize::from(device.copies);
-                if self.shape.operator && span.replicas.len() != copies && !has_held_up(device, span) {
+                if self.shape.operator
+                    && span.replicas.len() != copies
+                    && !self.has_held_up(&said, device, span)
+                {
                     let (name, wanted) = (&device.name, device.copies);
                     return Err(format!("{name} slice {}: never {wanted} copies: {span:?}", span.first));
                 }
@@ -473,7 +472,7 @@ impl Cluster {
                     let failed =
                         self.manager.map.disk(replica.disk).is_some_and(|disk| disk.failed.is_some());
                     let usable = !failed && !self.node(node).disks[index].media.is_dead();
-                    usable && replica.state != ReplicaState::InSync && !held_up(device, node)
+                    usable && replica.state != ReplicaState::InSync && !is_held_up(&said, device, node)
                 });
                 if let Some(away) = away {
                     return Err(format!(
@@ -485,4 +484,12 @@ impl Cluster {
         }
         Ok(())
     }
+}
+
+/// All copies of a device at a node become in sync together: what cannot be read of one slice holds up the rest, and is
+/// told.
+fn is_held_up(said: &[String], device: &Device, node: u16) -> bool {
+    let line = format!("{}: ", device.name);
+    let blocked = format!("regions cannot be copied to n{node}:");
+    said.iter().any(|said| said.contains(&line) && said.contains(&blocked))
 }

@@ -245,11 +245,12 @@ impl Cluster {
         if !self.shape.operator {
             return;
         }
-        let map = self.manager.map.clone();
+        let (map, said) = (self.manager.map.clone(), self.waiting());
         for device in &map.devices {
             for span in &device.spans {
                 let unreadable =
-                    span.members().all(|member| self.mounted(member.disk).media.has_unreadable());
+                    span.members().all(|member| self.mounted(member.disk).media.has_unreadable())
+                        || self.has_held_up(&said, device, span);
                 if span.replicas.len() != usize::from(device.copies) && !unreadable {
                     let wrong = format!("{} has not {} copies: {span:?}", device.name, device.copies);
                     self.checker.violations.push(wrong);
