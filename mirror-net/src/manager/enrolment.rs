@@ -369,9 +369,12 @@ impl Enrolment {
         }
     }
 
-    /// The connection of a node that was none before, and is to have its session and the map.
-    pub(super) fn welcome(&self) -> Option<ConnectionId> {
-        matches!(self.node, Joining::Stranger(_)).then_some(self.connection)
+    /// The name of a node that was none before, and is to have its session and the map.
+    pub(super) fn newcomer(&self) -> Option<&str> {
+        match &self.node {
+            Joining::Member { .. } => None,
+            Joining::Stranger(node) => Some(&node.name),
+        }
     }
 
     /// For whoever asked, when it is done.

@@ -143,7 +143,10 @@ impl Manager {
         let Some(enrolment) = self.enrolment.take() else { return };
         lines.push(enrolment.farewell());
         self.reply(enrolment.ticket, OperatorReply::Done { lines });
-        self.outputs.extend(enrolment.welcome().map(|connection| Output::GiveSession { connection }));
+        // It may have connected anew since it formatted, and waits there.
+        let waiting = enrolment.newcomer().and_then(|name| self.registry.get(name));
+        let waiting = waiting.filter(|entry| entry.connected && entry.session.is_none());
+        self.outputs.extend(waiting.map(|entry| Output::GiveSession { connection: entry.connection }));
     }
 
     /// A connection whose node may owe an answer is gone.

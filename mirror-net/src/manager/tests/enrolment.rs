@@ -6,7 +6,7 @@ use crate::control::{
     DiskContent, DiskInventory, EnrolOrder, Entrant, FormatOrder, ManagerMessage, NodeMessage, OperatorReply,
 };
 use crate::ids::{AttachId, ClusterId, DiskId, NodeId};
-use crate::manager::{Input, Ticket};
+use crate::manager::{Input, Output, Ticket};
 
 fn add_disk(bench: &mut Bench, disk: &str, (force, carry_out): (bool, bool)) {
     let segments = [45, 45, 10];
@@ -204,6 +204,34 @@ fn a_node_waits_until_it_is_added() {
     assert!(bench.manager.registry().usable(map, DiskId(4), bench.now_ms).is_some());
     add_node(&mut bench, "n4", "", (false, true));
     assert!(refused(&mut bench).starts_with("n4 is in the cluster already"));
+}
+
+/// What it formatted counts whatever becomes of its connection while that is being stored.
+#[test]
+fn a_node_that_connects_anew_at_the_last_moment_is_welcome() {
+    let mut bench = Bench::up(&map_of(3));
+    bench.register(4, incarnation(4));
+    add_node(&mut bench, "n4", "", (false, true));
+    bench.say(4, formatted(None));
+    let old = bench.connections["n4"];
+    // The store takes its time.
+    let message = formatted(None);
+    bench.manager.handle(bench.now_ms, Input::Message { connection: old, message });
+    let mut stored = None;
+    while let Some(output) = bench.manager.poll() {
+        if let Output::Store(proposal) = output {
+            stored = Some(proposal.next.version);
+        }
+    }
+    bench.disconnect(4);
+    let mut again = bench.registration(4, incarnation(4));
+    again.disks[0].content = DiskContent::Ours { cluster: bench.map().cluster, disk: DiskId(4) };
+    let connection = bench.register_as(again);
+    bench.input(Input::Stored { version: stored.unwrap() });
+    let map = |(to, message): &(_, ManagerMessage)| {
+        *to == connection && matches!(message, ManagerMessage::Map { .. })
+    };
+    assert!(bench.sent.iter().any(map), "it is a node as any other now");
 }
 
 #[test]
