@@ -183,4 +183,43 @@ mod tests {
         let both = [Verb::RemoveDisk { disk }, Verb::RemoveNode { node }];
         assert_eq!(claimed.apply(&both), Err(VerbError::NodeExports { node, device: device.id }));
     }
+
+    proptest::proptest! {
+        /// Whatever comes and goes in whatever order: the map keeps its rules, and no id comes back.
+        #[test]
+        fn no_id_is_ever_given_twice(steps in proptest::collection::vec((0u8..4, 0usize..8), 1..40)) {
+            let mut map = pair_map(2);
+            let (mut disks, mut nodes) = (map.next_disk().0, map.next_node().unwrap().0);
+            for (what, which) in steps {
+                let node = map.nodes[which % map.nodes.len()].clone();
+                let batch = match what {
+                    0 => {
+                        let id = map.next_node().unwrap();
+                        assert!(id.0 >= nodes, "{id} was given before");
+                        nodes = id.0 + 1;
+                        let (name, address) = (format!("n{id}"), format!("n{id}:1"));
+                        let node = Node { id, name, address, power: None, switch: None };
+                        vec![Verb::Reserve { disk: DiskId(0), node: id }, Verb::AddNode { node }]
+                    }
+                    1 => {
+                        let id = map.next_disk();
+                        assert!(id.0 >= disks, "{id} was given before");
+                        disks = id.0 + 1;
+                        let disk = Disk { id, node: node.id, name: format!("d{id}"), ..map.disks[0].clone() };
+                        vec![Verb::Reserve { disk: id, node: NodeId(0) }, Verb::AddDisk { disk }]
+                    }
+                    2 => vec![Verb::RemoveDisk { disk: map.disks[which % map.disks.len()].id }],
+                    _ => vec![Verb::RemoveNode { node: node.id }],
+                };
+                match map.apply(&batch) {
+                    Ok(Some(next)) => map = next,
+                    Ok(None) => panic!("{batch:?} changes nothing"),
+                    // What holds something stays.
+                    Err(VerbError::DiskInUse { .. } | VerbError::NodeHasDisk { .. } | VerbError::NodeExports { .. }) => {}
+                    Err(error) => panic!("{batch:?}: {error}"),
+                }
+                assert_eq!(map.validate(), Ok(()));
+            }
+        }
+    }
 }
