@@ -423,3 +423,52 @@ fn the_device_takes_a_whole_pass_of_mixed_sizes() -> anyhow::Result<()> {
     let mixed = ["--rw=randwrite", "--bsrange=512-1m", "--iodepth=8", "--size=32m"];
     fio(&[&["--ioengine=libaio", "--direct=1", &name], &mixed[..]].concat())
 }
+
+/// As the rules for plugged-in disks and their unit do it; there is no systemd in these machines, so the test does what it would.
+#[test]
+fn a_partition_that_bears_our_name_enters_the_cluster_when_it_appears() -> anyhow::Result<()> {
+    let mut play = start("nbd", "512M")?;
+    std::fs::create_dir_all("/run/udev/rules.d")?;
+    let rules = "61-ublk-mirror-disks.rules";
+    std::fs::copy(
+        Path::new("/project/scripts/udev").join(rules),
+        Path::new("/run/udev/rules.d").join(rules),
+    )?;
+    run("udevadm", &["control", "--reload"])?;
+    let table = "label: gpt\nsize=512M, name=ublk-mirror-d2\nname=ublk-mirror-d3\n";
+    let partition = format!("printf '{table}' | sfdisk --quiet /dev/disk/by-id/virtio-disk0");
+    run("sh", &["-c", &partition])?;
+    run("udevadm", &["settle", "--timeout=60"])?;
+    let path = |name: &str| format!("/dev/disk/by-partlabel/ublk-mirror-{name}");
+    let wanted = |name: &str| -> anyhow::Result<String> {
+        let properties = run("udevadm", &["info", "--query=property", &format!("--name={}", path(name))])?;
+        let wants = properties.lines().find_map(|line| line.strip_prefix("SYSTEMD_WANTS="));
+        let unit = wants.and_then(|units| units.split_whitespace().next());
+        let instance = unit.and_then(|unit| unit.strip_prefix("ublk-mirror-disk@")?.strip_suffix(".service"));
+        Ok(instance.with_context(|| format!("no unit is wanted: {properties}"))?.to_owned())
+    };
+    let add = |name: &str| -> anyhow::Result<(bool, String)> {
+        let output = Command::new("/project/scripts/udev/hot-add")
+            .arg(wanted(name)?)
+            .env("UBLK_MIRROR_NODE", "n1")
+            .env("UBLK_MIRROR_CONFIG", play.dir.join("cluster.toml"))
+            .output()?;
+        let said = [output.stdout, output.stderr].concat();
+        Ok((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
+    };
+    let (added, said) = add("d2")?;
+    ensure!(added && said.contains("n1/d2") && said.contains("enters the cluster"), "{said}");
+    let disks = play.json(&["disk", "list"])?;
+    let disk = disks.as_array().into_iter().flatten().find(|disk| disk["disk"] == "d2");
+    let disk = disk.with_context(|| format!("{disks:#}"))?;
+    ensure!(disk["state"] == "ok" && disk["path"] == path("d2").as_str(), "{disk:#}");
+    // It is there at every boot.
+    let (added, said) = add("d2")?;
+    ensure!(added && said.contains("n1/d2 is in the cluster already"), "{said}");
+    // Whatever it is called: what holds something is not ours to format.
+    run("mkfs.ext4", &["-q", &path("d3")])?;
+    let (added, said) = add("d3")?;
+    ensure!(!added && said.contains("ext4") && said.contains("nothing was formatted"), "{said}");
+    healthy(&play)?;
+    play.stop()
+}
