@@ -396,8 +396,6 @@ fn garbage_on_a_control_connection_ends_it_and_nothing_else() -> anyhow::Result<
         [&(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
     }
     undisturbed(|scene| {
-        let unknown =
-            frame(r#"{"type":"register","node":"n9","process":5,"adopted":0,"address":"","disks":[]}"#);
         let report = frame(r#"{"type":"report","adopted":1,"sessions":[],"exports":[],"waiting":[]}"#);
         let both = [
             ("a length beyond all", "larger than any we know", vec![0xff; 64]),
@@ -413,16 +411,10 @@ fn garbage_on_a_control_connection_ends_it_and_nothing_else() -> anyhow::Result<
                 ends(&format!("{role:?}: {what}"), &mut wire.stream, bytes, &scene.manager, reason)?;
             }
         }
-        let node = [
-            ("a report before a registration", "before it registered", report),
-            ("an unknown node", "n9", unknown),
-        ];
-        for (what, reason, bytes) in &node {
-            let identity = scene.identity(Role::Node, "n9");
-            let mut wire = scene.knock(&scene.lab.manager_address(), Purpose::Control, &identity)?;
-            ends(what, &mut wire.stream, bytes, &scene.manager, reason)?;
-        }
-        Ok(())
+        let identity = scene.identity(Role::Node, "n9");
+        let mut wire = scene.knock(&scene.lab.manager_address(), Purpose::Control, &identity)?;
+        let what = "a report before a registration";
+        ends(what, &mut wire.stream, &report, &scene.manager, "before it registered")
     })
 }
 

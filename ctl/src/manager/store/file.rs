@@ -311,7 +311,7 @@ mod tests {
         let path = dir.path().join("map.json");
         let text = std::fs::read_to_string(&path).unwrap();
         for (damaged, why) in [
-            (text.replace("\"version\": 7", "\"version\": 8"), "its checksum does not match"),
+            (text.replace("\"version\":7", "\"version\":8"), "its checksum does not match"),
             (text[..text.len() / 2].to_owned(), "its checksum does not match"),
             (
                 text.replacen("\"format\":1", "\"format\":2", 1),

@@ -259,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_map_is_cut_into_small_pieces_and_comes_back() {
-        for slices in [1, 5000] {
+        for slices in [1, 15_000] {
             let map = map(slices);
             let (places, entries) = split(None, &map, &["because".into()]);
             assert!(entries.iter().all(|(_, value)| value.len() <= CHUNK_BYTES));
