@@ -314,9 +314,10 @@ impl Engine {
                 continue;
             };
             let attach = attached.iter().find(|(disk, _)| *disk == replica.disk).map(|(_, attach)| *attach);
-            // It may have got the disk just now: it tells before it adopts the map that has a copy on it, and nothing is
-            // sent to that copy, nor acknowledged without it, before it has.
-            if attach.is_none() && session.adopted.0 < span.epoch.0 {
+            // It may have got the disk just now: it tells before it adopts the map that made this copy, and nothing was
+            // ever stored there before it has. Of a copy that is older the disk is missing, whatever map the peer has: a
+            // flush that it answers would cover nothing there.
+            if attach.is_none() && session.adopted < replica.added {
                 continue;
             }
             if attach != Some(replica.incarnation.attach) {

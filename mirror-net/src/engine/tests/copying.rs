@@ -165,6 +165,7 @@ fn space_that_was_never_written_is_not_sent_to_a_new_copy() {
 fn with_disk_added(first: &crate::map::DistributionMap, state: ReplicaState) -> crate::map::DistributionMap {
     let mut second = next(first, |span| {
         span.replicas[1].disk = DiskId(9);
+        span.replicas[1].added = MapVersion(2);
         span.replicas[1].incarnation.attach.0 = 99;
         span.replicas[1].state = state;
     });
@@ -215,6 +216,30 @@ fn a_disk_that_a_peer_does_not_have_by_the_map_that_needs_it_is_lost() {
     rig.adopted(2, 2);
     assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
     assert_eq!(rig.result(token), None, "one copy is not enough");
+}
+
+/// A peer that comes back without a disk and with an older map answers a flush for what it has: for nothing of that copy.
+#[test]
+fn a_disk_that_a_peer_had_is_missed_whatever_map_the_peer_has() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    let write = rig.write(0, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.result(write), Some(Ok(())));
+    rig.lane_down(2);
+    rig.adopt(&next(&first, |_| {}));
+    rig.reports.clear();
+    // Its session names no disk.
+    let session = rig.session_of(2) + 700;
+    rig.engine.handle_lane_up(rig.now, crate::ids::NodeId(2), session, crate::ids::ProcessId(2));
+    let body: Vec<u8> = [2u64, 1].iter().flat_map(|word| word.to_le_bytes()).collect();
+    rig.run();
+    rig.frame_with(2, Header { sequence: 1, ..Header::new(Kind::Open) }, &body);
+    let flush = rig.flush();
+    assert!(rig.take(Kind::Flush).is_empty(), "it is not asked: it is no member");
+    assert_eq!(rig.result(flush), None);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
 }
 
 #[test]
