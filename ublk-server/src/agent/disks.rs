@@ -15,6 +15,7 @@ use mirror_net::map::DistributionMap;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A disk that was added while the node ran.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -29,15 +30,39 @@ pub struct AddedDisk {
 /// A disk ready for the I/O thread.
 pub type Opened = (LocalDisk, DiskFile);
 
+/// Why a disk is held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Origin {
+    /// The cluster file names it.
+    File,
+    /// It was added, and is opened again after a restart.
+    Added,
+    /// It was added and has left the map: it is forgotten after a restart.
+    Left,
+}
+
 #[derive(Clone)]
 struct Held {
     candidate: Arc<Candidate>,
-    /// Not by the cluster file.
-    added: bool,
+    origin: Origin,
     /// The I/O thread has it, and does until the process ends.
     in_service: bool,
     /// Its id, where a map is awaited that lists it.
     awaited: Option<DiskId>,
+}
+
+impl Held {
+    fn leave(&mut self) {
+        if self.origin == Origin::Added {
+            self.origin = Origin::Left;
+        }
+    }
+
+    fn keep(&mut self) {
+        if self.origin == Origin::Left {
+            self.origin = Origin::Added;
+        }
+    }
 }
 
 /// All disks that this process holds.
@@ -49,12 +74,18 @@ pub struct Disks {
 }
 
 impl Disks {
-    /// Opens the disks of the cluster file, and what was added since. An added one that is not there is left out.
-    pub fn open(file: &[config::DiskFile], added: Vec<AddedDisk>) -> anyhow::Result<Self> {
+    /// Opens the disks of the cluster file, and what was added since. An added one that does not come for so long is left
+    /// out: it cannot be taken out of a file, and must not keep the others from serving.
+    pub fn open(
+        file: &[config::DiskFile],
+        added: Vec<AddedDisk>,
+        patience: Duration,
+    ) -> anyhow::Result<Self> {
+        let until = Instant::now() + patience;
         let mut disks = Self { held: Vec::new(), absent: Vec::new() };
         for disk in file {
             let candidate = Arc::new(Candidate::open(disk)?);
-            disks.held.push(Held { candidate, added: false, in_service: false, awaited: None });
+            disks.held.push(Held { candidate, origin: Origin::File, in_service: false, awaited: None });
         }
         for disk in added {
             if let Some(named) = file.iter().find(|named| named.name == disk.name) {
@@ -70,16 +101,25 @@ impl Disks {
             }
             if let Some(named) = file.iter().find(|named| is_same(&named.path, &disk.path)) {
                 anyhow::bail!(
-                    "{} is disk {} in the cluster file, and was added as {}: call it {1} there",
+                    "{0} is disk {1} in the cluster file, and was added as {2}: call it {2} there",
                     disk.path.display(),
                     named.name,
                     disk.name
                 );
             }
+            // When a machine starts the kernel may find it later than others.
+            while !disk.path.exists() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(100));
+            }
             match open(&disk.name, &disk.path) {
                 Ok(candidate) => {
                     let candidate = Arc::new(candidate);
-                    disks.held.push(Held { candidate, added: true, in_service: false, awaited: None });
+                    disks.held.push(Held {
+                        candidate,
+                        origin: Origin::Added,
+                        in_service: false,
+                        awaited: None,
+                    });
                 }
                 Err(error) => {
                     tracing::error!(%error, "a disk is left out");
@@ -113,7 +153,7 @@ impl Disks {
 
     /// Forgets what was added: it was of another cluster.
     pub fn forget_added(&mut self) {
-        self.held.retain(|held| !held.added);
+        self.held.retain(|held| held.origin == Origin::File);
         self.absent.clear();
     }
 
@@ -134,13 +174,14 @@ impl Disks {
             );
             anyhow::ensure!(
                 same_path && candidate.name == name,
-                "the cluster file here has {} as disk {}: add it under that name and path, or correct the file and restart \
-                 ublk-server",
+                "ublk-server here has {} as disk {}: add it under that name and path, or take it out of the cluster file and \
+                 restart ublk-server",
                 candidate.path.display(),
                 candidate.name
             );
             return Ok(Arc::clone(candidate));
         }
+        anyhow::ensure!(path.exists(), "{} does not exist on this node", path.display());
         Ok(Arc::new(open(name, path)?))
     }
 
@@ -149,18 +190,20 @@ impl Disks {
         let known = self.held.iter_mut().find(|held| Arc::ptr_eq(&held.candidate, &candidate));
         if let Some(held) = known {
             held.awaited = Some(id);
+            held.keep();
         } else {
             self.absent.retain(|absent| absent.name != candidate.name);
-            self.held.push(Held { candidate, added: true, in_service: false, awaited: Some(id) });
+            self.held.push(Held { candidate, origin: Origin::Added, in_service: false, awaited: Some(id) });
         }
         self.save(state)
     }
 
-    fn save(&self, state: &StateDir) -> anyhow::Result<()> {
+    /// Writes down which disks were added.
+    pub fn save(&self, state: &StateDir) -> anyhow::Result<()> {
         let added = self
             .held
             .iter()
-            .filter(|held| held.added)
+            .filter(|held| held.origin == Origin::Added)
             .map(|held| AddedDisk { name: held.candidate.name.clone(), path: held.candidate.path.clone() });
         let added: Vec<AddedDisk> = added.chain(self.absent.iter().cloned()).collect();
         state.save_disks(&added)?;
@@ -186,16 +229,21 @@ impl Disks {
             if !first && awaited.is_none() {
                 continue;
             }
-            let disk = &held.candidate;
-            match prepare::open_for_service(disk, map.cluster) {
+            let disk = Arc::clone(&held.candidate);
+            match prepare::open_for_service(&disk, map.cluster) {
                 Ok((local, _)) if map.disk(local.id).is_none() => {
                     held.awaited = Some(local.id);
+                    // It was removed while this node was away, or is about to enter: then it is added once more.
+                    if map.has_left(local.id) {
+                        held.leave();
+                    }
                     // The manager knows it from the registration, and tells what to do.
                     tracing::warn!(disk = disk.name, id = %local.id, "a disk is left out: it is no part of the cluster");
                 }
                 Ok(pair) => {
                     held.in_service = true;
                     held.awaited = None;
+                    held.keep();
                     opened.push(pair);
                 }
                 Err(error) => troubles.push((awaited, error.to_string())),
@@ -211,9 +259,7 @@ impl Disks {
 
     /// A disk has left the map: nobody adds it again by itself after a restart.
     pub fn removed(&mut self, name: &str, state: &StateDir) -> anyhow::Result<()> {
-        for held in self.held.iter_mut().filter(|held| held.candidate.name == name) {
-            held.added = false;
-        }
+        self.held.iter_mut().filter(|held| held.candidate.name == name).for_each(Held::leave);
         self.absent.retain(|absent| absent.name != name);
         self.save(state)
     }
@@ -230,8 +276,196 @@ fn is_same(one: &Path, other: &Path) -> bool {
     one == other || real(one) == real(other)
 }
 
-/// Formats one that was found, and says which attachment it has.
+/// Formats one that was found.
 pub fn format(order: &FormatOrder, node: &str, candidate: &Arc<Candidate>) -> anyhow::Result<()> {
     prepare::format_all(order, node, std::slice::from_ref(candidate))
         .with_context(|| format!("{} cannot be formatted", candidate.path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mirror_net::config::segment_slots;
+    use mirror_net::control::{DiskContent, FormatDisk};
+    use mirror_net::format::Geometry;
+    use mirror_net::ids::ClusterId;
+    use mirror_net::map::{Disk, Node};
+
+    const SLICE_BYTES: u32 = 1 << 20;
+    const ME: NodeId = NodeId(1);
+
+    struct Place {
+        dir: tempfile::TempDir,
+        state: StateDir,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let state = StateDir::open(&dir.path().join("state")).unwrap();
+            Self { dir, state }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn make(&self, name: &str) -> PathBuf {
+            std::fs::File::create(self.path(name)).unwrap().set_len(64 << 20).unwrap();
+            self.path(name)
+        }
+
+        fn named(&self, name: &str, path: &str) -> config::DiskFile {
+            let (name, path) = (name.into(), self.path(path));
+            config::DiskFile { name, path, bytes: None, segments: Segments::default() }
+        }
+
+        fn open(&self, file: &[config::DiskFile]) -> anyhow::Result<Disks> {
+            Disks::open(file, self.state.added_disks()?, Duration::ZERO)
+        }
+
+        /// As the agent carries out the manager's order.
+        fn add(&self, disks: &mut Disks, name: &str, id: u32, force: bool) -> anyhow::Result<()> {
+            let candidate = disks.find(name, &self.path(name))?;
+            let geometry = Geometry::new(candidate.bytes, SLICE_BYTES, candidate.block_bytes)?;
+            let slots =
+                segment_slots(candidate.bytes, SLICE_BYTES, geometry.slots.into(), Segments::default())?;
+            let order = FormatOrder {
+                cluster: ClusterId::default(),
+                node: ME,
+                slice_bytes: SLICE_BYTES,
+                disks: vec![FormatDisk { name: name.into(), path: None, disk: DiskId(id), slots }],
+                force,
+                check_only: false,
+            };
+            format(&order, "n1", &candidate)?;
+            disks.add(candidate, DiskId(id), &self.state)
+        }
+    }
+
+    /// A map that has these disks of this node, and gave ids up to `last`.
+    fn map(ids: &[u32], last: u32) -> DistributionMap {
+        let disk = |id: &u32| Disk {
+            id: DiskId(*id),
+            node: ME,
+            name: format!("d{id}"),
+            slots: mirror_net::map::SegmentSlots::default(),
+            block_bytes: 512,
+            spare: false,
+            failed: None,
+        };
+        let node = Node { id: ME, name: "n1".into(), address: "n1:1".into(), power: None, switch: None };
+        DistributionMap {
+            nodes: vec![node],
+            disks: ids.iter().map(disk).collect(),
+            last_disk: last,
+            ..DistributionMap::empty()
+        }
+    }
+
+    fn opened(disks: &mut Disks, map: &DistributionMap, first: bool) -> Vec<u32> {
+        let (opened, troubles) = disks.open_for_service(map, first);
+        assert!(troubles.is_empty(), "{troubles:?}");
+        opened.iter().map(|(local, _)| local.id.0).collect()
+    }
+
+    fn kept(place: &Place) -> Vec<String> {
+        place.state.added_disks().unwrap().into_iter().map(|disk| disk.name).collect()
+    }
+
+    #[test]
+    fn what_was_added_is_opened_with_the_map_that_lists_it_and_after_a_restart() {
+        let place = Place::new();
+        place.make("d3");
+        let mut disks = place.open(&[]).unwrap();
+        place.add(&mut disks, "d3", 3, false).unwrap();
+        assert_eq!(kept(&place), ["d3"]);
+        assert!(!disks.awaits(&map(&[], 3), ME));
+        assert!(disks.awaits(&map(&[3], 3), ME));
+        assert_eq!(opened(&mut disks, &map(&[3], 3), false), [3]);
+        assert!(!disks.awaits(&map(&[3], 3), ME), "once");
+        let error = disks.find("d3", &place.path("d3")).map(drop).unwrap_err().to_string();
+        assert!(error.contains("held by ublk-server here as disk d3"), "{error}");
+        drop(disks);
+        let mut disks = place.open(&[]).unwrap();
+        assert_eq!(opened(&mut disks, &map(&[3], 3), true), [3]);
+        // It has left the map: nobody opens it after the next restart.
+        disks.removed("d3", &place.state).unwrap();
+        assert_eq!(kept(&place), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_left_while_the_node_was_away_is_forgotten_unless_it_enters_after_all() {
+        let place = Place::new();
+        place.make("d3");
+        let mut disks = place.open(&[]).unwrap();
+        place.add(&mut disks, "d3", 3, false).unwrap();
+        drop(disks);
+        let mut disks = place.open(&[]).unwrap();
+        // Its id was given and it is not in the map: it has left, or is about to enter.
+        assert!(opened(&mut disks, &map(&[], 3), true).is_empty());
+        disks.save(&place.state).unwrap();
+        assert_eq!(kept(&place), Vec::<String>::new());
+        assert_eq!(opened(&mut disks, &map(&[3], 3), false), [3]);
+        disks.save(&place.state).unwrap();
+        assert_eq!(kept(&place), ["d3"]);
+    }
+
+    #[test]
+    fn the_cluster_file_and_what_was_added_have_to_agree() {
+        let place = Place::new();
+        place.make("d3");
+        place.make("other");
+        let mut disks = place.open(&[]).unwrap();
+        place.add(&mut disks, "d3", 3, false).unwrap();
+        drop(disks);
+        // A link to it is it.
+        std::os::unix::fs::symlink(place.path("d3"), place.path("link")).unwrap();
+        assert_eq!(place.open(&[place.named("d3", "link")]).unwrap().held.len(), 1);
+        let error = place.open(&[place.named("d3", "other")]).map(drop).unwrap_err().to_string();
+        assert!(error.starts_with("disk d3 is ") && error.contains("and was added as"), "{error}");
+        let error = place.open(&[place.named("d4", "d3")]).map(drop).unwrap_err().to_string();
+        assert!(
+            error.contains("is disk d4 in the cluster file") && error.ends_with("call it d3 there"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_added_disk_that_is_not_there_is_left_out_and_not_forgotten() {
+        let place = Place::new();
+        place.make("d3");
+        let mut disks = place.open(&[]).unwrap();
+        place.add(&mut disks, "d3", 3, false).unwrap();
+        drop(disks);
+        std::fs::rename(place.path("d3"), place.path("away")).unwrap();
+        let disks = place.open(&[]).unwrap();
+        assert!(disks.inventory().is_empty());
+        let error = disks.find("d5", &place.path("d5")).map(drop).unwrap_err().to_string();
+        assert!(error.ends_with("d5 does not exist on this node"), "{error}");
+        disks.save(&place.state).unwrap();
+        assert_eq!(kept(&place), ["d3"]);
+        // One that comes late is waited for.
+        let (from, to) = (place.path("away"), place.path("d3"));
+        let coming = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
+            std::fs::rename(from, to).unwrap();
+        });
+        let added = place.state.added_disks().unwrap();
+        let disks = Disks::open(&[], added, Duration::from_secs(60)).unwrap();
+        coming.join().unwrap();
+        assert!(matches!(disks.inventory()[0].content, DiskContent::Ours { disk: DiskId(3), .. }));
+    }
+
+    #[test]
+    fn what_holds_anything_is_formatted_by_force_only() {
+        let place = Place::new();
+        place.make("d3");
+        let mut disks = place.open(&[]).unwrap();
+        place.add(&mut disks, "d3", 3, false).unwrap();
+        let error = place.add(&mut disks, "d3", 4, false).unwrap_err();
+        assert!(format!("{error:#}").contains("give --force"), "{error:#}");
+        place.add(&mut disks, "d3", 4, true).unwrap();
+        assert_eq!(opened(&mut disks, &map(&[4], 4), false), [4]);
+    }
 }

@@ -48,6 +48,9 @@ use tokio::sync::mpsc;
 /// For devices to be written back and stopped when the daemon ends.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 
+/// How long a disk that was added, and that the cluster file need not name, may take to appear when a machine starts.
+const ADDED_WITHIN: Duration = Duration::from_secs(10);
+
 /// How a daemon was started.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -180,7 +183,7 @@ pub async fn run(options: Options) -> anyhow::Result<End> {
     let lives = state.lives();
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let lanes = Lanes::listen(&node.address, common.clone(), sender.clone()).await?;
-    let disks = Disks::open(&node.disks, state.added_disks()?)?;
+    let disks = Disks::open(&node.disks, state.added_disks()?, ADDED_WITHIN)?;
     let exports = Exports::new(&node, &options.run_dir, sender.clone()).await?;
     let membership = Membership::default();
     membership.set(cluster);
@@ -498,6 +501,7 @@ impl Agent {
         };
         let (disks, (opened, troubles)) = meanwhile(open, async || self.report().await).await?;
         self.disks = disks;
+        self.disks.save(&self.state)?;
         if first {
             self.trouble = troubles.first().map(|(_, trouble)| trouble.clone());
         }
