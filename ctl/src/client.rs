@@ -1,9 +1,9 @@
 //! Talking to the manager.
 
-use crate::failure::Failure;
-use crate::key;
+use crate::failure::{Failure, OK};
+use crate::{key, output};
 use mirror_net::config::ClusterFile;
-use mirror_net::control::{OperatorReply, OperatorRequest};
+use mirror_net::control::{ClusterStatus, OperatorReply, OperatorRequest};
 use mirror_net::ids::ProcessId;
 use mirror_net::wire::handshake::{ClusterKey, Identity, Purpose, Role};
 use mirror_net::wire::transport;
@@ -71,6 +71,25 @@ impl Client {
             OperatorReply::Refused { reason } => Err(Failure::new(reason)),
             reply => Ok(reply),
         }
+    }
+
+    /// All that the manager knows.
+    pub async fn status(&self) -> Result<Box<ClusterStatus>, Failure> {
+        match self.ask(&OperatorRequest::Status).await? {
+            OperatorReply::Status(status) => Ok(status),
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Gives an order that is answered in lines, and prints them. Of a dry run it is said that it was one.
+    pub async fn order(&self, request: &OperatorRequest, dry_run: bool) -> Result<u8, Failure> {
+        let reply = self.ask(request).await?;
+        let OperatorReply::Done { mut lines } = reply else { return Err(unexpected(&reply)) };
+        if dry_run {
+            lines.push("nothing was changed: this was a dry run".to_owned());
+        }
+        output::print(&lines.join("\n"));
+        Ok(OK)
     }
 
     /// Finds the leader. While one is being elected it is waited for.

@@ -15,10 +15,7 @@ use std::path::Path;
 
 /// `mirrorctl device list`.
 pub async fn list(config: &Path, json: bool) -> Result<u8, Failure> {
-    let status = match Client::from_config(config)?.ask(&OperatorRequest::Status).await? {
-        OperatorReply::Status(status) => status,
-        reply => return Err(unexpected(&reply)),
-    };
+    let status = Client::from_config(config)?.status().await?;
     let devices = DeviceJson::of_status(&status);
     if json {
         output::print_json(&devices)?;
@@ -106,13 +103,7 @@ pub async fn set(config: &Path, name: &str, what: DeviceSetArguments, dry_run: b
 
 async fn order(config: &Path, name: &str, change: DeviceChange, dry_run: bool) -> Result<u8, Failure> {
     let order = DeviceOrder { name: name.to_owned(), change, carry_out: !dry_run };
-    let reply = Client::from_config(config)?.ask(&OperatorRequest::Device(order)).await?;
-    let OperatorReply::Done { mut lines } = reply else { return Err(unexpected(&reply)) };
-    if dry_run {
-        lines.push("nothing was changed: this was a dry run".to_owned());
-    }
-    output::print(&lines.join("\n"));
-    Ok(OK)
+    Client::from_config(config)?.order(&OperatorRequest::Device(order), dry_run).await
 }
 
 /// The table of devices.

@@ -1,11 +1,10 @@
 //! Disks: all of the cluster's, and one looked at without the daemon.
 
-use crate::client::{Client, unexpected};
+use crate::client::Client;
 use crate::failure::{FAILED, Failure, OK};
 use crate::json::ListedDiskJson;
 use crate::output;
 use mirror_net::config::format_bytes;
-use mirror_net::control::{OperatorReply, OperatorRequest};
 use mirror_net::format::ReadFailed;
 use mirror_net::format::inspect::inspect as look;
 use std::fs::File;
@@ -31,10 +30,7 @@ pub fn inspect(path: &Path, slots: bool, json: bool) -> Result<u8, Failure> {
 
 /// `mirrorctl disk list`.
 pub async fn list(config: &Path, json: bool) -> Result<u8, Failure> {
-    let status = match Client::from_config(config)?.ask(&OperatorRequest::Status).await? {
-        OperatorReply::Status(status) => status,
-        reply => return Err(unexpected(&reply)),
-    };
+    let status = Client::from_config(config)?.status().await?;
     let disks = ListedDiskJson::of(&status);
     if json {
         output::print_json(&disks)?;

@@ -1,10 +1,10 @@
 //! Disks and nodes that enter a cluster.
 
 use crate::cli::{DiskAddArguments, NodeAddArguments};
-use crate::client::{Client, load_file, unexpected};
+use crate::client::{Client, load_file};
 use crate::failure::{Failure, OK};
 use crate::{map, output};
-use mirror_net::control::{EnrolOrder, Entrant, OperatorReply, OperatorRequest};
+use mirror_net::control::{EnrolOrder, Entrant, OperatorRequest};
 use mirror_net::map::DistributionMap;
 use std::path::Path;
 
@@ -25,7 +25,8 @@ pub async fn add_disk(config: &Path, arguments: DiskAddArguments) -> Result<u8, 
     }
     let path = path.to_string_lossy().into_owned();
     let what = Entrant::Disk { disk, path, segments: segments.0, spare };
-    enrol(&client, EnrolOrder { what, force, carry_out: !dry_run }).await
+    let order = EnrolOrder { what, force, carry_out: !dry_run };
+    client.order(&OperatorRequest::Enrol(order), dry_run).await
 }
 
 /// `mirrorctl node add`.
@@ -33,16 +34,6 @@ pub async fn add_node(config: &Path, arguments: NodeAddArguments) -> Result<u8, 
     let NodeAddArguments { node, force, dry_run } = arguments;
     let (file, text) = load_file(config)?;
     let what = Entrant::Node { file: text, node };
-    enrol(&Client::from_file(&file)?, EnrolOrder { what, force, carry_out: !dry_run }).await
-}
-
-async fn enrol(client: &Client, order: EnrolOrder) -> Result<u8, Failure> {
-    let shown = !order.carry_out;
-    let reply = client.ask(&OperatorRequest::Enrol(order)).await?;
-    let OperatorReply::Done { mut lines } = reply else { return Err(unexpected(&reply)) };
-    if shown {
-        lines.push("nothing was changed: this was a dry run".to_owned());
-    }
-    output::print(&lines.join("\n"));
-    Ok(OK)
+    let order = EnrolOrder { what, force, carry_out: !dry_run };
+    Client::from_file(&file)?.order(&OperatorRequest::Enrol(order), dry_run).await
 }

@@ -1,12 +1,12 @@
 //! Filling a device from a file or a block device, through its export on this machine.
 
-use crate::client::{Client, unexpected};
+use crate::client::Client;
 use crate::failure::{Failure, OK};
 use crate::nbd::NbdClient;
 use crate::output;
 use indicatif::{ProgressBar, ProgressStyle};
 use mirror_net::config::format_bytes;
-use mirror_net::control::{ExportReport, OperatorReply, OperatorRequest};
+use mirror_net::control::ExportReport;
 use mirror_net::map::DistributionMap;
 use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Read, Seek, SeekFrom};
@@ -119,10 +119,7 @@ pub async fn import(config: &Path, name: &str, source: &Path, is_new: bool) -> R
 }
 
 async fn status(config: &Path) -> Result<(DistributionMap, Vec<ExportReport>), Failure> {
-    let mut status = match Client::from_config(config)?.ask(&OperatorRequest::Status).await? {
-        OperatorReply::Status(status) => status,
-        reply => return Err(unexpected(&reply)),
-    };
+    let mut status = Client::from_config(config)?.status().await?;
     let map = status.map.take().ok_or_else(|| Failure::new("no cluster has been created yet"))?;
     let reports = status.nodes.into_iter().filter(|node| node.up).filter_map(|node| node.report);
     Ok((map, reports.flat_map(|report| report.exports).collect()))

@@ -35,10 +35,7 @@ pub async fn failover(config: &Path, node: &str, json: bool) -> Result<u8, Failu
     let reply = client.ask(&OperatorRequest::Failover { node: node.to_owned() }).await?;
     let OperatorReply::FailedOver { version, moved, stayed } = reply else { return Err(unexpected(&reply)) };
     let late = loop {
-        let status = match client.ask(&OperatorRequest::Status).await? {
-            OperatorReply::Status(status) => status,
-            reply => return Err(unexpected(&reply)),
-        };
+        let status = client.status().await?;
         let late = not_adopted(&status, version);
         if late.is_empty() || started.elapsed() > ADOPTION_MAX {
             break late;

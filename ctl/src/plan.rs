@@ -106,10 +106,7 @@ fn resyncs<'a>(
 }
 
 async fn ask_status(client: &Client) -> Result<(Box<ClusterStatus>, DistributionMap), Failure> {
-    let mut status = match client.ask(&OperatorRequest::Status).await? {
-        OperatorReply::Status(status) => status,
-        reply => return Err(unexpected(&reply)),
-    };
+    let mut status = client.status().await?;
     let map = status.map.take().ok_or_else(|| Failure::new("no cluster has been created yet"))?;
     Ok((status, map))
 }

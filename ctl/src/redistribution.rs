@@ -1,10 +1,10 @@
 //! Copies that are to be elsewhere: spares made, disks and nodes removed, disks made equally full.
 
 use crate::cli::{DiskRemoveArguments, NodeRemoveArguments, SpareMakeArguments, Topology};
-use crate::client::{Client, unexpected};
+use crate::client::Client;
 use crate::failure::{Failure, OK};
 use crate::{map, output};
-use mirror_net::control::{OperatorReply, OperatorRequest, Redistribution, RedistributionOrder};
+use mirror_net::control::{OperatorRequest, Redistribution, RedistributionOrder};
 use std::path::Path;
 
 /// `mirrorctl spare make`.
@@ -65,11 +65,5 @@ pub async fn topology(
 
 pub(crate) async fn redistribute(config: &Path, wish: Redistribution, dry_run: bool) -> Result<u8, Failure> {
     let request = OperatorRequest::Redistribute(RedistributionOrder { wish, carry_out: !dry_run });
-    let reply = Client::from_config(config)?.ask(&request).await?;
-    let OperatorReply::Done { mut lines } = reply else { return Err(unexpected(&reply)) };
-    if dry_run {
-        lines.push("nothing was changed: this was a dry run".to_owned());
-    }
-    output::print(&lines.join("\n"));
-    Ok(OK)
+    Client::from_config(config)?.order(&request, dry_run).await
 }

@@ -1,19 +1,16 @@
 //! What is well, what is not, and what to type about it.
 
-use crate::client::{Client, unexpected};
+use crate::client::Client;
 use crate::failure::{FAILED, Failure, OK, UNAVAILABLE};
 use crate::json::StatusJson;
 use crate::{device, output};
 use mirror_net::config::format_bytes;
-use mirror_net::control::{ClusterStatus, OperatorReply, OperatorRequest, Severity};
+use mirror_net::control::{ClusterStatus, Severity};
 use std::path::Path;
 
 /// `mirrorctl status`: the exit code is the verdict.
 pub async fn status(config: &Path, json: bool) -> Result<u8, Failure> {
-    let status = match Client::from_config(config)?.ask(&OperatorRequest::Status).await? {
-        OperatorReply::Status(status) => status,
-        reply => return Err(unexpected(&reply)),
-    };
+    let status = Client::from_config(config)?.status().await?;
     if json {
         output::print_json(&StatusJson::of(&status))?;
     } else {

@@ -3,20 +3,15 @@
 //! Nothing is formatted before every disk of every node has passed the check, and no map exists
 //! before every disk is formatted.
 
+use super::newcomer::{self, CHECK_MS_MAX, FORMAT_MS_MAX};
 use super::registry::Registry;
 use super::{ConnectionId, Output, Proposal, Ticket};
-use crate::config::{ClusterFile, format_bytes, segment_slots};
-use crate::control::{DiskContent, DiskInventory, FormatDisk, FormatOrder, ManagerMessage};
-use crate::format::Geometry;
+use crate::config::ClusterFile;
+use crate::control::{FormatDisk, FormatOrder, ManagerMessage};
 use crate::ids::{AttachId, ClusterId, DiskId, Incarnation, NodeId, ProcessId};
 use crate::map::DistributionMap;
 use crate::map::layout::{DiskSpec, NodeSpec, pairs};
 use std::collections::BTreeMap;
-
-/// How long the check may take before a node is given up.
-const CHECK_MS_MAX: u64 = 30_000;
-/// How long formatting may take: large disks are measured and their tables written.
-const FORMAT_MS_MAX: u64 = 600_000;
 
 /// A creation under way.
 #[derive(Debug)]
@@ -87,33 +82,13 @@ impl Creation {
         };
         for node in &file.nodes {
             let Some(entry) = registry.get(&node.name) else { continue };
-            if entry.address != node.address {
-                return Err(format!(
-                    "node {} listens on {}, the cluster file says {}: copy the same file to every machine and restart \
-                     ublk-server there",
-                    node.name, entry.address, node.address
-                ));
-            }
+            newcomer::check_address(&node.name, entry, &node.address)?;
             let mut disks = Vec::new();
             for disk in &node.disks {
-                let inventory = entry.disks.iter().find(|inventory| inventory.name == disk.name);
-                let inventory = inventory.filter(|inventory| inventory.path == disk.path.to_string_lossy());
-                let Some(inventory) = inventory else {
-                    return Err(format!(
-                        "node {} does not know disk {} ({}): copy the same cluster file to every machine and restart \
-                         ublk-server there",
-                        node.name,
-                        disk.name,
-                        disk.path.display()
-                    ));
-                };
-                check_content(&node.name, inventory, force)?;
-                let named = |error: String| format!("node {} disk {}: {error}", node.name, disk.name);
-                let geometry = Geometry::new(inventory.bytes, file.slice_bytes, inventory.block_bytes)
-                    .map_err(|error| named(error.to_string()))?;
-                let slots = u64::from(geometry.slots);
-                let slots = segment_slots(inventory.bytes, file.slice_bytes, slots, disk.segments)
-                    .map_err(|error| named(error.to_string()))?;
+                let inventory =
+                    newcomer::find_disk(&node.name, entry, &disk.name, &disk.path.to_string_lossy())?;
+                newcomer::check_content(&node.name, inventory, force)?;
+                let slots = newcomer::slots_of(&node.name, inventory, file.slice_bytes, disk.segments)?;
                 let incarnation = Incarnation { attach: inventory.attach, process: entry.process };
                 let (name, block_bytes) = (disk.name.clone(), inventory.block_bytes);
                 disks.push(DiskSpec { name, slots, block_bytes, incarnation });
@@ -283,17 +258,4 @@ impl Creation {
     pub(super) fn process_of(&self, node: &str) -> Option<ProcessId> {
         self.members.iter().find(|member| member.spec.name == node).map(|member| member.process)
     }
-}
-
-/// Whether a disk may be formatted, before its node is asked.
-pub(super) fn check_content(node: &str, disk: &DiskInventory, force: bool) -> Result<(), String> {
-    let at = format!("node {node} disk {} ({}, {})", disk.name, disk.path, format_bytes(disk.bytes));
-    let what = match &disk.content {
-        DiskContent::Unusable { why } => return Err(format!("{at} cannot be used: {why}")),
-        DiskContent::Blank => return Ok(()),
-        _ if force => return Ok(()),
-        DiskContent::Foreign { what } => format!("holds {what}"),
-        DiskContent::Ours { cluster, .. } => format!("already belongs to cluster {cluster}"),
-    };
-    Err(format!("{at} {what}: nothing was formatted; --force would destroy what is on it"))
 }

@@ -4,25 +4,19 @@
 //! Nothing is formatted before every disk has passed the check, nor under an id that is not stored: whatever fails after
 //! that leaves a disk that names an id which no other ever gets.
 
-use super::create::check_content;
+use super::newcomer::{self, CHECK_MS_MAX, FORMAT_MS_MAX};
 use super::redistribution;
 use super::regeneration::Situation;
 use super::registry::{Registered, Registry};
 use super::{Change, ConnectionId, Output, Ticket};
-use crate::config::{ClusterFile, Segments, check_name, format_bytes, segment_slots};
+use crate::config::{ClusterFile, Segments, check_name, format_bytes};
 use crate::control::{
     DiskContent, DiskInventory, EnrolOrder, Entrant, FormatDisk, FormatOrder, ManagerMessage, Redistribution,
     RedistributionOrder,
 };
-use crate::format::Geometry;
 use crate::ids::{AttachId, DiskId, NodeId, ProcessId};
 use crate::map::verbs::Verb;
 use crate::map::{Disk, DistributionMap, Node};
-
-/// How long a node may look at a disk, or check what it is to format.
-const CHECK_MS_MAX: u64 = 30_000;
-/// How long formatting may take: large disks are measured and their tables written.
-const FORMAT_MS_MAX: u64 = 600_000;
 
 /// An enrolment under way.
 #[derive(Debug)]
@@ -152,24 +146,11 @@ impl Enrolment {
     /// The disks of a node that registered with them.
     fn find_disks(&mut self, map: &DistributionMap, entry: &Registered) -> Result<(), String> {
         let Joining::Stranger(node) = &self.node else { return Ok(()) };
-        if entry.address != node.address {
-            return Err(format!(
-                "node {} listens on {}, the cluster file says {}: copy the same file to its machine and restart ublk-server \
-                 there",
-                node.name, entry.address, node.address
-            ));
-        }
-        for newcomer in &mut self.disks {
-            let is_it = |found: &&DiskInventory| found.name == newcomer.name && found.path == newcomer.path;
-            let Some(found) = entry.disks.iter().find(is_it) else {
-                return Err(format!(
-                    "node {} does not know disk {} ({}): copy the same cluster file to its machine and restart \
-                     ublk-server there",
-                    node.name, newcomer.name, newcomer.path
-                ));
-            };
+        newcomer::check_address(&node.name, entry, &node.address)?;
+        for disk in &mut self.disks {
+            let found = newcomer::find_disk(&node.name, entry, &disk.name, &disk.path)?;
             may_be_formatted(map, &node.name, found, self.force)?;
-            newcomer.found = Some(found.clone());
+            disk.found = Some(found.clone());
         }
         for newcomer in &self.disks {
             newcomer.entry(map, &self.node, self.spare)?;
@@ -401,12 +382,9 @@ impl Enrolment {
 impl Newcomer {
     /// As the map is to have it.
     fn entry(&self, map: &DistributionMap, node: &Joining, spare: bool) -> Result<Disk, String> {
-        let named = |error: String| format!("{}/{}: {error}", node.name(), self.name);
-        let found = self.found.as_ref().ok_or_else(|| named("nobody has looked at it".to_owned()))?;
-        let geometry = Geometry::new(found.bytes, map.slice_bytes, found.block_bytes)
-            .map_err(|error| named(error.to_string()))?;
-        let slots = segment_slots(found.bytes, map.slice_bytes, u64::from(geometry.slots), self.segments)
-            .map_err(|error| named(error.to_string()))?;
+        let found = self.found.as_ref();
+        let found = found.ok_or_else(|| format!("nobody has looked at {}/{}", node.name(), self.name))?;
+        let slots = newcomer::slots_of(node.name(), found, map.slice_bytes, self.segments)?;
         Ok(Disk {
             id: self.id,
             node: node.id(),
@@ -437,7 +415,7 @@ fn may_be_formatted(
             found.path
         ));
     }
-    check_content(node, found, force)
+    newcomer::check_content(node, found, force)
 }
 
 fn disk_of_member(

@@ -35,6 +35,7 @@ pub mod findings;
 pub mod force;
 pub mod join;
 mod making;
+mod newcomer;
 mod rebuild;
 pub mod redistribution;
 pub mod regeneration;
