@@ -140,6 +140,13 @@ impl Engine {
 
     pub(super) fn await_ticket(&mut self, key: OpKey, ticket: Ticket) {
         let op = &mut self.ops[key];
+        // Who waited when the disk failed was told then; nobody tells those who come later, such as a repair whose data was
+        // on its way. It would hold its range for ever.
+        if self.disks[op.disk].failed {
+            op.local = Local::Failed;
+            self.progress(key);
+            return;
+        }
         op.local = Local::Intent;
         let waiters = &mut self.disks[op.disk].intents;
         let at = waiters.partition_point(|(other, _)| *other <= ticket);

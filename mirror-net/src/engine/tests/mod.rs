@@ -626,6 +626,48 @@ fn a_read_of_what_no_copy_can_read_fails_though_the_copies_were_not_compared() {
     assert_eq!(rig.result(read), Some(Err(RequestError::Io)));
 }
 
+/// What was asked for arrives after the disk's tables cannot be written any more: the repair must not keep its range, which
+/// another disk of this node may need for the next copy.
+#[test]
+fn a_repair_whose_data_comes_after_its_disk_failed_ends() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    let write = rig.write(4096, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.result(write), Some(Ok(())));
+    rig.hold = true;
+    // Half of what is read was never written: repairing it needs an intent.
+    rig.request(RequestKind::Read, 0, 8192);
+    rig.complete_io(Err("medium error".into()));
+    let fetch = rig.take(Kind::Fetch);
+    assert_eq!(fetch.len(), 1);
+    rig.fail_metadata = true;
+    rig.write(65_536, 4096);
+    assert!(
+        rig.reports.iter().any(|report| matches!(report, Report::DiskFailed { .. })),
+        "{:?}",
+        rig.reports
+    );
+    let answer = Header {
+        session: rig.session_of(2),
+        sequence: fetch[0].header.sequence,
+        slice_epoch: fetch[0].header.slice_epoch,
+        body_bytes: 8192,
+        ..Header::new(Kind::Ack)
+    };
+    let buffer = super::action::BufferId(900);
+    rig.engine.handle_frame(rig.now, crate::ids::NodeId(2), &answer, None, &[], Some(buffer));
+    rig.run();
+    for leg in rig.take(Kind::Write) {
+        rig.ack(&leg);
+    }
+    rig.adopt(&next(&first, promote_second));
+    rig.adopted(2, 2);
+    assert!(rig.released.contains(&buffer), "{:?}", rig.released);
+    assert!(rig.engine.ops.is_empty(), "{} operations are left", rig.engine.ops.len());
+}
+
 /// What an earlier primary began on a copy goes on there, and may not be in its masks yet: the new primary has to
 /// hear of it, or the copies differ for as long as nobody asks.
 #[test]
