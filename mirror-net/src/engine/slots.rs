@@ -5,7 +5,7 @@
 
 use super::action::DiskIndex;
 use super::adopt::AdoptError;
-use super::view::{DeviceView, Place};
+use super::view::{DeviceView, Mine, Place};
 use super::{Device, Engine, Slice};
 use crate::format::alloc::Segment;
 use crate::format::journal::Change;
@@ -42,6 +42,12 @@ impl Engine {
         }
     }
 
+    /// Whether that slot can be that copy's. One in another segment was given to a copy that was dropped; the map has
+    /// added another to the same disk since, and counts its slots where it put that one.
+    fn is_of(&self, (disk, slot): (DiskIndex, u32), mine: &Mine) -> bool {
+        disk == mine.disk && self.disks[disk].allocator.segment_of(SlotIndex(slot)) == mine.segment
+    }
+
     /// The slices that the views place here and that have no slot there: disk, segment, device, slice.
     fn unplaced<'a>(
         &'a self,
@@ -54,7 +60,7 @@ impl Engine {
                 (span.first..span.end)
                     .filter(move |slice| {
                         let place = slices.get(*slice as usize).and_then(|slice| slice.place);
-                        place.is_none_or(|(disk, _)| disk != mine.disk)
+                        place.is_none_or(|place| !self.is_of(place, &mine))
                     })
                     .map(move |slice| (mine.disk, mine.segment, view.id, slice))
             })
@@ -86,10 +92,10 @@ impl Engine {
         for view in views {
             let slices = self.by_device.get(&view.id).map_or(&[][..], |index| &self.devices[*index].slices);
             for (number, slice) in slices.iter().enumerate().take(view.slices as usize) {
-                let listed = view.span(number as u32).mine.map(|mine| mine.disk);
-                if let Some((disk, slot)) = slice.place.filter(|(disk, _)| listed == Some(*disk)) {
-                    let segment = self.disks[disk].allocator.segment_of(SlotIndex(slot));
-                    *stay.entry((disk, segment)).or_default() += 1;
+                if let (Some(place), Some(mine)) = (slice.place, view.span(number as u32).mine)
+                    && self.is_of(place, &mine)
+                {
+                    *stay.entry((mine.disk, mine.segment)).or_default() += 1;
                 }
             }
         }
@@ -175,7 +181,8 @@ impl Engine {
                 else {
                     continue;
                 };
-                let listed = view.span(held.slice.0).mine.is_some_and(|mine| mine.disk == number);
+                let mine = view.span(held.slice.0).mine;
+                let listed = mine.is_some_and(|mine| self.is_of((number, slot.0), &mine));
                 let place = &mut self.devices[index].slices[held.slice.0 as usize].place;
                 let newer = place.filter(|(on, _)| *on == number).is_none_or(|(_, other)| {
                     let other = disk.journal.slot(SlotIndex(other)).assignment;
@@ -383,6 +390,34 @@ mod tests {
         rig.adopt(&next(&third, |span| span.replicas[1].state = ReplicaState::InSync));
         assert_eq!(rig.engine.disks[0].journal.masks(slot).dirty, u64::MAX);
         assert_eq!(slot_in_use(&rig), [slot.0]);
+    }
+
+    /// Of both changes this node hears at once; its old slot is needed by another copy.
+    #[test]
+    fn a_copy_dropped_and_added_unseen_in_another_segment_gets_a_slot_there() {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(2, &first);
+        let old = slot_in_use(&rig)[0];
+        write_from_1(&mut rig, 1);
+        fill(&mut rig, 0);
+        let mut second = exchanged(&first);
+        let mut copy = first.devices[0].spans[0].replicas[1].clone();
+        (copy.state, copy.added, copy.segment) = (ReplicaState::Syncing, second.version, Segment::Primary);
+        second.devices[0].spans[0].replicas.push(copy);
+        rig.adopt(&second);
+        rig.wait(200, &[]);
+        assert_eq!(rig.engine.adopted_version(), second.version);
+        let place = |device: usize| rig.engine.devices[device].slices[0].place.unwrap().1;
+        let disk = &rig.engine.disks[0];
+        assert_eq!(disk.allocator.segment_of(SlotIndex(place(0))), Segment::Primary);
+        assert_eq!(disk.journal.masks(SlotIndex(place(0))).dirty, u64::MAX, "it lacks everything");
+        assert_eq!(place(1), old);
+        // After a restart it is found there.
+        let index = rig.engine.by_device[&first.devices[0].id];
+        let (kept, view) = (place(0), rig.engine.devices[index].view.clone());
+        rig.engine.devices[index].slices[0].place = None;
+        rig.engine.find_slots(index, &view);
+        assert_eq!(rig.engine.devices[index].slices[0].place, Some((0, kept)));
     }
 
     /// Takes what is free of node 2's secondary segment, but for so many slots.

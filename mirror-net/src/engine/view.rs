@@ -206,11 +206,14 @@ impl DeviceView {
         DeviceView { claim, gone: true, fails: false, deferred: false, ..self.clone() }.with_spans(spans)
     }
 
-    /// This view without this node's copies of slices that a newer one lists on another of its disks,
-    /// or not here at all: of those it says what the newer one says. `None` if there are none.
+    /// This view without this node's copies of slices that a newer one lists on another of its disks or in another
+    /// segment, or not here at all: of those it says what the newer one says. `None` if there are none.
     pub fn without_copies_left_by(&self, newer: &DeviceView) -> Option<DeviceView> {
         let leaves = |span: &SpanView, newer: &SpanView| {
-            span.mine.is_some_and(|mine| newer.mine.is_none_or(|there| there.disk != mine.disk))
+            let stays = |mine: Mine| {
+                newer.mine.is_some_and(|there| (there.disk, there.segment) == (mine.disk, mine.segment))
+            };
+            span.mine.is_some_and(|mine| !stays(mine))
         };
         let mut spans = Vec::new();
         let mut left = false;
