@@ -86,6 +86,11 @@ impl Engine {
         self.map.as_ref().map_or(MapVersion(0), |map| map.version)
     }
 
+    /// The newest map version by which anything is left out here: that of the map being adopted, if one is.
+    pub(super) fn fitted_version(&self) -> MapVersion {
+        self.adopting.as_ref().map_or_else(|| self.adopted_version(), |adoption| adoption.map.version)
+    }
+
     fn begin_adoption(&mut self, map: Arc<DistributionMap>) -> Result<(), AdoptError> {
         for node in &map.nodes {
             if node.id != self.me && self.peer_index(node.id).is_none() {

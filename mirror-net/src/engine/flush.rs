@@ -303,11 +303,12 @@ impl Engine {
         }
     }
 
-    /// Answers carry the map version: an exporter with an older map first learns what is new in it.
+    /// Answers carry the map version: an exporter with an older map first learns what is new in it. That is the version of a
+    /// map that is still being adopted, too: what it takes from this node is not served here any more, and was not flushed.
     fn answer_flush(&mut self, kind: Kind, sender: Sender, device: usize, status: Status) {
         let header = Header {
             flags: status as u8,
-            slice_epoch: SliceEpoch(self.adopted_version().0),
+            slice_epoch: SliceEpoch(self.fitted_version().0),
             device: self.devices[device].view.id.0,
             ..Header::new(kind)
         };

@@ -126,6 +126,8 @@ pub(super) struct Rig {
     pub held: Vec<Io>,
     pub hold: bool,
     pub fail_metadata: bool,
+    /// Nothing is written into tables or logs.
+    pub hold_metadata: bool,
     pub fail_flush: bool,
     /// Peers answer at once that nothing of theirs is dirty or readable.
     pub clean_peers: bool,
@@ -201,6 +203,7 @@ impl Rig {
             held: Vec::new(),
             hold: false,
             fail_metadata: false,
+            hold_metadata: false,
             fail_flush: false,
             clean_peers: true,
             session: 100,
@@ -389,6 +392,7 @@ impl Rig {
                     Action::Flush { io: id, .. } => {
                         io.push((id, if self.fail_flush { Err("flush".into()) } else { Ok(()) }));
                     }
+                    Action::Metadata { io: id, .. } if self.hold_metadata => self.held.push(id),
                     Action::Metadata { io: id, work, .. } => {
                         let failed = self.fail_metadata && matches!(work, MetadataIo::Write { .. });
                         io.push((id, if failed { Err("metadata".into()) } else { Ok(()) }));

@@ -342,6 +342,25 @@ fn more_requests_than_the_window_holds_all_complete() {
     }
 }
 
+/// A map that takes a slice from this node is being adopted: this node does not flush the slice's copies any more, and an
+/// exporter that knows nothing of it must not take the answer for theirs.
+#[test]
+fn a_flush_that_leaves_out_what_the_next_map_takes_away_says_so() {
+    let first = map(3, 2, 3);
+    let mut rig = Rig::new(1, &first);
+    rig.hold_metadata = true;
+    rig.adopt(&next(&first, |span| {
+        span.replicas.swap(0, 1);
+        span.replicas.truncate(1);
+    }));
+    assert_eq!(rig.engine.adopted_version(), first.version, "its own copy's slot is being freed");
+    let flush = Header { device: DEVICE.0, ..Header::new(Kind::ForwardFlush) };
+    rig.frame(3, flush, trailer(1, 1, 3));
+    let answers = rig.take(Kind::Reply);
+    assert_eq!(answers.len(), 1);
+    assert_eq!(answers[0].header.slice_epoch.0, 2, "{:?}", answers[0].header);
+}
+
 #[test]
 fn a_failed_flush_is_not_made_good_by_the_next() {
     let first = map(2, 2, 1);
