@@ -160,7 +160,12 @@ impl SimDisk {
     /// Reads, unless a sector of the range cannot be read.
     pub fn read_checked(&self, offset: u64, into: &mut [u8]) -> bool {
         self.read(offset, into);
-        let sectors = offset / SECTOR as u64..(offset + into.len() as u64).div_ceil(SECTOR as u64);
+        self.is_readable(offset, into.len() as u64)
+    }
+
+    /// Whether every sector of a range can be read.
+    pub fn is_readable(&self, offset: u64, length: u64) -> bool {
+        let sectors = offset / SECTOR as u64..(offset + length).div_ceil(SECTOR as u64);
         self.unreadable.range(sectors).next().is_none()
     }
 

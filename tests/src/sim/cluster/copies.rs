@@ -85,6 +85,13 @@ impl<'a> CopyOnDisk<'a> {
         (masks.readable() >> region & 1 == 1).then(|| position(slot, region * REGION))
     }
 
+    /// Regions of which a sector cannot be read.
+    fn unreadable(&self) -> u64 {
+        let cannot = |at: u64| !self.media.is_readable(at, REGION.into());
+        let regions = (0..u64::BITS).filter(|region| self.place(*region).is_some_and(cannot));
+        regions.fold(0, |all, region| all | 1 << region)
+    }
+
     /// The regions whose logical content differs.
     fn differing(&self, other: &Self) -> u64 {
         let mut differing = 0;
@@ -141,7 +148,11 @@ impl Cluster {
                     }
                     let Some((first, rest)) = copies.split_first() else { continue };
                     for other in rest {
-                        let allowed = if equal { 0 } else { first.1.dirty() | other.1.dirty() };
+                        // What neither can read nobody makes equal: it fails its reads.
+                        let allowed = match equal {
+                            true => first.1.unreadable() & other.1.unreadable(),
+                            false => first.1.dirty() | other.1.dirty(),
+                        };
                         let differing = first.1.differing(&other.1) & !allowed;
                         if differing != 0 {
                             let covered = if equal { "" } else { " where neither is dirty" };
