@@ -73,6 +73,9 @@ fn refusal(lab: &Lab, store: &str) -> String {
         }
     }
     assert_eq!(child.wait().unwrap().code(), Some(1), "{said:#?}");
+    // It knew why at once: the alert was not lost with its connection.
+    let lost = |line: &&String| line.contains("connection closed") || line.contains("broken pipe");
+    assert_eq!(said.iter().find(lost), None, "{said:#?}");
     let errors: Vec<String> = said.into_iter().filter(|line| line.starts_with("mirrorctl: ")).collect();
     println!("{errors:#?}");
     assert_eq!(errors.len(), 1, "{errors:#?}");

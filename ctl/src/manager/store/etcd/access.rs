@@ -80,36 +80,29 @@ pub(super) struct Trouble {
     pub refused: bool,
     /// It does not know our token any more.
     pub forgotten: bool,
+    /// Nothing is known but that the connection, or the answer, was no good.
+    pub obscure: bool,
 }
 
 impl Trouble {
     /// It has said nothing for so long.
     pub fn silence(limit: Duration) -> Self {
         let why = format!("no answer within {} ms", limit.as_millis());
-        Self { why, refused: false, forgotten: false }
-    }
-
-    /// What it comes to, given what that member said before: a server of TLS 1.3 turns us away after the client may have
-    /// begun to speak, and as often as not all that arrives is that the connection is closed.
-    pub fn with_what_was_said(self, refusal: &mut Option<String>) -> Self {
-        if self.refused {
-            *refusal = Some(self.why.clone());
-        }
-        match refusal {
-            Some(why) => Self { why: why.clone(), refused: true, ..self },
-            None => self,
-        }
+        Self { why, refused: false, forgotten: false, obscure: false }
     }
 
     pub fn of(error: &Error, file: &EtcdFile) -> Self {
-        let mut why = text(error);
+        Self::of_text(text(error), file)
+    }
+
+    pub fn of_text(mut why: String, file: &EtcdFile) -> Self {
         let forgotten = ["invalid auth token", "revision of auth store is old"];
         let forgotten = forgotten.iter().any(|said| why.contains(said));
         let todo = todo(&why, file);
         if let Some(todo) = &todo {
             why = format!("{why}: {todo}");
         }
-        Self { why, refused: todo.is_some(), forgotten }
+        Self { why, refused: todo.is_some(), forgotten, obscure: !forgotten && todo.is_none() }
     }
 }
 
@@ -162,22 +155,4 @@ fn todo(why: &str, file: &EtcdFile) -> Option<String> {
     } else {
         return None;
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_member_said_once_counts_until_it_answers() {
-        let trouble = |why: &str, refused| Trouble { why: why.into(), refused, forgotten: false };
-        let mut said = None;
-        let closed = || trouble("connection closed", false);
-        assert!(!closed().with_what_was_said(&mut said).refused, "it may be away");
-        assert!(trouble("no certificate", true).with_what_was_said(&mut said).refused);
-        let again = closed().with_what_was_said(&mut said);
-        assert_eq!((again.why.as_str(), again.refused), ("no certificate", true));
-        said = None;
-        assert!(!closed().with_what_was_said(&mut said).refused, "it let us in meanwhile");
-    }
 }

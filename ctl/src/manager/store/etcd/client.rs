@@ -2,6 +2,7 @@
 
 use super::super::StoreError;
 use super::access::{self, Trouble};
+use super::handshake;
 use etcd_client::{
     Client, Compare, ConnectOptions, Error, GetOptions, KvClient, LeaseClient, ResponseHeader, Txn, TxnOp,
     TxnOpResponse,
@@ -54,8 +55,6 @@ pub(super) struct Etcd {
     file: EtcdFile,
     options: ConnectOptions,
     members: Vec<Option<Member>>,
-    /// Why each member does not let us in, if it said so and has not answered since.
-    refusals: Vec<Option<String>>,
     /// The one that answered last; all clones learn of it.
     current: Arc<AtomicUsize>,
     /// Which etcd it is: an answer of another one is an error.
@@ -70,7 +69,6 @@ impl Etcd {
             file: file.clone(),
             options: access::options(file)?,
             members: file.endpoints.iter().map(|_| None).collect(),
-            refusals: vec![None; file.endpoints.len()],
             current: Arc::default(),
             cluster: None,
         })
@@ -83,7 +81,6 @@ impl Etcd {
             file: EtcdFile { endpoints: vec![endpoint.to_owned()], ..self.file.clone() },
             options: self.options.clone(),
             members: vec![None],
-            refusals: vec![None],
             current: Arc::default(),
             cluster: None,
         }
@@ -128,6 +125,16 @@ impl Etcd {
         }
     }
 
+    /// The same trouble, or what is behind it: a connection that is lost as soon as it is there may be one that the
+    /// member's TLS has refused.
+    async fn explained(&self, index: usize, trouble: Trouble) -> Trouble {
+        let Some(tls) = self.file.tls.as_ref().filter(|_| trouble.obscure) else { return trouble };
+        match timeout(CALL_MAX, handshake::refusal(&self.file.endpoints[index], tls)).await {
+            Ok(Some(why)) => Trouble::of_text(why, &self.file),
+            Ok(None) | Err(_) => trouble,
+        }
+    }
+
     /// Asks one member after the other until one answers.
     async fn ask<T, F: Future<Output = Result<T, Error>>>(
         &mut self,
@@ -138,11 +145,8 @@ impl Etcd {
         for _ in 0..self.members.len() {
             let index = self.current.load(Ordering::Relaxed);
             let trouble = match self.ask_member(index, limit, &call).await {
-                Ok(answer) => {
-                    self.refusals[index] = None;
-                    return Ok(answer);
-                }
-                Err(trouble) => trouble.with_what_was_said(&mut self.refusals[index]),
+                Ok(answer) => return Ok(answer),
+                Err(trouble) => self.explained(index, trouble).await,
             };
             refused &= trouble.refused;
             if !reasons.contains(&trouble.why) {

@@ -18,6 +18,7 @@ mod access;
 mod client;
 mod election;
 mod events;
+mod handshake;
 mod records;
 
 pub use election::{Candidate, Seat};
