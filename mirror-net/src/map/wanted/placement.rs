@@ -129,9 +129,13 @@ impl<'a> Placement<'a> {
             for item in work {
                 placed |= self.place(item, &mut left);
             }
-            // What was placed left slots that others may have waited for. If nothing was, something else has to go
-            // out of the way.
-            if !left.is_empty() && !placed && !left.iter().any(|item| self.shift(item)) {
+            // What was placed left slots that others may have waited for. If nothing was, something is served by
+            // another copy, whose node has other mirrors, or something else has to go out of the way.
+            if !left.is_empty()
+                && !placed
+                && !left.iter_mut().any(|item| self.change_home(item))
+                && !left.iter().any(|item| self.shift(item))
+            {
                 return Err(shortage(self, &left));
             }
             work = left;
@@ -246,6 +250,37 @@ impl<'a> Placement<'a> {
 
     pub(super) fn judge(&self) -> Judge<'_> {
         Judge { map: self.map, room: &self.room, relation: &self.relation, copies: &self.copies }
+    }
+
+    /// Lets another copy of a piece be at home, if those who mirror that one's node have room for what the piece needs.
+    fn change_home(&mut self, work: &mut Work) -> bool {
+        let piece = &self.pieces[work.piece];
+        let (Relation::Listed(_), Some(home)) = (&self.relation, work.home) else { return false };
+        // Where the device was laid out is its home, and what was begun is not begun anew.
+        if piece.copies.iter().any(|copy| copy.moved || copy.segment == Segment::Primary) {
+            return false;
+        }
+        let judge = self.judge();
+        let needs_with = |home: usize| -> Vec<Need> {
+            let others = piece.copies.iter().filter(|copy| copy.at != home);
+            let badly_placed =
+                others.filter(|copy| self.emptied[copy.at] || !judge.mirrors(piece, home, copy.at));
+            let needs =
+                badly_placed.map(|copy| Need { from: Some(copy.at), segment: copy.segment, primary: false });
+            needs.chain(work.needs.iter().filter(|need| need.from.is_none()).copied()).collect()
+        };
+        let has_room = |need: &Need, home: usize| {
+            let mut takers = self.room.takers().filter(|at| judge.may_take(piece, Some(home), *need, *at));
+            takers.any(|at| segments(need.segment).iter().any(|segment| self.room.free(at, *segment) > 0))
+        };
+        let fit =
+            |copy: &&Copy| copy.at != home && copy.in_sync && !self.emptied[copy.at] && judge.knows(copy.at);
+        let found = piece.copies.iter().filter(fit).map(|copy| (copy.at, needs_with(copy.at)));
+        let found = found.filter(|(home, needs)| needs.iter().all(|need| has_room(need, *home)));
+        let Some((home, needs)) = found.min_by_key(|(_, needs)| needs.len()) else { return false };
+        (work.home, work.needs) = (Some(home), needs);
+        self.swap_roles(work.piece, home);
+        true
     }
 
     /// Moves something that could stay, so that the first thing that a piece needs has a place.

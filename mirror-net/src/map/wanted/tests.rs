@@ -385,6 +385,34 @@ fn a_full_neighbour_makes_room_by_moving_something_that_may_lie_elsewhere() {
 }
 
 #[test]
+fn what_has_a_full_neighbour_is_served_by_a_copy_whose_neighbour_has_room() {
+    let chain = |map: &DistributionMap| Wish {
+        takers: disks(map),
+        topology: Some(Topology::Chain),
+        ..Wish::default()
+    };
+    let mut map = pair_map(4);
+    for disk in &mut map.disks {
+        disk.slots.secondary += 8;
+    }
+    let mut map = arrive(&map, &map.wanted(&chain(&map)).unwrap().moves, None);
+    // A device of n1 has found refuge at n4 and n2, which are not neighbours; n1, the neighbour of n4, is full.
+    let refuge = [DiskId(4), DiskId(2)];
+    for (copy, disk) in map.devices[0].spans[0].replicas.iter_mut().zip(refuge) {
+        (copy.disk, copy.segment) = (disk, Segment::Secondary);
+    }
+    map.disks[0].slots.primary = 0;
+    map.disks[0].slots.secondary = 8;
+    map.validate().unwrap();
+    let wanted = map.wanted(&chain(&map)).unwrap();
+    assert_eq!(wanted.copied, 8);
+    let end = arrive(&map, &wanted.moves, None);
+    let copies: Vec<DiskId> = end.devices[0].spans[0].replicas.iter().map(|copy| copy.disk).collect();
+    assert_eq!(copies, [DiskId(2), DiskId(3)]);
+    assert!(holds(&end, Topology::Chain, 2));
+}
+
+#[test]
 fn within_a_failure_set_a_copy_is_at_both_ends_for_a_while() {
     let mut map = pair_map(2);
     map.nodes.push(Node { id: NodeId(3), name: "n3".into(), ..map.nodes[0].clone() });
