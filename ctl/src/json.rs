@@ -2,7 +2,7 @@
 //!
 //! Fields are added here, never renamed or removed.
 
-use mirror_net::control::{ClusterStatus, DiskContent, Finding, NodeStatus, Severity};
+use mirror_net::control::{ClusterStatus, DiskContent, DiskLoad, Finding, NodeStatus, Severity};
 use mirror_net::format::alloc::Segment;
 use mirror_net::ids::DiskId;
 use mirror_net::map::{Commit, Device, DistributionMap, OnNoQuorum, ReplicaState, SegmentSlots};
@@ -53,11 +53,26 @@ pub struct BalanceJson {
     pub primary_bytes: u64,
     pub slots: SegmentSlots,
     pub used: SegmentSlots,
+    pub load: Option<LoadJson>,
+}
+
+/// What a disk has to do, in a second: of one of `map balance --json`.
+#[derive(Serialize, Debug)]
+#[allow(missing_docs)]
+pub struct LoadJson {
+    pub reads: u64,
+    pub writes: u64,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+    pub busy_percent: u8,
 }
 
 impl BalanceJson {
-    /// Every disk of a map, in order of id.
-    pub fn of(map: &DistributionMap) -> Vec<Self> {
+    /// Every disk of a map, in order of id, with what those nodes say of their disks.
+    pub fn of(map: &DistributionMap, nodes: &[NodeStatus]) -> Vec<Self> {
+        let reports = nodes.iter().filter(|node| node.up).filter_map(|node| node.report.as_ref());
+        let loads: HashMap<DiskId, &DiskLoad> =
+            reports.flat_map(|report| &report.loads).map(|load| (load.disk, load)).collect();
         let mut used: HashMap<DiskId, (SegmentSlots, u64)> = HashMap::new();
         for span in map.devices.iter().flat_map(|device| &device.spans) {
             for (position, copy) in span.replicas.iter().enumerate() {
@@ -88,6 +103,13 @@ impl BalanceJson {
                 primary_bytes: bytes(served),
                 slots: disk.slots,
                 used,
+                load: loads.get(&disk.id).map(|load| LoadJson {
+                    reads: load.reads,
+                    writes: load.writes,
+                    read_bytes: load.read_bytes,
+                    written_bytes: load.written_bytes,
+                    busy_percent: load.busy_percent,
+                }),
             }
         });
         disks.collect()
@@ -452,7 +474,7 @@ impl ListedDiskJson {
     pub fn of(status: &ClusterStatus) -> Vec<Self> {
         let mut disks = Vec::new();
         let map = status.map.as_ref();
-        let balance = map.map_or_else(Vec::new, BalanceJson::of);
+        let balance = map.map_or_else(Vec::new, |map| BalanceJson::of(map, &status.nodes));
         for (disk, balance) in map.into_iter().flat_map(|map| &map.disks).zip(balance) {
             let Some(map) = map else { continue };
             let node = map.node_name(disk.node);

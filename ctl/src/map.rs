@@ -2,7 +2,7 @@
 
 use crate::client::{Client, load_file, unexpected};
 use crate::failure::{Failure, OK};
-use crate::json::{BalanceJson, MapJson, state_name};
+use crate::json::{BalanceJson, LoadJson, MapJson, state_name};
 use crate::{output, picture};
 use mirror_net::config::format_bytes;
 use mirror_net::control::{OperatorReply, OperatorRequest};
@@ -17,11 +17,15 @@ async fn ask(config: &Path) -> Result<Box<DistributionMap>, Failure> {
 pub(crate) async fn ask_at(client: &Client) -> Result<Box<DistributionMap>, Failure> {
     match client.ask(&OperatorRequest::Map).await? {
         OperatorReply::Map { map: Some(map) } => Ok(map),
-        OperatorReply::Map { map: None } => Err(Failure::new(
-            "no cluster has been created yet: start ublk-server on every node, then type `mirrorctl cluster create`",
-        )),
+        OperatorReply::Map { map: None } => Err(no_cluster()),
         reply => Err(unexpected(&reply)),
     }
+}
+
+fn no_cluster() -> Failure {
+    Failure::new(
+        "no cluster has been created yet: start ublk-server on every node, then type `mirrorctl cluster create`",
+    )
 }
 
 /// `mirrorctl map show`.
@@ -53,7 +57,9 @@ pub async fn dot(config: &Path) -> Result<u8, Failure> {
 
 /// `mirrorctl map balance`.
 pub async fn balance(config: &Path, json: bool) -> Result<u8, Failure> {
-    let disks = BalanceJson::of(&*ask(config).await?);
+    let status = Client::from_config(config)?.status().await?;
+    let map = status.map.as_ref().ok_or_else(no_cluster)?;
+    let disks = BalanceJson::of(map, &status.nodes);
     if json {
         output::print_json(&disks)?;
     } else {
@@ -64,8 +70,12 @@ pub async fn balance(config: &Path, json: bool) -> Result<u8, Failure> {
 
 /// One line for each disk.
 pub(crate) fn balance_text(disks: &[BalanceJson]) -> String {
-    let header = ["DISK", "SIZE", "USED", "FULL", "PRIMARIES", "STATE"];
-    let mut table = output::table(&header, &[1, 2, 3, 4]);
+    let header =
+        ["DISK", "SIZE", "USED", "FULL", "PRIMARIES", "IO/S", "READ/S", "WRITTEN/S", "BUSY", "STATE"];
+    let mut table = output::table(&header, &[1, 2, 3, 4, 5, 6, 7, 8]);
+    let of_load = |disk: &BalanceJson, text: &dyn Fn(&LoadJson) -> String| {
+        disk.load.as_ref().map_or_else(|| "-".to_owned(), text)
+    };
     for disk in disks {
         table.add_row(vec![
             format!("{}/{}", disk.node, disk.disk),
@@ -73,6 +83,10 @@ pub(crate) fn balance_text(disks: &[BalanceJson]) -> String {
             format_bytes(disk.used_bytes),
             format!("{} %", (disk.used_bytes * 100).checked_div(disk.bytes).unwrap_or(0)),
             format_bytes(disk.primary_bytes),
+            of_load(disk, &|load| (load.reads + load.writes).to_string()),
+            of_load(disk, &|load| format_bytes(load.read_bytes)),
+            of_load(disk, &|load| format_bytes(load.written_bytes)),
+            of_load(disk, &|load| format!("{} %", load.busy_percent)),
             disk.state.to_owned(),
         ]);
     }

@@ -8,7 +8,7 @@ use crate::{device, map, output, risk, status};
 use clap::Parser;
 use mirror_net::control::{
     BroadcastKind, BroadcastRow, BroadcastStatus, ClusterStatus, ContentSum, DiskContent, DiskInventory,
-    ExportReport, Finding, NodeReport, NodeStatus, ResyncReport, SessionReport, Severity, Unserved,
+    DiskLoad, ExportReport, Finding, NodeReport, NodeStatus, ResyncReport, SessionReport, Severity, Unserved,
 };
 use mirror_net::format::alloc::Segment;
 use mirror_net::ids::{AttachId, ClusterId, Incarnation, MapVersion, NodeId, ProcessId};
@@ -68,6 +68,14 @@ fn failed_over() -> ClusterStatus {
             requests: 17,
             pending: 0,
         });
+    let load = DiskLoad {
+        disk: new,
+        reads: 20,
+        writes: 310,
+        read_bytes: 80 << 10,
+        written_bytes: 5 << 20,
+        busy_percent: 41,
+    };
     let report = NodeReport {
         adopted: map.version,
         sessions: vec![SessionReport {
@@ -78,6 +86,7 @@ fn failed_over() -> ClusterStatus {
             held_ms: None,
         }],
         exports: exports.collect(),
+        loads: vec![load],
         ..NodeReport::default()
     };
     let disk = DiskInventory {
@@ -211,7 +220,8 @@ fn pictures_of_the_map() {
 
 #[test]
 fn how_full_disks_are() {
-    let disks = BalanceJson::of(failed_over().map.as_ref().unwrap());
+    let status = failed_over();
+    let disks = BalanceJson::of(status.map.as_ref().unwrap(), &status.nodes);
     check("balance.txt", &map::balance_text(&disks));
     check("balance.json", &output::to_json(&disks).unwrap());
 }

@@ -58,6 +58,22 @@ fn a_node_becomes_a_spare_and_takes_the_others_place_under_load() -> anyhow::Res
         }
     }
 
+    // What the disks have to do for that is told; the spare has nothing to do.
+    play.until("the disks' loads", || {
+        for tenant in &mut tenants {
+            tenant.work(&mut random)?;
+        }
+        let disks = play.json(&["map", "balance"])?;
+        let is_told = |disk: &serde_json::Value| {
+            let of = |field: &str| disk["load"][field].as_u64();
+            let is_used = disk["state"] != "spare";
+            let is_busy = |field| of(field).is_some_and(|value| (value > 0) == is_used);
+            ["reads", "read_bytes", "writes", "written_bytes"].into_iter().all(is_busy)
+        };
+        let disks = disks.as_array().context("no list")?;
+        Ok((disks.len() == 3 && disks.iter().all(is_told)).then_some(()))
+    })?;
+
     // Without a spare that is named there is no room, and nothing happens.
     let before = play.json(&["map", "show"])?;
     let refused = play.mirrorctl(&["spare", "make", "n1"])?;

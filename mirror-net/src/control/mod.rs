@@ -300,6 +300,26 @@ pub struct NodeReport {
     /// The copies that it is making equal to its own, as primary.
     #[serde(default)]
     pub resyncs: Vec<ResyncReport>,
+    /// What its disks have to do.
+    #[serde(default)]
+    pub loads: Vec<DiskLoad>,
+}
+
+/// What a disk has to do for its node, an average over about the last ten seconds. Metadata count as well.
+#[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskLoad {
+    /// The disk.
+    pub disk: DiskId,
+    /// Reads in a second.
+    pub reads: u64,
+    /// Writes in a second.
+    pub writes: u64,
+    /// Bytes read in a second.
+    pub read_bytes: u64,
+    /// Bytes written in a second.
+    pub written_bytes: u64,
+    /// The part of the time in which it had something to do, 0 to 100.
+    pub busy_percent: u8,
 }
 
 /// A primary making the copies of one device at one peer equal to its own.

@@ -307,6 +307,11 @@ impl Engine {
         self.settle();
     }
 
+    /// Its disks, in the order of their indices.
+    pub fn disk_ids(&self) -> impl Iterator<Item = DiskId> {
+        self.disks.iter().map(|disk| disk.id)
+    }
+
     /// The process is about to end: nothing is held in memory for other nodes any more.
     pub fn handle_stop(&mut self, now: Nanos) {
         self.now = now;

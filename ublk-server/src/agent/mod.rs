@@ -9,6 +9,7 @@ mod exports;
 mod in_use;
 mod io;
 mod lanes;
+mod load;
 mod manager;
 mod nbd;
 mod retry;
@@ -121,6 +122,7 @@ struct Agent {
     lanes: Lanes,
     exports: Exports,
     openers: in_use::Openers,
+    loads: load::Loads,
     map: Option<Arc<DistributionMap>>,
     exporter_session: ExporterSession,
     /// How the manager wants other nodes' copies to be treated.
@@ -203,6 +205,7 @@ pub async fn run(options: Options) -> anyhow::Result<End> {
         lanes,
         exports,
         openers: in_use::Openers::default(),
+        loads: load::Loads::default(),
         map: None,
         exporter_session: ExporterSession(0),
         policy: NodePolicy::default(),
@@ -656,6 +659,7 @@ impl Agent {
             report.sessions = thread.sessions;
             report.waiting = thread.waiting;
             report.resyncs = thread.resyncs;
+            report.loads = self.loads.observe(Instant::now(), &thread.disks);
         }
         report.waiting.extend(self.trouble.clone());
         self.tell_manager(NodeMessage::Report(report));

@@ -3,11 +3,12 @@
 use crate::frontend::nbd;
 use crate::frontend::ublk::export::Export;
 use crate::ring::disk::DiskFile;
+use crate::ring::meter::DiskWork;
 use mirror_net::config::NodePolicy;
 use mirror_net::control::{BroadcastKind, ResyncReport, SessionReport, SurveyAnswer, SurveyRun};
 use mirror_net::engine::LocalDisk;
 use mirror_net::engine::action::Report;
-use mirror_net::ids::{DeviceId, ExporterSession, MapVersion, NodeId, ProcessId};
+use mirror_net::ids::{DeviceId, DiskId, ExporterSession, MapVersion, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -106,6 +107,8 @@ pub struct ThreadReport {
     pub waiting: Vec<String>,
     /// Copies that are being made equal.
     pub resyncs: Vec<ResyncReport>,
+    /// What each disk has done.
+    pub disks: Vec<(DiskId, DiskWork)>,
     /// Devices that are exported, or were.
     pub devices: Vec<DeviceReport>,
 }

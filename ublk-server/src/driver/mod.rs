@@ -313,7 +313,10 @@ impl IoThread {
             clients: self.clients.iter().filter(|(_, client)| client.device == device).count(),
             loss_told: self.engine.loss_told(device),
         };
+        let now = now();
+        let work = self.disks.iter().map(|disk| disk.work(now));
         ThreadReport {
+            disks: self.engine.disk_ids().zip(work).collect(),
             adopted: self.engine.adopted_version(),
             sessions: self.engine.session_reports(),
             waiting: self.engine.waiting(),
@@ -427,10 +430,13 @@ impl IoThread {
 
     /// True if some of it is done already, which leads to more.
     fn start_disk_ios(&mut self) -> io::Result<bool> {
-        let mut any_done = false;
+        if self.starting.is_empty() {
+            return Ok(false);
+        }
+        let (mut any_done, now) = (false, now());
         for index in self.starting.drain(..) {
-            let io = &self.disk_ios[index];
-            let inline = self.disks[io.disk()].submit(&mut self.ring, io, Token::Disk(index).encode())?;
+            let (io, token) = (&self.disk_ios[index], Token::Disk(index).encode());
+            let inline = self.disks[io.disk()].submit(now, &mut self.ring, io, token)?;
             if let Some(result) = inline {
                 self.done[0].push((index, result));
                 any_done = true;
@@ -442,7 +448,7 @@ impl IoThread {
     fn disk_io_done(&mut self, now: Nanos, index: usize, result: i32) -> io::Result<()> {
         let io = self.disk_ios.remove(index);
         let disk = io.disk();
-        match self.disks[disk].completed(io, result) {
+        match self.disks[disk].completed(now, io, result) {
             DiskOutcome::Done(io, result) => {
                 if let (Err(reason), Io::Metadata(..) | Io::Flush(_)) = (&result, io) {
                     tracing::error!(disk, reason, "the disk failed a metadata write or flush");

@@ -4,8 +4,10 @@
 //! which costs twenty times the write: there the work is done inline.
 
 use super::buffers::{AlignedBlock, Buffers};
+use super::meter::{DiskWork, Meter};
 use super::{Ring, check};
 use io_uring::{opcode, types};
+use mirror_net::engine::Nanos;
 use mirror_net::engine::action::{BufferRange, Io};
 use mirror_net::format::Block;
 use mirror_net::format::geometry::Geometry;
@@ -20,6 +22,7 @@ pub struct DiskFile {
     inline: bool,
     /// The kernel or device cannot zero a range by itself.
     writes_zeros: bool,
+    meter: Meter,
 }
 
 /// One I/O of a disk that is under way.
@@ -73,7 +76,7 @@ pub enum DiskOutcome {
 impl DiskFile {
     /// Takes an opened disk. `inline` for file systems on which the ring would use worker threads.
     pub fn new(fd: OwnedFd, geometry: Geometry, inline: bool) -> Self {
-        Self { fd, geometry, inline, writes_zeros: false }
+        Self { fd, geometry, inline, writes_zeros: false, meter: Meter::default() }
     }
 
     /// Reads a piece of a slot into a buffer.
@@ -152,8 +155,20 @@ impl DiskFile {
         self.geometry.slot_offset(SlotIndex(slot)) + u64::from(offset)
     }
 
-    /// Begins the I/O. `Err` gives it back with its result, because it was done inline.
-    pub fn submit(&self, ring: &mut Ring, io: &DiskIo, token: u64) -> io::Result<Option<i32>> {
+    /// What it has done so far.
+    pub fn work(&self, now: Nanos) -> DiskWork {
+        self.meter.work(now)
+    }
+
+    /// Begins the I/O. `Some` is its result, because it was done inline.
+    pub fn submit(
+        &mut self,
+        now: Nanos,
+        ring: &mut Ring,
+        io: &DiskIo,
+        token: u64,
+    ) -> io::Result<Option<i32>> {
+        self.meter.began(now);
         let raw = self.fd.as_raw_fd();
         if self.inline {
             return Ok(Some(inline(raw, io)));
@@ -184,7 +199,8 @@ impl DiskFile {
     }
 
     /// Judges a completion.
-    pub fn completed(&mut self, mut io: DiskIo, result: i32) -> DiskOutcome {
+    pub fn completed(&mut self, now: Nanos, mut io: DiskIo, result: i32) -> DiskOutcome {
+        self.meter.ended(now);
         let done = match check(result) {
             Ok(done) => done,
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {
@@ -201,6 +217,9 @@ impl DiskFile {
                 return DiskOutcome::Done(io.io, Err(error.to_string()));
             }
         };
+        if let Work::Transfer { write, length, .. } = &io.work {
+            self.meter.transferred(*write, done, done == *length);
+        }
         match &mut io.work {
             Work::Transfer { pointer, length, at, .. } if done < *length => {
                 if done == 0 {

@@ -4,6 +4,7 @@
 
 pub mod buffers;
 pub mod disk;
+pub mod meter;
 pub mod reassembly;
 pub mod stream;
 
