@@ -246,9 +246,10 @@ pub(super) struct Op {
     pub staged: Option<u64>,
     /// What it answers to `Unite` and `Compare`.
     pub reply: Vec<u8>,
-    /// Of a read: so many members were asked for what could not be read here. Of a repair: so many were
-    /// asked before, and the read that waits for it.
-    pub repairs: u8,
+    /// Members that were asked for what could not be read here, by a read's repairs or by one repair; of a repair the
+    /// last is the one that is being asked.
+    pub sources: Vec<PeerIndex>,
+    /// The read that waits for a repair.
     pub reader: Option<OpKey>,
 }
 

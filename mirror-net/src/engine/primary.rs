@@ -40,7 +40,7 @@ impl Op {
             asked: 0,
             staged: None,
             reply: Vec::new(),
-            repairs: 0,
+            sources: Vec::new(),
             reader: None,
         }
     }

@@ -1,4 +1,7 @@
 //! What this disk cannot read is taken from another copy and written anew.
+//!
+//! Every member has what was acknowledged, and one that has not been compared may lack the rest: it is asked if no other
+//! can be, and what comes of it may differ from what the others have.
 
 use super::Engine;
 use super::action::{Body, BufferId, BufferRange, OpKey};
@@ -23,15 +26,13 @@ impl Engine {
     /// A read failed here: its range is fetched from a member.
     pub(super) fn repair_for(&mut self, key: OpKey) -> Repair {
         let op = &self.ops[key];
-        let span = self.devices[op.device].view.span(op.slice);
-        if usize::from(op.repairs) >= span.members.len() || self.disks[op.disk].failed {
+        if self.untried(op).next().is_none() || self.disks[op.disk].failed {
             return Repair::No;
         }
         if self.repair_source(op).is_none() {
             return Repair::Later;
         }
-        let (device, slice, offset, length, repairs) =
-            (op.device, op.slice, op.offset, op.length, op.repairs);
+        let (device, slice, offset, length) = (op.device, op.slice, op.offset, op.length);
         // It gives up its range, and asks for it again behind the repair.
         let op = &mut self.ops[key];
         (op.holds, op.failed, op.local) = (false, false, Local::Idle);
@@ -40,7 +41,7 @@ impl Engine {
         while let Some(next) = lock.pop_ready() {
             self.ready.push_back(next);
         }
-        self.repair(device, slice, offset..offset + length, Some((key, repairs)));
+        self.repair(device, slice, offset..offset + length, Some(key));
         let lock = &mut self.devices[device].slices[slice as usize].lock;
         if lock.acquire(key, offset..offset + length, true) {
             self.ready.push_back(key);
@@ -54,27 +55,41 @@ impl Engine {
         device: usize,
         slice: u32,
         range: std::ops::Range<u32>,
-        reader: Option<(OpKey, u8)>,
+        reader: Option<OpKey>,
     ) {
+        let sources = reader.map_or_else(Vec::new, |reader| self.ops[reader].sources.clone());
         let epoch = self.devices[device].view.span(slice).epoch;
         let op = Op {
             kind: OpKind::Repair,
             slice,
             offset: range.start,
             length: range.end - range.start,
-            reader: reader.map(|(reader, _)| reader),
-            repairs: reader.map_or(0, |(_, repairs)| repairs),
+            reader,
+            sources,
             ..Op::primary(Origin::Upkeep, device, epoch)
         };
         self.enqueue(op);
     }
 
+    fn untried(&self, op: &Op) -> impl Iterator<Item = PeerIndex> {
+        let members = &self.devices[op.device].view.span(op.slice).members;
+        members.iter().copied().filter(|peer| !op.sources.contains(peer))
+    }
+
+    /// Rather one that is known to have what was here.
     fn repair_source(&self, op: &Op) -> Option<PeerIndex> {
-        let span = self.devices[op.device].view.span(op.slice);
-        span.members.iter().copied().skip(op.repairs.into()).find(|peer| {
+        let epoch = self.devices[op.device].view.span(op.slice).epoch;
+        let reachable = self.untried(op).filter(|peer| {
             let entry = &self.peers[*peer];
-            entry.is_open() && entry.lost.is_none() && entry.adopted().0 >= span.epoch.0
-        })
+            entry.is_open() && entry.lost.is_none() && entry.adopted().0 >= epoch.0
+        });
+        reachable.min_by_key(|peer| self.may_lack(op, *peer))
+    }
+
+    /// Whether that member may not have all that this copy had.
+    fn may_lack(&self, op: &Op, peer: PeerIndex) -> bool {
+        let regions = touched(op.offset, op.length, self.region_bytes());
+        self.may_differ(op.device, op.slice, peer) & regions != 0
     }
 
     /// It holds its range.
@@ -94,7 +109,9 @@ impl Engine {
             ..Header::new(Kind::Fetch)
         };
         if self.send_awaited(peer, header, None, Body::None, Awaited::Fetch(key)) {
-            self.ops[key].asked += 1;
+            let op = &mut self.ops[key];
+            op.asked += 1;
+            op.sources.push(peer);
         } else {
             self.finish(key, Status::Fenced);
         }
@@ -111,12 +128,13 @@ impl Engine {
         let data = body.filter(|_| answer.is_some_and(|header| header.body_bytes == op.length));
         // Nobody has it, if even that copy cannot read it. Otherwise the reader may try again.
         let tried = matches!(status, Status::Done | Status::DiskFailed);
-        let (reader, doomed) = (op.reader, op.doomed);
+        let (reader, doomed, source) = (op.reader, op.doomed, op.sources.last().copied());
         match data.filter(|_| status == Status::Done && doomed.is_none()) {
             Some(buffer) => {
                 let range = BufferRange { buffer, offset: 0, length: op.length };
                 (op.buffer, op.owns_buffer) = (Some(range), true);
                 let regions = touched(op.offset, op.length, self.region_bytes());
+                self.note_repaired(key, regions);
                 self.require_dirty(key, regions);
             }
             None => {
@@ -129,17 +147,29 @@ impl Engine {
             }
         }
         if let Some(reader) = reader.and_then(|reader| self.ops.get_mut(reader)) {
-            reader.repairs += u8::from(tried);
+            reader.sources.extend(source.filter(|_| tried));
+        }
+    }
+
+    /// What is about to be written here is that member's. The others have what was here before, which may be more.
+    fn note_repaired(&mut self, key: OpKey, regions: u64) {
+        let op = &self.ops[key];
+        let (device, slice) = (op.device, op.slice);
+        let Some(source) = op.sources.last().copied().filter(|source| self.may_lack(op, *source)) else {
+            return;
+        };
+        let others = self.devices[device].view.span(slice).others.clone();
+        for peer in others.into_iter().filter(|peer| *peer != source) {
+            self.note_behind(device, slice, peer, regions);
         }
     }
 
     /// That member cannot read it either. If none can, reads that wait for the region to be equal on all
     /// copies fail: it will not be, before it is written anew.
     fn repair_from_next(&mut self, key: OpKey) {
-        let op = &mut self.ops[key];
-        op.repairs += 1;
-        let (device, slice, offset, length, asked) = (op.device, op.slice, op.offset, op.length, op.repairs);
-        if usize::from(asked) < self.devices[device].view.span(slice).members.len() {
+        let op = &self.ops[key];
+        let (device, slice, offset, length) = (op.device, op.slice, op.offset, op.length);
+        if self.untried(op).next().is_some() {
             self.start_repair(key);
             return;
         }

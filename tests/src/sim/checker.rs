@@ -29,6 +29,8 @@ struct Write {
     uncertain: bool,
     /// An exporter heard of its loss.
     reported: bool,
+    /// It was acknowledged while a flush ran that succeeded: one that begins anew on its way, for a new map, covers it.
+    during_flush: bool,
     sectors: (usize, usize),
     device: usize,
 }
@@ -91,6 +93,7 @@ impl Checker {
             lost: false,
             uncertain: false,
             reported: false,
+            during_flush: false,
             sectors: (first, count),
             device,
         });
@@ -128,6 +131,7 @@ impl Checker {
         unflushed[device].retain(|id| {
             let write = &mut writes[*id];
             if write.acknowledged.is_none_or(|at| at >= began) {
+                write.during_flush = true;
                 return true;
             }
             if write.lost && !write.reported {
@@ -159,6 +163,11 @@ impl Checker {
     pub fn is_as_new(&self, device: usize, sector: usize, found: Stamp, id: WriteId) -> bool {
         let newer = self.sectors[device][sector].iter().filter(|entry| entry.write >= id);
         newer.map(|entry| self.writes[entry.write].stamp).any(|stamp| stamp == found)
+    }
+
+    /// Whether an earlier flush may have covered it although it was acknowledged after that one was asked for.
+    pub fn may_be_covered(&self, id: WriteId) -> bool {
+        self.writes[id].during_flush
     }
 
     /// It was called lost with a cache, and had left it before.
@@ -349,6 +358,8 @@ mod tests {
             checker.acknowledge(2, write, false, false);
             let newer = checker.begin_write(3, 0, 2, 1, 11);
             checker.acknowledge(4, newer, false, false);
+            checker.flushed(0, 2, 5);
+            assert!(checker.may_be_covered(write) && checker.may_be_covered(newer));
             checker.lose(0, 0, 8);
             assert_eq!(checker.lost_before(0, 4), [(write, (2, 1))], "the newer one was done after it began");
             assert!(checker.is_as_new(0, 2, 11, write) && !checker.is_as_new(0, 2, 0, write));

@@ -1,6 +1,7 @@
 //! How copies that lag behind are filled, cleared and told, seen from outside.
 
 use super::*;
+use crate::map::OnNoQuorum;
 
 /// Rule 1: nobody waits for a copy that is being filled and cannot be reached; what it misses is sent
 /// when it is back.
@@ -256,4 +257,58 @@ fn peers_are_told_of_a_disk_once_in_a_session() {
     assert!(rig.take(Kind::Attached).is_empty());
     let open = rig.take(Kind::Open);
     assert_eq!(words(&open[0])[16..], [of(2), of(9)].concat());
+}
+
+/// What this disk cannot read is rather taken from a copy that is known to have it than from one that is being compared. If
+/// only that one can be asked, what comes of it may be older than what the others have.
+#[test]
+fn what_a_copy_that_lags_behind_has_is_not_taken_for_what_all_have() {
+    for reachable in [true, false] {
+        let mut first = map(3, 3, 1);
+        first.devices[0].on_no_quorum = OnNoQuorum::Error;
+        let mut rig = Rig::new(1, &first);
+        rig.lane_down(2);
+        let write = rig.write(0, 4096);
+        let leg = rig.take(Kind::Write);
+        assert_eq!((leg.len(), leg[0].to), (1, 3));
+        rig.ack(&leg[0]);
+        // Nobody hears of the write that it is done; here and on node 3 it is.
+        rig.wait(10_100, &[3]);
+        assert_eq!(rig.result(write), Some(Err(RequestError::NoQuorum)));
+        if !reachable {
+            rig.lane_down(3);
+        }
+        rig.hold = true;
+        rig.open(2, first.version);
+        assert_eq!(rig.held.len(), 1, "the region is being read, to be compared");
+        rig.complete_io(Err("medium error".into()));
+        let compare = rig.take(Kind::Compare);
+        rig.answer(&compare[0], Kind::Digests, Status::Done);
+        let fetch = rig.take(Kind::Fetch);
+        assert_eq!(fetch.iter().map(|sent| sent.to).collect::<Vec<_>>(), [if reachable { 3 } else { 2 }]);
+        let answer = Header {
+            session: rig.session_of(fetch[0].to),
+            sequence: fetch[0].header.sequence,
+            slice_epoch: fetch[0].header.slice_epoch,
+            body_bytes: 4096,
+            ..Header::new(Kind::Ack)
+        };
+        rig.hold = false;
+        let from = crate::ids::NodeId(fetch[0].to);
+        rig.engine.handle_frame(
+            rig.now,
+            from,
+            &answer,
+            None,
+            &[],
+            Some(crate::engine::action::BufferId(900)),
+        );
+        rig.run();
+        let behind = rig.engine.devices[0].slices[0].behind.iter();
+        let mut differ: Vec<_> =
+            behind.filter(|behind| behind.may_differ() == 1).map(|behind| behind.peer).collect();
+        differ.sort_unstable();
+        let peers = [2, 3].map(|node| rig.engine.peer_index(crate::ids::NodeId(node)).unwrap());
+        assert_eq!(differ, if reachable { &peers[..1] } else { &peers[..] });
+    }
 }

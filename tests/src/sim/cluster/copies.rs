@@ -248,13 +248,14 @@ impl Cluster {
         }
     }
 
-    /// A flush is acknowledged by an exporter that has not heard of a loss: it may have been carried out before
-    /// that. What it vouches for is then on stable storage of every member.
+    /// A flush is acknowledged by an exporter that has not heard of a loss, or knows that an earlier flush covered what was
+    /// written: it may have been carried out before the loss. What it vouches for is then on stable storage of every member.
     pub(super) fn find_lost(&mut self, node: u16, device: usize, began: Nanos) {
         for (id, (first, count)) in self.checker.lost_before(device, began) {
             let unheard = (first..first + count).map(|sector| (sector / SLICE_SECTORS) as u32);
             let unheard = unheard.into_iter().any(|slice| self.loss_unseen(node, device, slice));
-            if unheard && (first..first + count).all(|sector| self.is_stored(device, sector, id)) {
+            let excused = unheard || self.checker.may_be_covered(id);
+            if excused && (first..first + count).all(|sector| self.is_stored(device, sector, id)) {
                 self.checker.found(id);
             }
         }
