@@ -4,14 +4,20 @@ use mirror_net::config::Policy;
 use mirror_net::control::{
     DiskContent, DiskInventory, OperatorReply, Redistribution, RedistributionOrder, Registration,
 };
+use mirror_net::engine::action::Action;
+use mirror_net::engine::{Engine, LocalDisk, Me};
+use mirror_net::format::alloc::Allocator;
+use mirror_net::format::create::{FormatOptions, format};
+use mirror_net::format::{Geometry, PlanStep, SlotOrder, ZoneProfile, open};
 use mirror_net::ids::{AttachId, ClusterId, DiskId, Incarnation, MapVersion, PlanId, ProcessId};
 use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
 use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
 use mirror_net::map::plan::Plan;
 use mirror_net::map::verbs::Verb;
 use mirror_net::map::wanted::Wish;
-use mirror_net::map::{DevicePolicy, DistributionMap, SegmentSlots};
+use mirror_net::map::{DevicePolicy, Disk, DistributionMap, SegmentSlots};
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// 20 TB in slices of 1 GiB are some 18,600; what is missing here is free.
@@ -158,4 +164,105 @@ fn a_manager_of_a_thousand_nodes_empties_one() {
     println!(
         "a look without a plan {idle:?}; decided and begun in {decided:?}, looked at in {begun:?}, {looked:?}"
     );
+}
+
+/// A disk of 20 TB, as its node opens it.
+fn formatted(disk: &Disk, attach: AttachId) -> LocalDisk {
+    const BYTES: u64 = 20_000_000_000_000;
+    const BLOCK: usize = 4096;
+    let geometry = Geometry::new(BYTES, 1 << 30, BLOCK as u32).unwrap();
+    let options = FormatOptions {
+        cluster: ClusterId::default(),
+        disk: disk.id,
+        node: disk.node,
+        format: Default::default(),
+        node_name: "n".into(),
+        disk_name: disk.name.clone(),
+        segments: SegmentSlots { unmirrored: geometry.slots - 2 * 9_300, primary: 9_300, secondary: 9_300 },
+        geometry,
+        slot_order: SlotOrder::Address,
+        zone_profile: ZoneProfile::default(),
+        known_zero: true,
+    };
+    // What is not there is zero.
+    let mut blocks: HashMap<u64, Vec<u8>> = HashMap::new();
+    for step in format(options).unwrap().1 {
+        if let PlanStep::Write { offset, .. } = &step {
+            for (index, block) in step.bytes().chunks(BLOCK).enumerate() {
+                blocks.insert(offset + (index * BLOCK) as u64, block.to_vec());
+            }
+        }
+    }
+    let mut read = |offset: u64, buffer: &mut [u8]| {
+        for (index, block) in buffer.chunks_mut(BLOCK).enumerate() {
+            match blocks.get(&(offset + (index * BLOCK) as u64)) {
+                Some(found) => block.copy_from_slice(&found[..block.len()]),
+                None => block.fill(0),
+            }
+        }
+        Ok(())
+    };
+    let opened = open(&mut read, BYTES).unwrap();
+    let allocator = Allocator::new(&opened.superblock, Vec::new());
+    LocalDisk { id: disk.id, attach, allocator, journal: opened.journal }
+}
+
+/// Has an engine adopt a map, on disks that do everything at once.
+fn adopt(engine: &mut Engine, now: u64, map: &Arc<DistributionMap>) -> Duration {
+    let begun = Instant::now();
+    engine.handle_map(now, Arc::clone(map)).unwrap();
+    while let Some(action) = engine.poll_action() {
+        if let Action::Metadata { io, .. } | Action::Flush { io, .. } = action {
+            engine.handle_io(now, io, Ok(()));
+        }
+    }
+    assert_eq!(engine.adopted_version(), map.version);
+    begun.elapsed()
+}
+
+/// What a change of the map costs a node that it gives something to.
+#[test]
+#[ignore = "a measurement: cargo test --release -p mirror-tests --test planner_scale -- --ignored --nocapture"]
+fn a_node_of_a_thousand_applies_a_map() {
+    let map = cluster(1_000, 12);
+    let emptied: BTreeSet<DiskId> = map.disks[..12].iter().map(|disk| disk.id).collect();
+    let takers = map.disks[12..].iter().map(|disk| disk.id).collect();
+    let wanted = map.wanted(&Wish { emptied, takers, ..Wish::default() }).unwrap();
+    let plan = Plan::new(PlanId(2), "a node died".into(), wanted.moves.clone());
+    let planned = map.apply(&[Verb::BeginPlan { plan: plan.clone() }]).unwrap().unwrap();
+    let incarnations: HashMap<DiskId, Incarnation> = map
+        .devices
+        .iter()
+        .flat_map(|device| &device.spans)
+        .flat_map(|span| &span.replicas)
+        .map(|copy| (copy.disk, copy.incarnation))
+        .collect();
+    let begin = planned.outlook(&plan).begin;
+    let adds: Vec<Verb> = begin
+        .iter()
+        .map(|add| {
+            let incarnation = incarnations[&add.disk];
+            Verb::AddReplica { run: add.run, disk: add.disk, segment: add.segment, incarnation }
+        })
+        .collect();
+    let copying = planned.apply(&adds).unwrap().unwrap();
+    let node = map.disks.iter().find(|disk| disk.id == begin[0].disk).unwrap().node;
+    let disks = map.disks.iter().filter(|disk| disk.node == node);
+    let disks = disks.map(|disk| formatted(disk, incarnations[&disk.id].attach)).collect();
+    let me = Me { node, process: process_of(node.0) };
+    let mut engine = Engine::new(me, 1 << 30, disks, 0);
+    for (what, map) in [("the first", map), ("with a plan", planned), ("with copies to be filled", copying)] {
+        let text = serde_json::to_vec(&map).unwrap();
+        let begun = Instant::now();
+        let read: DistributionMap = serde_json::from_slice(&text).unwrap();
+        let parsed = begun.elapsed();
+        let begun = Instant::now();
+        read.validate().unwrap();
+        let validated = begun.elapsed();
+        let adopted = adopt(&mut engine, 1_000, &Arc::new(read));
+        println!(
+            "{what}: {} bytes read in {parsed:?}, checked in {validated:?}, adopted in {adopted:?}",
+            text.len()
+        );
+    }
 }

@@ -12,7 +12,7 @@ use super::view::{DeviceView, PeerIndex, SpanView, Viewer};
 use super::{Engine, Nanos};
 use crate::format::alloc::Segment;
 use crate::format::journal::Ticket;
-use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, NodeId, SliceIndex};
+use crate::ids::{DiskId, ExporterSession, Incarnation, MapVersion, SliceIndex};
 use crate::map::DistributionMap;
 use crate::planted::{self, Bug};
 use crate::wire::header::Status;
@@ -94,6 +94,9 @@ impl Engine {
     fn begin_adoption(&mut self, map: Arc<DistributionMap>) -> Result<(), AdoptError> {
         for node in &map.nodes {
             if node.id != self.me && self.peer_index(node.id).is_none() {
+                let id = usize::from(node.id.0);
+                self.by_node.resize(self.by_node.len().max(id + 1), None);
+                self.by_node[id] = Some(self.peers.len());
                 self.peers.push(Peer::new(node.id, self.now));
             }
         }
@@ -102,8 +105,7 @@ impl Engine {
             .iter()
             .map(|disk| (disk.id, Incarnation { attach: disk.attach, process: self.process }))
             .collect();
-        let peers: Vec<NodeId> = self.peers.iter().map(|peer| peer.node).collect();
-        let viewer = Viewer { me: self.me, disks: &disks, peers: &peers };
+        let viewer = Viewer { me: self.me, disks: &disks, peers: &self.by_node };
         let listed = map.devices.iter().map(|device| viewer.device(&map, device));
         let views: Vec<DeviceView> = listed.chain(self.buried(&map)).collect();
         self.find_devices(&views);
@@ -207,8 +209,8 @@ impl Engine {
             }
             self.note_losses(index);
             let view = &self.devices[index].view;
-            for (peer, counted) in counted.iter_mut().enumerate() {
-                *counted |= still_counts_on(peer, &before, view);
+            for peer in view.spans.iter().filter(|span| span.serves()).flat_map(|span| &span.others) {
+                counted[*peer] = counted[*peer] || still_counts_on(*peer, &before, view);
             }
             let serves_more = view.spans.iter().filter(|span| span.serves()).any(|span| {
                 // A slice that was not ours to serve until now may be under somebody's read lease.

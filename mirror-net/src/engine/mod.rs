@@ -187,6 +187,8 @@ pub struct Engine {
     slice_bytes: u32,
     disks: Vec<Disk>,
     peers: Vec<Peer>,
+    /// Where each node is among them, by its id.
+    by_node: Vec<Option<PeerIndex>>,
     devices: Vec<Device>,
     by_device: HashMap<DeviceId, usize>,
     /// Slots of copies that the map lists no more, which operations may still be using.
@@ -248,6 +250,7 @@ impl Engine {
             disks: disks.into_iter().map(Disk::new).collect(),
             peers: Vec::new(),
             devices: Vec::new(),
+            by_node: Vec::new(),
             by_device: HashMap::new(),
             leaving: Vec::new(),
             map: None,
@@ -388,7 +391,7 @@ impl Engine {
     }
 
     fn peer_index(&self, node: NodeId) -> Option<PeerIndex> {
-        self.peers.iter().position(|peer| peer.node == node)
+        self.by_node.get(usize::from(node.0)).copied().flatten()
     }
 
     /// This node's sessions, for `status`.

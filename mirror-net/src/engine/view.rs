@@ -215,20 +215,25 @@ impl DeviceView {
             };
             span.mine.is_some_and(|mine| !stays(mine))
         };
-        let mut spans = Vec::new();
-        let mut left = false;
-        for span in &self.spans {
-            for other in newer.spans.iter().filter(|other| other.first < span.end && span.first < other.end) {
-                let (first, end) = (span.first.max(other.first), span.end.min(other.end));
-                spans.push(if leaves(span, other) {
-                    left = true;
-                    SpanView { first, end, mine: None, intact: false, ..other.clone() }
-                } else {
-                    SpanView { first, end, ..span.clone() }
-                });
-            }
+        let pairs = || {
+            self.spans.iter().flat_map(|span| {
+                let overlaps = |other: &&SpanView| other.first < span.end && span.first < other.end;
+                newer.spans.iter().filter(overlaps).map(move |other| (span, other))
+            })
+        };
+        // Of most devices a node has nothing.
+        if !pairs().any(|(span, other)| leaves(span, other)) {
+            return None;
         }
-        left.then(|| self.clone().with_spans(spans))
+        let spans = pairs().map(|(span, other)| {
+            let (first, end) = (span.first.max(other.first), span.end.min(other.end));
+            if leaves(span, other) {
+                SpanView { first, end, mine: None, intact: false, ..other.clone() }
+            } else {
+                SpanView { first, end, ..span.clone() }
+            }
+        });
+        Some(self.clone().with_spans(spans.collect()))
     }
 
     /// The map version from which on this claim and that span hold together.
@@ -243,8 +248,8 @@ pub struct Viewer<'a> {
     pub me: NodeId,
     /// Its disks and their incarnations, in the engine's order.
     pub disks: &'a [(DiskId, Incarnation)],
-    /// The other nodes, in the engine's order.
-    pub peers: &'a [NodeId],
+    /// Where each node is in the engine's order of the others, by its id.
+    pub peers: &'a [Option<PeerIndex>],
 }
 
 impl Viewer<'_> {
@@ -319,7 +324,7 @@ impl Viewer<'_> {
         if node == self.me {
             return Some(Place::Here);
         }
-        self.peers.iter().position(|peer| *peer == node).map(Place::Peer)
+        self.peers.get(usize::from(node.0)).copied().flatten().map(Place::Peer)
     }
 }
 
