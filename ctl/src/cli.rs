@@ -215,10 +215,8 @@ pub struct RiskArguments {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Topology(pub Option<mirror_net::map::Topology>);
 
-fn topology(text: &str) -> Result<Topology, String> {
-    use mirror_net::map::Topology::{Chain, Pair, Sets};
-    let known = [Pair, Chain, Sets].into_iter().find(|topology| topology.name() == text);
-    match (known, text) {
+pub(crate) fn topology(text: &str) -> Result<Topology, String> {
+    match (mirror_net::map::Topology::parse(text), text) {
         (None, "any") => Ok(Topology(None)),
         (None, _) => Err("it is one of pair, chain, sets, any".to_owned()),
         (known, _) => Ok(Topology(known)),

@@ -3,6 +3,8 @@
 use anyhow::{Context, ensure};
 use mirror_tests::nbd::NbdClient;
 use mirror_tests::playground::Playground;
+use mirror_tests::sim::scheduler::Random;
+use mirror_tests::tenant::Tenant;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -159,4 +161,30 @@ fn a_device_is_filled_from_a_file() -> anyhow::Result<()> {
     let large = refused(&play, &["device", "import", "img", large.to_str().context("a path")?])?;
     ensure!(large.contains("mirrorctl device resize img"), "{large}");
     Ok(())
+}
+
+/// Who mirrors whom is written in the cluster file, and is so from the first map on: nothing is left to be moved.
+#[test]
+fn a_cluster_begins_as_it_was_chosen() -> anyhow::Result<()> {
+    let play = Playground::start_like(4, "nbd", "512M", &["--layout", "chain", "--copies", "3"])?;
+    play.healthy()?;
+    let map = play.json(&["map", "show"])?;
+    let devices = map["devices"].as_array().context("no devices")?;
+    let mirrored: Vec<_> = devices.iter().filter(|device| device["copies"] == 3).collect();
+    ensure!((devices.len(), mirrored.len()) == (8, 4), "{map}");
+    let told = play.must(&["topology", "chain", "--copies", "3", "--dry-run"])?;
+    ensure!(told.contains("nothing is to be moved"), "{told}");
+    // It is served, and survives two nodes.
+    let mut tenant = Tenant::connect(&play, "n1-d1")?;
+    let mut random = Random::new(3);
+    for _ in 0..50 {
+        tenant.work(&mut random)?;
+    }
+    for node in ["n2", "n3"] {
+        play.kill(node)?;
+    }
+    for _ in 0..50 {
+        tenant.work(&mut random)?;
+    }
+    tenant.check_all()
 }

@@ -137,10 +137,17 @@ fn cluster_text(wanted: &Wanted, keys: &str, ports: &[u16]) -> String {
     if let Some(rate) = wanted.regen_rate {
         let _ = writeln!(text, "regen_rate = \"{rate}\"");
     }
+    let layout = wanted.layout.map(|layout| ("layout", layout.0.map_or("any", |topology| topology.name())));
     let commit = wanted.commit.map(|commit| ("commit", commit.as_str()));
     let on_no_quorum = wanted.on_no_quorum.map(|choice| ("on_no_quorum", choice.as_str()));
-    for (name, word) in [commit, on_no_quorum].into_iter().flatten() {
+    for (name, word) in [layout, commit, on_no_quorum].into_iter().flatten() {
         let _ = writeln!(text, "{name} = {word:?}");
+    }
+    if let Some(copies) = wanted.copies {
+        let _ = writeln!(text, "copies = {copies}");
+        if copies > 2 {
+            let _ = writeln!(text, "segments = {{ primary = 30, secondary = 60, unmirrored = 10 }}");
+        }
     }
     if !wanted.etcd.is_empty() {
         let _ =
@@ -288,6 +295,8 @@ mod tests {
             fail_after: None,
             spare_after: None,
             regen_rate: None,
+            layout: None,
+            copies: None,
             commit: None,
             on_no_quorum: None,
             disk_bytes: 1 << 20,

@@ -9,7 +9,7 @@ mod control;
 mod directory;
 mod lineup;
 
-use crate::cli::{commit, on_no_quorum};
+use crate::cli::{Topology, commit, on_no_quorum, topology};
 use crate::failure::{Failure, OK};
 use crate::output;
 use clap::{Args, Subcommand};
@@ -45,6 +45,12 @@ pub struct PlaygroundArguments {
     /// For how long a node has to be silent until it has failed; longer where machines are slow, such as 10s
     #[arg(long, value_parser = humantime::parse_duration, value_name = "TIME")]
     fail_after: Option<Duration>,
+    /// Who mirrors whom [default: pairs]
+    #[arg(long, value_parser = topology, value_name = "pair|chain|sets|any")]
+    layout: Option<Topology>,
+    /// Copies of everything in primary segments, each on a node of its own [default: 2]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
+    copies: Option<u8>,
     /// When a mirror acknowledges a write: once its disk has it, or once its memory has it
     #[arg(long, value_parser = commit, value_name = "immediate|deferred")]
     commit: Option<Commit>,
@@ -106,6 +112,8 @@ pub(crate) struct Wanted {
     fail_after: Option<Duration>,
     spare_after: Option<Duration>,
     regen_rate: Option<u64>,
+    layout: Option<Topology>,
+    copies: Option<u8>,
     commit: Option<Commit>,
     on_no_quorum: Option<OnNoQuorum>,
     disk_bytes: u64,
@@ -128,7 +136,7 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
         None => {
             let PlaygroundArguments { managers, etcd, nodes, spares, fail_after, spare_after, .. } =
                 arguments;
-            let PlaygroundArguments { regen_rate, commit, on_no_quorum, .. } = arguments;
+            let PlaygroundArguments { regen_rate, layout, copies, commit, on_no_quorum, .. } = arguments;
             let PlaygroundArguments { frontend, nbd_tcp, keep, json, disk_size: disk_bytes, .. } = arguments;
             if managers > 1 && etcd.is_empty() {
                 return Err(Failure::usage("several managers share an etcd: add --etcd URL"));
@@ -142,6 +150,8 @@ pub async fn run(dir: &Path, arguments: PlaygroundArguments) -> Result<u8, Failu
                 fail_after,
                 spare_after,
                 regen_rate,
+                layout,
+                copies,
                 commit,
                 on_no_quorum,
                 disk_bytes,

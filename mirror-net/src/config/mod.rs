@@ -17,6 +17,7 @@ pub use policy::{NodePolicy, Pace, Policy, Tolerance};
 pub use size::{format_bytes, parse_bytes};
 pub use store::{EtcdFile, StoreFile, TlsFile};
 
+use crate::map::layout::Layout;
 use crate::map::{DevicePolicy, SegmentSlots};
 use core::net::SocketAddr;
 use std::fmt;
@@ -52,7 +53,9 @@ pub struct ClusterFile {
     pub store: StoreFile,
     /// What the manager does by itself.
     pub policy: Policy,
-    /// The nodes, in the order of the file: it decides who mirrors whom.
+    /// Who mirrors whom when it is created.
+    pub layout: Layout,
+    /// The nodes, in the order of the file, which decides who mirrors whom among equals.
     pub nodes: Vec<NodeFile>,
 }
 

@@ -5,8 +5,9 @@ use super::{
     ClusterFile, ConfigError, DiskFile, Frontend, NbdListen, NodeFile, NodePolicy, Pace, Policy,
     SLICE_BYTES_DEFAULT, Segments, Tolerance, check_name, format_bytes, parse_bytes,
 };
-use crate::map::validate::{SLICE_BYTES_MAX, SLICE_BYTES_MIN};
-use crate::map::{Commit, DevicePolicy, OnNoQuorum};
+use crate::map::layout::Layout;
+use crate::map::validate::{COPIES_MAX, SLICE_BYTES_MAX, SLICE_BYTES_MIN};
+use crate::map::{Commit, DevicePolicy, OnNoQuorum, Topology};
 use core::net::{IpAddr, SocketAddr};
 use serde::Deserialize;
 use std::collections::HashMap;
@@ -57,7 +58,6 @@ struct RawCluster {
     commit: Option<Text>,
     on_no_quorum: Option<Text>,
     no_quorum_after: Option<Text>,
-    // Known words of things to come: refused with a better sentence than "unknown field".
     copies: Option<Spanned<i64>>,
     layout: Option<Text>,
 }
@@ -124,7 +124,6 @@ impl Reader<'_> {
 
     fn file(&mut self, raw: RawFile) -> Result<ClusterFile, ConfigError> {
         let cluster = raw.cluster.get_ref();
-        self.refuse_what_is_not_built(cluster)?;
         let segments = match &cluster.segments {
             Some(segments) => self.segments(segments, "cluster.segments")?,
             None => Segments::default(),
@@ -147,6 +146,7 @@ impl Reader<'_> {
             managers,
             store,
             policy: self.policy(cluster)?,
+            layout: self.layout(cluster)?,
             nodes: Vec::new(),
         };
         let frontend = self.frontend(cluster.frontend.as_ref(), "cluster.frontend")?.unwrap_or_default();
@@ -222,33 +222,34 @@ impl Reader<'_> {
         Ok(managers)
     }
 
-    fn refuse_what_is_not_built(&self, cluster: &RawCluster) -> Result<(), ConfigError> {
-        let only = |value: &Option<Text>, field: &str, built: &str| {
-            match value {
-            Some(value) if value.get_ref() != built => Err(self.error(
-                value,
-                field,
-                format!(
-                    "a cluster begins with {built:?}: leave the field out, and type `mirrorctl topology {}` once it is created",
-                    value.get_ref()
-                ),
-            )),
-            _ => Ok(()),
+    /// Who mirrors whom when the cluster is created.
+    fn layout(&self, cluster: &RawCluster) -> Result<Layout, ConfigError> {
+        let mut layout = Layout::default();
+        if let Some(at) = &cluster.layout {
+            layout.topology = match (at.get_ref().as_str(), Topology::parse(at.get_ref())) {
+                ("any", _) => Some(None),
+                (_, Some(topology)) => Some(Some(topology)),
+                (other, None) => {
+                    let what = format!("{other:?} is none of \"pair\", \"chain\", \"sets\", \"any\"");
+                    return Err(self.error(at, "cluster.layout", what));
+                }
+            };
         }
-        };
-        only(&cluster.layout, "cluster.layout", "pair")?;
-        match &cluster.copies {
-            Some(copies) if *copies.get_ref() != 2 => Err(self.error(
-                copies,
-                "cluster.copies",
-                format!(
-                    "a cluster begins with 2 copies of everything mirrored: leave the field out, and type `mirrorctl device \
-                     set DEVICE --copies {}` once it is created",
-                    copies.get_ref()
-                ),
-            )),
-            _ => Ok(()),
+        if let Some(at) = &cluster.copies {
+            let copies = u8::try_from(*at.get_ref()).ok();
+            let copies = copies.filter(|copies| (1..=COPIES_MAX).contains(&usize::from(*copies)));
+            let Some(copies) = copies else {
+                let what = format!("{} is not 1, 2 or 3", at.get_ref());
+                return Err(self.error(at, "cluster.copies", what));
+            };
+            layout.copies = copies;
+            if copies > 2 && layout.topology == Some(Some(Topology::Pair)) {
+                let what =
+                    "a pair has two nodes and can have two copies: choose layout = \"chain\" or \"sets\"";
+                return Err(self.error(at, "cluster.copies", what));
+            }
         }
+        Ok(layout)
     }
 
     fn policy(&self, cluster: &RawCluster) -> Result<Policy, ConfigError> {

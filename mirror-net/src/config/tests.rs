@@ -138,11 +138,16 @@ fn every_mistake_names_line_field_and_remedy() {
             "slow_stale_after = \"1s\"\nmanager = ",
             "line 5: cluster.slow_stale_after: \"1s\" is shorter than 2s",
         ),
+        ("manager = ", "copies = 4\nmanager = ", "line 5: cluster.copies: 4 is not 1, 2 or 3"),
         (
             "manager = ",
-            "copies = 3\nmanager = ",
-            "line 5: cluster.copies: a cluster begins with 2 copies of everything mirrored: leave the field out, and type \
-             `mirrorctl device set DEVICE --copies 3` once it is created",
+            "layout = \"pair\"\ncopies = 3\nmanager = ",
+            "line 6: cluster.copies: a pair has two nodes and can have two copies: choose layout = \"chain\" or \"sets\"",
+        ),
+        (
+            "manager = ",
+            "layout = \"ring\"\nmanager = ",
+            "line 5: cluster.layout: \"ring\" is none of \"pair\", \"chain\", \"sets\", \"any\"",
         ),
         (
             "\"10.0.0.9:7300\"",

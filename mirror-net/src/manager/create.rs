@@ -10,7 +10,7 @@ use crate::config::ClusterFile;
 use crate::control::{FormatDisk, FormatOrder, ManagerMessage};
 use crate::ids::{AttachId, ClusterId, DiskId, Incarnation, NodeId, ProcessId};
 use crate::map::DistributionMap;
-use crate::map::layout::{DiskSpec, NodeSpec, pairs};
+use crate::map::layout::{DiskSpec, Layout, NodeSpec};
 use std::collections::BTreeMap;
 
 /// A creation under way.
@@ -19,6 +19,7 @@ pub(super) struct Creation {
     pub(super) ticket: Ticket,
     name: String,
     slice_bytes: u32,
+    layout: Layout,
     cluster: ClusterId,
     force: bool,
     members: Vec<Member>,
@@ -73,6 +74,7 @@ impl Creation {
             ticket,
             name: file.name.clone(),
             slice_bytes: file.slice_bytes,
+            layout: file.layout,
             cluster,
             force,
             members: Vec::new(),
@@ -117,7 +119,8 @@ impl Creation {
 
     fn layout(&self) -> Result<DistributionMap, String> {
         let specs: Vec<NodeSpec> = self.members.iter().map(|member| member.spec.clone()).collect();
-        pairs(self.cluster, &self.name, self.slice_bytes, &specs).map_err(|error| error.to_string())
+        let map = self.layout.of(self.cluster, &self.name, self.slice_bytes, &specs);
+        map.map_err(|error| error.to_string())
     }
 
     /// Takes the ids from the layout, which also shows that there is one before anything is formatted.

@@ -1,18 +1,21 @@
 //! The first map of a cluster: who mirrors whom.
 //!
-//! The layout is `pair`: nodes mirror each other two by two, in the order of the cluster file; of
-//! an odd number the last three form a ring. Every disk yields one mirrored device, spread over
-//! the secondary segments of the partner's disks, and one unmirrored device if it has such a segment.
+//! Every disk yields one mirrored device and, if it has such a segment, an unmirrored one. Unless another layout is chosen,
+//! nodes mirror each other two by two, in the order of the cluster file; of an odd number the last three form a ring. What a
+//! disk has is spread over the secondary segments of the partner's disks. Any other layout is the [planner](super::wanted)'s.
 
+use super::plan::Move;
+use super::wanted::{NoPlan, Wish, copies_of_all};
 use super::{
     Claim, Commit, Device, DevicePolicy, Disk, DistributionMap, Node, Replica, ReplicaState, SegmentSlots,
-    Span,
+    Span, Topology,
 };
 use crate::format::alloc::Segment;
 use crate::ids::{
     ClaimGeneration, ClusterId, DeviceId, DiskId, Incarnation, LossGeneration, MapVersion, NodeId,
     SliceEpoch, SliceIndex,
 };
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A node of the cluster to be, with its disks.
 #[derive(Clone, Debug)]
@@ -59,6 +62,13 @@ pub enum LayoutError {
     NoRoom { node: String, partner: String, room: u64, wanted: u64 },
     #[error("node {node} disk {disk} has no primary segment at all: it is too small for one slice")]
     NoPrimary { node: String, disk: String },
+    #[error(
+        "the secondary segments hold {room} slices in all, which is too little where it is needed: enlarge `secondary`, or \
+         choose fewer copies or another layout"
+    )]
+    Crowded { room: u64 },
+    #[error("{0}; enlarge `secondary`, or choose fewer `copies` or another `layout`")]
+    Planned(#[from] NoPlan),
     #[error(transparent)]
     Invalid(#[from] super::validate::InvalidMap),
 }
@@ -69,8 +79,162 @@ fn partners(count: usize) -> Vec<usize> {
     (0..count).map(|node| if node < paired { node ^ 1 } else { paired + (node - paired + 1) % 3 }).collect()
 }
 
-/// Makes the first map, version 1: all copies in sync, since nothing was ever written.
+/// Who is to mirror whom, and how often, when a cluster is created.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Layout {
+    /// The topology that was chosen, of which `None` leaves it to the map's own rules; the outer `None` if nothing was
+    /// chosen: pairs, where two copies are wanted, without a word in the map that it is to stay so.
+    pub topology: Option<Option<Topology>>,
+    /// Copies of what nodes have in their primary segments, 1 to 3.
+    pub copies: u8,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { topology: None, copies: 2 }
+    }
+}
+
+impl Layout {
+    /// Makes the first map, version 1: all copies in sync, since nothing was ever written.
+    ///
+    /// # Errors
+    /// Says what is missing for it.
+    pub fn of(
+        self,
+        cluster: ClusterId,
+        cluster_name: &str,
+        slice_bytes: u32,
+        nodes: &[NodeSpec],
+    ) -> Result<DistributionMap, LayoutError> {
+        let mut map = match (self.copies, self.topology) {
+            (2, None | Some(Some(Topology::Pair))) => {
+                match pairs(cluster, cluster_name, slice_bytes, nodes) {
+                    // In the order of the file two would be paired that share power or switch.
+                    Err(LayoutError::Invalid(_)) => {
+                        self.planned(cluster, cluster_name, slice_bytes, nodes, Some(Topology::Pair))
+                    }
+                    made => made,
+                }
+            }
+            (_, topology) => {
+                self.planned(cluster, cluster_name, slice_bytes, nodes, topology.unwrap_or_default())
+            }
+        }?;
+        map.topology = self.topology.unwrap_or_default();
+        map.validate()?;
+        Ok(map)
+    }
+
+    /// As the planner would have it. Nothing is moved: what it wants copied is there from the beginning.
+    fn planned(
+        self,
+        cluster: ClusterId,
+        cluster_name: &str,
+        slice_bytes: u32,
+        nodes: &[NodeSpec],
+        topology: Option<Topology>,
+    ) -> Result<DistributionMap, LayoutError> {
+        let mut map = unmirrored(cluster, cluster_name, slice_bytes, nodes)?;
+        let takers = map.disks.iter().filter(|disk| !disk.spare).map(|disk| disk.id).collect();
+        let copies = copies_of_all(&map, self.copies);
+        let laid_out: BTreeSet<DeviceId> = copies.keys().copied().collect();
+        let wanted = map.wanted(&Wish { takers, copies, topology, ..Wish::default() })?;
+        let incarnations: BTreeMap<DiskId, Incarnation> = map
+            .disks
+            .iter()
+            .zip(nodes.iter().flat_map(|node| &node.disks))
+            .map(|(disk, spec)| (disk.id, spec.incarnation))
+            .collect();
+        let mut moves: BTreeMap<DeviceId, Vec<&Move>> = BTreeMap::new();
+        for step in &wanted.moves {
+            // Something would have to make room first, and there is nothing yet.
+            if step.from.is_some() || step.primary {
+                let all = map.disks.iter().filter(|disk| !disk.spare);
+                return Err(LayoutError::Crowded {
+                    room: all.map(|disk| u64::from(disk.slots.secondary)).sum(),
+                });
+            }
+            moves.entry(step.run.device).or_default().push(step);
+        }
+        for device in map.devices.iter_mut().filter(|device| laid_out.contains(&device.id)) {
+            device.copies = self.copies;
+            device.commit = if self.copies > 1 { commit_at(nodes, device) } else { Commit::Immediate };
+            let moves = moves.get(&device.id).map_or(&[][..], Vec::as_slice);
+            let end = |step: &Move| step.run.first.0 + step.run.count;
+            let cuts = moves.iter().flat_map(|step| [step.run.first.0, end(step)]).chain([0, device.slices]);
+            let cuts: Vec<u32> = cuts.collect::<BTreeSet<u32>>().into_iter().collect();
+            let own = device.spans[0].replicas[0].clone();
+            let spans = cuts.windows(2).map(|cut| {
+                let mirrors = moves.iter().filter(|step| step.run.first.0 <= cut[0] && cut[1] <= end(step));
+                let mirror = |step: &&Move| in_sync(step.to, step.segment, incarnations[&step.to]);
+                span(cut[0], cut[1] - cut[0], [own.clone()].into_iter().chain(mirrors.map(mirror)).collect())
+            });
+            device.spans = spans.collect();
+        }
+        Ok(map)
+    }
+}
+
+fn commit_at(nodes: &[NodeSpec], device: &Device) -> Commit {
+    nodes[usize::from(device.claim.node.0) - 1].devices.commit
+}
+
+/// A map of pairs: what a node has is mirrored by its partner, disk after disk.
 pub fn pairs(
+    cluster: ClusterId,
+    cluster_name: &str,
+    slice_bytes: u32,
+    nodes: &[NodeSpec],
+) -> Result<DistributionMap, LayoutError> {
+    let mut map = unmirrored(cluster, cluster_name, slice_bytes, nodes)?;
+    let active: Vec<usize> = active(nodes).collect();
+    for (position, partner) in partners(active.len()).into_iter().enumerate() {
+        let (node, partner) = (active[position], active[partner]);
+        let mut room: Vec<(DiskId, u32, Incarnation)> = disks_at(&map, partner)
+            .into_iter()
+            .zip(&nodes[partner].disks)
+            .map(|(id, spec)| (id, spec.slots.secondary, spec.incarnation))
+            .collect();
+        let wanted: u64 = nodes[node].disks.iter().map(|spec| u64::from(spec.slots.primary)).sum();
+        let available: u64 = room.iter().map(|(_, slots, _)| u64::from(*slots)).sum();
+        if wanted > available {
+            return Err(LayoutError::NoRoom {
+                node: nodes[node].name.clone(),
+                partner: nodes[partner].name.clone(),
+                room: available,
+                wanted,
+            });
+        }
+        let id = node_id(node);
+        let laid_out = |device: &&mut Device| {
+            device.claim.node == id && device.spans[0].replicas[0].segment == Segment::Primary
+        };
+        for device in map.devices.iter_mut().filter(laid_out) {
+            (device.copies, device.commit) = (2, nodes[node].devices.commit);
+            let own = device.spans[0].replicas[0].clone();
+            device.spans = mirror_spans(device.slices, &own, &mut room);
+        }
+    }
+    map.validate()?;
+    Ok(map)
+}
+
+/// Indices of the nodes that hold something from the beginning.
+fn active(nodes: &[NodeSpec]) -> impl Iterator<Item = usize> {
+    (0..nodes.len()).filter(|index| !nodes[*index].spare && !nodes[*index].disks.is_empty())
+}
+
+fn node_id(index: usize) -> NodeId {
+    NodeId(index as u16 + 1)
+}
+
+fn disks_at(map: &DistributionMap, index: usize) -> Vec<DiskId> {
+    map.disks.iter().filter(|disk| disk.node == node_id(index)).map(|disk| disk.id).collect()
+}
+
+/// All nodes and disks, and the devices of those that are no spares, each with one copy.
+fn unmirrored(
     cluster: ClusterId,
     cluster_name: &str,
     slice_bytes: u32,
@@ -87,9 +251,8 @@ pub fn pairs(
         devices: Vec::new(),
         ..DistributionMap::empty()
     };
-    let mut disks_of: Vec<Vec<(DiskId, &DiskSpec)>> = Vec::new();
     for (index, node) in nodes.iter().enumerate() {
-        let id = NodeId(index as u16 + 1);
+        let id = node_id(index);
         map.nodes.push(Node {
             id,
             name: node.name.clone(),
@@ -97,11 +260,9 @@ pub fn pairs(
             power: node.power.clone(),
             switch: node.switch.clone(),
         });
-        let mut disks = Vec::new();
         for disk in &node.disks {
-            let disk_id = DiskId(map.disks.len() as u32 + 1);
             map.disks.push(Disk {
-                id: disk_id,
+                id: DiskId(map.disks.len() as u32 + 1),
                 node: id,
                 name: disk.name.clone(),
                 slots: disk.slots,
@@ -109,72 +270,40 @@ pub fn pairs(
                 spare: node.spare,
                 failed: None,
             });
-            disks.push((disk_id, disk));
         }
-        disks_of.push(disks);
     }
-    let active: Vec<usize> =
-        (0..nodes.len()).filter(|index| !nodes[*index].spare && !nodes[*index].disks.is_empty()).collect();
-    if active.len() < 2 {
-        return Err(LayoutError::TooFewNodes(active.len()));
+    if active(nodes).count() < 2 {
+        return Err(LayoutError::TooFewNodes(active(nodes).count()));
     }
     let block_bytes =
         nodes.iter().flat_map(|node| &node.disks).map(|disk| disk.block_bytes).max().unwrap_or(512);
-    for (position, partner) in partners(active.len()).into_iter().enumerate() {
-        let (node, partner) = (active[position], active[partner]);
-        let mut room: Vec<(DiskId, u32, Incarnation)> = disks_of[partner]
-            .iter()
-            .map(|(id, spec)| (*id, spec.slots.secondary, spec.incarnation))
-            .collect();
-        let wanted: u64 = disks_of[node].iter().map(|(_, spec)| u64::from(spec.slots.primary)).sum();
-        let available: u64 = room.iter().map(|(_, slots, _)| u64::from(*slots)).sum();
-        if wanted > available {
-            return Err(LayoutError::NoRoom {
-                node: nodes[node].name.clone(),
-                partner: nodes[partner].name.clone(),
-                room: available,
-                wanted,
-            });
-        }
-        for (disk, spec) in &disks_of[node] {
+    for index in active(nodes) {
+        let node = &nodes[index];
+        for (disk, spec) in disks_at(&map, index).into_iter().zip(&node.disks) {
             if spec.slots.primary == 0 {
-                return Err(LayoutError::NoPrimary {
-                    node: nodes[node].name.clone(),
-                    disk: spec.name.clone(),
-                });
+                return Err(LayoutError::NoPrimary { node: node.name.clone(), disk: spec.name.clone() });
             }
-            let own = |segment| in_sync(*disk, segment, spec.incarnation);
-            let claim =
-                Claim { node: NodeId(node as u16 + 1), generation: ClaimGeneration(1), since: version };
-            let mut device = |name: String, slices: u32, copies: u8, spans: Vec<Span>| {
-                let id = DeviceId(map.devices.len() as u32 + 1);
+            let mut device = |name: String, slices: u32, segment: Segment| {
                 map.devices.push(Device {
-                    id,
+                    id: DeviceId(map.devices.len() as u32 + 1),
                     name,
                     slices,
                     block_bytes,
-                    copies,
+                    copies: 1,
                     // Where nobody mirrors, nobody holds anything in memory for others.
-                    commit: if copies > 1 { nodes[node].devices.commit } else { Commit::Immediate },
-                    on_no_quorum: nodes[node].devices.on_no_quorum,
-                    claim,
-                    spans,
+                    commit: Commit::Immediate,
+                    on_no_quorum: node.devices.on_no_quorum,
+                    claim: Claim { node: node_id(index), generation: ClaimGeneration(1), since: version },
+                    spans: vec![span(0, slices, vec![in_sync(disk, segment, spec.incarnation)])],
                 });
             };
-            let spans = mirror_spans(spec.slots.primary, &own(Segment::Primary), &mut room);
-            device(format!("{}-{}", nodes[node].name, spec.name), spec.slots.primary, 2, spans);
+            device(format!("{}-{}", node.name, spec.name), spec.slots.primary, Segment::Primary);
             if spec.slots.unmirrored > 0 {
-                let span = span(0, spec.slots.unmirrored, vec![own(Segment::Unmirrored)]);
-                device(
-                    format!("{}-{}-unmirrored", nodes[node].name, spec.name),
-                    spec.slots.unmirrored,
-                    1,
-                    vec![span],
-                );
+                let name = format!("{}-{}-unmirrored", node.name, spec.name);
+                device(name, spec.slots.unmirrored, Segment::Unmirrored);
             }
         }
     }
-    map.validate()?;
     Ok(map)
 }
 
@@ -278,5 +407,103 @@ pub(crate) mod tests {
         let error = pairs(ClusterId::default(), "t", 64 << 20, &[node("a", &[big]), node("b", &[small])])
             .unwrap_err();
         assert!(matches!(error, LayoutError::NoRoom { room: 6, wanted: 12, .. }), "{error}");
+    }
+
+    fn laid_out(layout: Layout, nodes: &[NodeSpec]) -> Result<DistributionMap, LayoutError> {
+        layout.of(ClusterId::default(), "t", 64 << 20, nodes)
+    }
+
+    fn with_sets(sets: &[&str], slots: SegmentSlots) -> Vec<NodeSpec> {
+        let named = sets.iter().enumerate();
+        named
+            .map(|(index, power)| NodeSpec {
+                power: (!power.is_empty()).then(|| (*power).to_owned()),
+                ..node(&format!("n{}", index + 1), &[slots, slots])
+            })
+            .collect()
+    }
+
+    const ROOMY: SegmentSlots = SegmentSlots { primary: 6, secondary: 12, unmirrored: 2 };
+
+    #[test]
+    fn a_chain_of_two_and_of_three_copies() {
+        let home = |device: &Device| device.claim.node.0 - 1;
+        for copies in 2..=3u8 {
+            let layout = Layout { topology: Some(Some(Topology::Chain)), copies };
+            let map = laid_out(layout, &with_sets(&["", "", "", ""], ROOMY)).unwrap();
+            assert_eq!((map.version, map.topology), (MapVersion(1), Some(Topology::Chain)));
+            assert_eq!(map.deviation(Topology::Chain), None);
+            for device in map.devices.iter().filter(|device| !device.name.ends_with("unmirrored")) {
+                assert_eq!(device.copies, copies);
+                for span in &device.spans {
+                    let mut nodes: Vec<u16> =
+                        span.replicas.iter().map(|copy| map.node_of(copy.disk).unwrap().0 - 1).collect();
+                    // Which mirror comes first is a matter of room.
+                    nodes[1..].sort_by_key(|node| (node + 4 - home(device)) % 4);
+                    let expected: Vec<u16> =
+                        (0..u16::from(copies)).map(|step| (home(device) + step) % 4).collect();
+                    assert_eq!(nodes, expected, "{}", device.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn copies_are_in_different_sets_whatever_the_order_of_the_file() {
+        for topology in [None, Some(Some(Topology::Pair)), Some(Some(Topology::Sets)), Some(None)] {
+            let map =
+                laid_out(Layout { topology, copies: 2 }, &with_sets(&["a", "a", "b", "b"], ROOMY)).unwrap();
+            assert_eq!(map.topology, topology.flatten());
+            assert!(map.devices.iter().all(|device| device.spans.iter().all(|span| {
+                let nodes: Vec<NodeId> =
+                    span.replicas.iter().filter_map(|copy| map.node_of(copy.disk)).collect();
+                nodes.len() < 2 || map.other_set(nodes[0], nodes[1])
+            })));
+        }
+    }
+
+    #[test]
+    fn one_copy_is_no_mirror_and_too_many_have_no_room() {
+        let map = laid_out(Layout { topology: None, copies: 1 }, &with_sets(&["", ""], ROOMY)).unwrap();
+        assert!(map.devices.iter().all(|device| device.copies == 1 && device.spans.len() == 1));
+        let narrow = SegmentSlots { secondary: 6, ..ROOMY };
+        let layout = Layout { topology: Some(Some(Topology::Chain)), copies: 3 };
+        let error = laid_out(layout, &with_sets(&["", "", ""], narrow)).unwrap_err().to_string();
+        assert!(error.starts_with("there is no place for "), "{error}");
+        assert!(
+            error.ends_with("; enlarge `secondary`, or choose fewer `copies` or another `layout`"),
+            "{error}"
+        );
+        let error =
+            laid_out(Layout { copies: 3, ..layout }, &with_sets(&["", ""], ROOMY)).unwrap_err().to_string();
+        assert!(error.starts_with("there are 2 nodes for 3 copies"), "{error}");
+    }
+
+    proptest::proptest! {
+        /// Any layout that is made is a whole one, without copies that are missing or out of place.
+        #[test]
+        fn what_is_laid_out_is_as_it_was_chosen(
+            nodes in 2usize..8,
+            secondary in 4u32..20,
+            sets in proptest::sample::select(vec![0usize, 2, 3]),
+            topology in proptest::sample::select(vec![None, Some(None), Some(Some(Topology::Pair)), Some(Some(Topology::Chain)), Some(Some(Topology::Sets))]),
+            copies in 1u8..=3,
+        ) {
+            let names = ["a", "b", "c"];
+            let power: Vec<&str> = (0..nodes).map(|node| if sets > 0 { names[node % sets] } else { "" }).collect();
+            let slots = SegmentSlots { primary: 4, secondary, unmirrored: 1 };
+            if let Ok(map) = laid_out(Layout { topology, copies }, &with_sets(&power, slots)) {
+                proptest::prop_assert_eq!(map.validate(), Ok(()));
+                let wanted = |device: &Device| if device.name.ends_with("unmirrored") { 1 } else { usize::from(copies) };
+                for device in &map.devices {
+                    proptest::prop_assert!(device.spans.iter().all(|span| span.replicas.len() == wanted(device)));
+                    proptest::prop_assert!(device.spans.iter().all(|span| span.primary().segment != Segment::Secondary));
+                }
+                proptest::prop_assert_eq!(map.topology.and_then(|topology| map.deviation(topology)), None);
+            } else {
+                // There is room for pairs, wherever they can be had.
+                proptest::prop_assert!(sets > 0 || copies > 2 || topology == Some(Some(Topology::Sets)));
+            }
+        }
     }
 }

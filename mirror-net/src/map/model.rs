@@ -72,6 +72,11 @@ impl Topology {
             Self::Sets => "sets",
         }
     }
+
+    /// From how the command line and the cluster file spell it.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Pair, Self::Chain, Self::Sets].into_iter().find(|topology| topology.name() == text)
+    }
 }
 
 /// A machine running `ublk-server`.
