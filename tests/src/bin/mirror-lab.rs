@@ -4,7 +4,7 @@ use anyhow::{Context, bail, ensure};
 use mirror_tests::machines::campaign::{Campaign, STORIES};
 use mirror_tests::machines::exec::Running;
 use mirror_tests::machines::regeneration::{self, Dies};
-use mirror_tests::machines::{Options, hub, sets};
+use mirror_tests::machines::{Options, hub, rivals, sets};
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -22,6 +22,7 @@ usage: scripts/lab up N [--kernel stable|latest] [--seed S] [--disk MIB] [--memo
        scripts/lab info | down
        scripts/lab soak [--rounds N] [--seed S] [--kernel stable|latest] [--postgres] [--slow-detection] [--stories NAME,...]
        scripts/lab regenerate [--disk|--without-spare] [--seed S] [--kernel stable|latest] [--postgres]
+       scripts/lab rivals [--rounds N] [--seconds S] [--kernel stable|latest]
        scripts/lab sets [--seed S] [--kernel stable|latest] [--postgres]
 
 up      N machines with a disk each, and one for the manager, on a private link; a cluster on them unless --bare
@@ -33,6 +34,7 @@ disk    does something to the data disk of machine I
 soak    a lab of its own: N rounds of power cuts and cut cables under load; nothing that was acknowledged may be lost
 regenerate  a lab of four nodes and a spare: one loses power for good, or a disk of one dies, under load; without a spare
         a third disk is emptied for what died
+rivals  a lab of two nodes: a mirrored device beside DRBD and md over NVMe/TCP, measured in turns
 sets    a lab of four nodes on two switches and two power feeds: a switch dies, then a feed, under load
 
 Where the lab is: UBLK_MIRROR_LAB (default /tmp/ublk-mirror-lab-UID). docs/lab.md says more.";
@@ -73,6 +75,7 @@ fn run(words: &[&str]) -> anyhow::Result<u8> {
         }
         ["soak", options @ ..] => soak(options).map(|()| 0),
         ["regenerate", options @ ..] => regenerate(options).map(|()| 0),
+        ["rivals", options @ ..] => rivals(options).map(|()| 0),
         ["sets", options @ ..] => sets(options).map(|()| 0),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
@@ -175,6 +178,21 @@ fn regenerate(words: &[&str]) -> anyhow::Result<()> {
 fn sets(words: &[&str]) -> anyhow::Result<()> {
     let (options, programs) = under_load(sets::options(), words)?;
     in_a_lab_of_its_own(|dir| sets::run(dir, &options, &programs))
+}
+
+fn rivals(words: &[&str]) -> anyhow::Result<()> {
+    let (mut options, mut effort) = (rivals::options(), rivals::Effort { rounds: 3, seconds: 4 });
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        match *word {
+            "--rounds" => effort.rounds = value()?.parse()?,
+            "--seconds" => effort.seconds = value()?.parse()?,
+            "--kernel" => options.kernel = (*value()?).to_owned(),
+            _ => bail!("unknown option {word} (see --help)"),
+        }
+    }
+    in_a_lab_of_its_own(|dir| rivals::run(dir, &options, effort))
 }
 
 /// What a single story is told with, beside what it is.

@@ -47,7 +47,7 @@ impl Lab {
             if let Some((power, switch)) = self.sets.get(index) {
                 text += &format!("power = \"{power}\"\nswitch = \"{switch}\"\n");
             }
-            for serial in node.data_disks() {
+            for serial in node.data_disks().take(self.cluster_disks) {
                 text += &format!("[[node.disk]]\npath = \"/dev/disk/by-id/virtio-{serial}\"\n");
             }
         }

@@ -11,6 +11,7 @@ pub mod exec;
 pub mod hub;
 pub mod machine;
 pub mod regeneration;
+pub mod rivals;
 pub mod sets;
 pub mod switch;
 pub mod tenant;
@@ -49,6 +50,8 @@ pub struct Options {
     pub spares: u8,
     /// Data disks of every node, one or two.
     pub disks: u8,
+    /// So many of them, the last ones, are left out of the cluster.
+    pub foreign_disks: u8,
     /// Of every data disk.
     pub disk_mib: u64,
     /// Of every machine.
@@ -65,6 +68,7 @@ impl Default for Options {
             nodes: 2,
             spares: 0,
             disks: 1,
+            foreign_disks: 0,
             kernel: "stable".into(),
             seed: 1,
             disk_mib: 512,
@@ -86,6 +90,8 @@ pub struct Lab {
     pub fail_after: Duration,
     /// The last so many nodes are spares.
     spares: usize,
+    /// Data disks of each node that the cluster has.
+    cluster_disks: usize,
     sets: &'static [(&'static str, &'static str)],
     dir: PathBuf,
 }
@@ -130,8 +136,9 @@ impl Lab {
             false => calibration.scale(FAIL_AFTER),
         };
         let spares = options.spares.into();
+        let cluster_disks = (options.disks - options.foreign_disks).into();
         let (sets, dir) = (options.sets, dir.to_owned());
-        Ok(Self { machines, switch, calibration, fail_after, spares, sets, dir })
+        Ok(Self { machines, switch, calibration, fail_after, spares, cluster_disks, sets, dir })
     }
 
     /// Where its files are.
