@@ -47,8 +47,9 @@ class Ours(System):
     def __init__(self, place, _size, name="ours", programs=""):
         super().__init__()
         self.name = name
-        # The primary segment is 45 % of a disk.
-        self.playground = Playground(place, "3G", "--nbd-tcp", *self.options, programs=programs).__enter__()
+        # The primary segment is 45 % of a disk. All of it is taken from the file system at once: where that is memory, there
+        # has to be enough for all systems.
+        self.playground = Playground(place, "2400M", "--nbd-tcp", *self.options, programs=programs).__enter__()
         self.uri = self.playground.device()["uri"]
         self.playground.fio("--rw=write", "--bs=1m", "--iodepth=8", f"--size={SIZE}")
 
