@@ -45,10 +45,12 @@ fn a_device_is_made_of_anothers_slots_grows_and_reads_as_zeros_where_nothing_was
     old.flush()?;
     let full = refused(&play, &["device", "create", "db", "--size", "64M", "--node", "n1"])?;
     ensure!(full.contains("free slots in primary or secondary segments"), "{full}");
-    let used = play.until("the client is seen", || {
-        Ok(Some(refused(&play, &["device", "delete", "n1-d1", "--yes"])?)
-            .filter(|text| text.contains("in use")))
+    // It is known from the node's next report on.
+    play.until("the client is seen", || {
+        let output = play.mirrorctl(&["device", "delete", "n1-d1", "--yes", "--dry-run"])?;
+        Ok(String::from_utf8_lossy(&output.stderr).contains("an NBD client is connected").then_some(()))
     })?;
+    let used = refused(&play, &["device", "delete", "n1-d1", "--yes"])?;
     ensure!(used.contains("an NBD client is connected on n1"), "{used}");
     drop(old);
     let asked = refused(&play, &["device", "delete", "n1-d1"])?;
