@@ -385,7 +385,8 @@ impl Engine {
             OpKind::Copy => self.end_copy(key, &op, status),
             OpKind::Clear { .. } => self.end_clear(&op, status),
             OpKind::Write { .. } | OpKind::Zero { .. } | OpKind::Discard => self.touch(&op),
-            OpKind::Read | OpKind::Repair | OpKind::Unite { .. } | OpKind::Compare { .. } => {}
+            OpKind::Repair => self.end_repair(&op, status),
+            OpKind::Read | OpKind::Unite { .. } | OpKind::Compare { .. } => {}
         }
         // What is refused may be of a device that this node has no part in.
         if let Some(slice) = self.devices[op.device].slices.get_mut(op.slice as usize) {

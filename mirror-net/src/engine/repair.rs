@@ -128,7 +128,7 @@ impl Engine {
         let data = body.filter(|_| answer.is_some_and(|header| header.body_bytes == op.length));
         // Nobody has it, if even that copy cannot read it. Otherwise the reader may try again.
         let tried = matches!(status, Status::Done | Status::DiskFailed);
-        let (reader, doomed, source) = (op.reader, op.doomed, op.sources.last().copied());
+        let (reader, doomed) = (op.reader, op.doomed);
         match data.filter(|_| status == Status::Done && doomed.is_none()) {
             Some(buffer) => {
                 let range = BufferRange { buffer, offset: 0, length: op.length };
@@ -146,8 +146,14 @@ impl Engine {
                 self.finish(key, doomed.unwrap_or(if tried { Status::DiskFailed } else { Status::Fenced }));
             }
         }
-        if let Some(reader) = reader.and_then(|reader| self.ops.get_mut(reader)) {
-            reader.sources.extend(source.filter(|_| tried));
+    }
+
+    /// The read that waits for it need not ask that member again, unless a new map ended the repair: what came then was
+    /// not stored.
+    pub(super) fn end_repair(&mut self, op: &Op, status: Status) {
+        let source = op.sources.last().filter(|_| matches!(status, Status::Done | Status::DiskFailed));
+        if let Some(reader) = op.reader.and_then(|reader| self.ops.get_mut(reader)) {
+            reader.sources.extend(source);
         }
     }
 

@@ -67,10 +67,20 @@ pub enum LayoutError {
          choose fewer copies or another layout"
     )]
     Crowded { room: u64 },
-    #[error("{0}; enlarge `secondary`, or choose fewer `copies` or another `layout`")]
-    Planned(#[from] NoPlan),
+    #[error("{why}; {}", remedy(why))]
+    Planned { why: NoPlan },
     #[error(transparent)]
     Invalid(#[from] super::validate::InvalidMap),
+}
+
+fn remedy(why: &NoPlan) -> &'static str {
+    match why {
+        NoPlan::NoRoom { .. } => "enlarge `secondary`, or choose fewer `copies` or another `layout`",
+        NoPlan::Copies { .. } | NoPlan::TooFewNodes { .. } => "choose fewer `copies`",
+        NoPlan::PairOfThree | NoPlan::NoPartner { .. } | NoPlan::NoSet { .. } => {
+            "choose another `layout`, or correct `power` and `switch`"
+        }
+    }
 }
 
 /// For each node, the index of the node that mirrors it.
@@ -110,9 +120,14 @@ impl Layout {
         let mut map = match (self.copies, self.topology) {
             (2, None | Some(Some(Topology::Pair))) => {
                 match pairs(cluster, cluster_name, slice_bytes, nodes) {
-                    // In the order of the file two would be paired that share power or switch.
-                    Err(LayoutError::Invalid(_)) => {
-                        self.planned(cluster, cluster_name, slice_bytes, nodes, Some(Topology::Pair))
+                    // In the order of the file two would be paired that share power or switch, or are too unlike.
+                    Err(error @ (LayoutError::Invalid(_) | LayoutError::NoRoom { .. })) => {
+                        let pair = Some(Topology::Pair);
+                        let planned = self.planned(cluster, cluster_name, slice_bytes, nodes, pair);
+                        planned.map_err(|other| match error {
+                            LayoutError::NoRoom { .. } => error,
+                            _ => other,
+                        })
                     }
                     made => made,
                 }
@@ -139,7 +154,8 @@ impl Layout {
         let takers = map.disks.iter().filter(|disk| !disk.spare).map(|disk| disk.id).collect();
         let copies = copies_of_all(&map, self.copies);
         let laid_out: BTreeSet<DeviceId> = copies.keys().copied().collect();
-        let wanted = map.wanted(&Wish { takers, copies, topology, ..Wish::default() })?;
+        let wanted = map.wanted(&Wish { takers, copies, topology, ..Wish::default() });
+        let wanted = wanted.map_err(|why| LayoutError::Planned { why })?;
         let incarnations: BTreeMap<DiskId, Incarnation> = map
             .disks
             .iter()
@@ -460,6 +476,26 @@ pub(crate) mod tests {
                 nodes.len() < 2 || map.other_set(nodes[0], nodes[1])
             })));
         }
+    }
+
+    #[test]
+    fn who_is_too_large_for_the_next_is_paired_with_another() {
+        let mut nodes = with_sets(&["a", "a", "b", "b"], ROOMY);
+        for index in [1, 3] {
+            for disk in &mut nodes[index].disks {
+                (disk.slots.primary, disk.slots.secondary) = (3, 3);
+            }
+        }
+        let map = laid_out(Layout::default(), &nodes).unwrap();
+        let mirror = &map.devices[0].spans[0].replicas[1];
+        assert_eq!(map.node_of(mirror.disk), Some(NodeId(3)));
+        nodes.iter_mut().for_each(|node| node.power = Some("a".into()));
+        let error = laid_out(Layout::default(), &nodes).unwrap_err().to_string();
+        assert!(error.contains("enlarge `secondary` on n2"), "{error}");
+        nodes.truncate(2);
+        nodes[1] = NodeSpec { name: "n2".into(), ..nodes[0].clone() };
+        let error = laid_out(Layout::default(), &nodes).unwrap_err().to_string();
+        assert!(error.ends_with("; choose another `layout`, or correct `power` and `switch`"), "{error}");
     }
 
     #[test]

@@ -312,3 +312,37 @@ fn what_a_copy_that_lags_behind_has_is_not_taken_for_what_all_have() {
         assert_eq!(differ, if reachable { &peers[..1] } else { &peers[..] });
     }
 }
+
+/// A new map ends a repair whose data have not been stored: the member that sent them is asked again, and the read does
+/// not fail.
+#[test]
+fn a_repair_that_a_new_map_ended_is_begun_anew() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    let write = rig.write(0, 4096);
+    let leg = rig.take(Kind::Write);
+    rig.ack(&leg[0]);
+    assert_eq!(rig.result(write), Some(Ok(())));
+    rig.hold = true;
+    let read = rig.request(RequestKind::Read, 0, 4096);
+    rig.complete_io(Err("medium error".into()));
+    let fetch = rig.take(Kind::Fetch);
+    assert_eq!(fetch.len(), 1);
+    rig.adopt(&next(&first, |span| span.loss.0 += 1));
+    let answer = Header {
+        session: rig.session_of(2),
+        sequence: fetch[0].header.sequence,
+        slice_epoch: fetch[0].header.slice_epoch,
+        body_bytes: 4096,
+        ..Header::new(Kind::Ack)
+    };
+    let (peer, buffer) = (crate::ids::NodeId(2), crate::engine::action::BufferId(900));
+    rig.engine.handle_frame(rig.now, peer, &answer, None, &[], Some(buffer));
+    rig.run();
+    rig.adopted(2, 2);
+    rig.wait(100, &[2]);
+    assert_eq!(rig.held.len(), 1, "it is read again");
+    rig.complete_io(Err("medium error".into()));
+    assert_eq!(rig.result(read), None, "the member has it");
+    assert_eq!(rig.take(Kind::Fetch).len(), 1);
+}

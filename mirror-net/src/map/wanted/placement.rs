@@ -270,8 +270,11 @@ impl<'a> Placement<'a> {
             needs.chain(work.needs.iter().filter(|need| need.from.is_none()).copied()).collect()
         };
         let has_room = |need: &Need, home: usize| {
-            let mut takers = self.room.takers().filter(|at| judge.may_take(piece, Some(home), *need, *at));
-            takers.any(|at| segments(need.segment).iter().any(|segment| self.room.free(at, *segment) > 0))
+            let takers = self.room.takers().filter(|at| judge.may_take(piece, Some(home), *need, *at));
+            let free = |at: usize| -> u64 {
+                segments(need.segment).iter().map(|segment| u64::from(self.room.free(at, *segment))).sum()
+            };
+            takers.map(free).sum::<u64>() >= u64::from(piece.count)
         };
         let fit =
             |copy: &&Copy| copy.at != home && copy.in_sync && !self.emptied[copy.at] && judge.knows(copy.at);

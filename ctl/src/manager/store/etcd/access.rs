@@ -92,7 +92,11 @@ impl Trouble {
     }
 
     pub fn of(error: &Error, file: &EtcdFile) -> Self {
-        Self::of_text(text(error), file)
+        // What a member has answered is all that it has to say.
+        let answered =
+            matches!(error, Error::GRpcStatus(status) if std::error::Error::source(status).is_none());
+        let trouble = Self::of_text(text(error), file);
+        Self { obscure: trouble.obscure && !answered, ..trouble }
     }
 
     pub fn of_text(mut why: String, file: &EtcdFile) -> Self {

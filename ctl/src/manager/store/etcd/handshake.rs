@@ -8,13 +8,18 @@ use mirror_net::config::TlsFile;
 use std::io::{Error, ErrorKind};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+/// One that is there takes a connection sooner; for one that is not, a lease has no time.
+const CONNECT_MAX: Duration = Duration::from_millis(100);
 
 /// Why the member at that `https://` endpoint ends a connection on which nothing is said; `None` if it says nothing
 /// of TLS, as one that is away, or one that is content.
@@ -28,16 +33,16 @@ async fn listen(endpoint: &str, tls: &TlsFile) -> Result<(), Error> {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned()).map_err(|_| ErrorKind::InvalidInput)?;
     let connector = TlsConnector::from(Arc::new(setup(tls)?));
-    let mut stream = connector.connect(name, TcpStream::connect(address).await?).await?;
+    let stream = timeout(CONNECT_MAX, TcpStream::connect(address)).await??;
+    let mut stream = connector.connect(name, stream).await?;
     // The first byte of one that is content: HTTP/2 begins with the server's settings.
     stream.read(&mut [0]).await.map(drop)
 }
 
 fn setup(tls: &TlsFile) -> Result<ClientConfig, Error> {
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(&tls.ca)? {
-        roots.add(certificate).map_err(Error::other)?;
-    }
+    // As the client of etcd does it: an authority's file may hold what is none.
+    roots.add_parsable_certificates(certificates(&tls.ca)?);
     let setup = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(Error::other)?
