@@ -9,7 +9,7 @@ use crate::sim::workload::stamp;
 use mirror_net::format::Opened;
 use mirror_net::ids::{DeviceId, DiskId, MapVersion, SliceIndex, SlotIndex};
 use mirror_net::map::plan::Plan;
-use mirror_net::map::{Commit, Device, Replica, ReplicaState, Span};
+use mirror_net::map::{Commit, Device, Replica, ReplicaState, Span, Topology};
 use mirror_net::region::masks::{REGIONS_PER_SLICE, RegionMasks, touched};
 use mirror_net::wire::header::Header;
 use std::rc::Rc;
@@ -439,6 +439,15 @@ impl Cluster {
         lagging.any(|copy| is_held_up(said, device, self.locate(copy.disk).0))
     }
 
+    /// Whether nothing is laid out anew, since in a ring or in pairs somebody's place would be given away who holds what
+    /// cannot be made again: the only copy of something, on a disk that is dead.
+    pub(super) fn is_place_kept(&self) -> bool {
+        let map = &self.manager.map;
+        let is_dead = |disk: &DiskId| self.mounted(*disk).media.is_dead();
+        matches!(map.topology, Some(Topology::Pair | Topology::Chain))
+            && map.disks_in_use().iter().any(is_dead)
+    }
+
     /// Every copy that could come back is in sync again, and what was to be made again on a spare is.
     pub fn all_rejoined(&self) -> Result<(), String> {
         let readable =
@@ -473,6 +482,7 @@ impl Cluster {
                 }
                 let copies = usize::from(device.copies);
                 if self.shape.operator
+                    && !self.is_place_kept()
                     && span.replicas.len() != copies
                     && !self.has_held_up(&said, device, span)
                 {
