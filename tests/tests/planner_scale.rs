@@ -14,7 +14,7 @@ use mirror_net::manager::{ConnectionId, Input, Manager, Output, Ticket};
 use mirror_net::map::layout::{DiskSpec, NodeSpec, pairs};
 use mirror_net::map::plan::Plan;
 use mirror_net::map::verbs::Verb;
-use mirror_net::map::wanted::Wish;
+use mirror_net::map::wanted::{Wanted, Wish};
 use mirror_net::map::{DevicePolicy, Disk, DistributionMap, SegmentSlots};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -60,18 +60,29 @@ fn cluster(nodes: u16, disks: u16) -> DistributionMap {
     map
 }
 
+/// As what each disk holds its copies.
+fn incarnations(map: &DistributionMap) -> HashMap<DiskId, Incarnation> {
+    let spans = map.devices.iter().flat_map(|device| &device.spans);
+    spans.flat_map(|span| &span.replicas).map(|copy| (copy.disk, copy.incarnation)).collect()
+}
+
+/// The plan that empties the first node's disks.
+fn first_node_emptied(map: &DistributionMap) -> (Wanted, Plan) {
+    let emptied: BTreeSet<DiskId> = map.disks[..12].iter().map(|disk| disk.id).collect();
+    let takers = map.disks[12..].iter().map(|disk| disk.id).collect();
+    let wanted = map.wanted(&Wish { emptied, takers, ..Wish::default() }).unwrap();
+    let plan = Plan::new(PlanId(2), "a node died".into(), wanted.moves.clone());
+    (wanted, plan)
+}
+
 #[test]
 #[ignore = "a measurement: cargo test --release -p mirror-tests --test planner_scale -- --ignored --nocapture"]
 fn a_thousand_nodes_lose_one() {
     let map = cluster(1_000, 12);
-    let emptied: BTreeSet<DiskId> = map.disks[..12].iter().map(|disk| disk.id).collect();
-    let takers = map.disks[12..].iter().map(|disk| disk.id).collect();
-    let wish = Wish { emptied, takers, ..Wish::default() };
     let begun = Instant::now();
-    let wanted = map.wanted(&wish).unwrap();
+    let (wanted, plan) = first_node_emptied(&map);
     let planned = begun.elapsed();
     let json = |map: &DistributionMap| serde_json::to_vec(map).unwrap().len();
-    let plan = Plan::new(PlanId(2), "a node died".into(), wanted.moves.clone());
     let begun_map = map.apply(&[Verb::BeginPlan { plan: plan.clone() }]).unwrap().unwrap();
     let begun = Instant::now();
     let outlook = begun_map.outlook(&plan);
@@ -130,10 +141,7 @@ fn a_manager_of_a_thousand_nodes_empties_one() {
         Policy { auto_failover: true, auto_spare: true, ..Policy::default() },
     );
     let now_ms = 1_000_000;
-    let mut incarnations: HashMap<DiskId, Incarnation> = HashMap::new();
-    for copy in map.devices.iter().flat_map(|device| &device.spans).flat_map(|span| &span.replicas) {
-        incarnations.insert(copy.disk, copy.incarnation);
-    }
+    let incarnations = incarnations(&map);
     for node in &map.nodes {
         let disks = map.disks.iter().filter(|disk| disk.node == node.id).map(|disk| DiskInventory {
             name: disk.name.clone(),
@@ -225,18 +233,9 @@ fn adopt(engine: &mut Engine, now: u64, map: &Arc<DistributionMap>) -> Duration 
 #[ignore = "a measurement: cargo test --release -p mirror-tests --test planner_scale -- --ignored --nocapture"]
 fn a_node_of_a_thousand_applies_a_map() {
     let map = cluster(1_000, 12);
-    let emptied: BTreeSet<DiskId> = map.disks[..12].iter().map(|disk| disk.id).collect();
-    let takers = map.disks[12..].iter().map(|disk| disk.id).collect();
-    let wanted = map.wanted(&Wish { emptied, takers, ..Wish::default() }).unwrap();
-    let plan = Plan::new(PlanId(2), "a node died".into(), wanted.moves.clone());
+    let (_, plan) = first_node_emptied(&map);
     let planned = map.apply(&[Verb::BeginPlan { plan: plan.clone() }]).unwrap().unwrap();
-    let incarnations: HashMap<DiskId, Incarnation> = map
-        .devices
-        .iter()
-        .flat_map(|device| &device.spans)
-        .flat_map(|span| &span.replicas)
-        .map(|copy| (copy.disk, copy.incarnation))
-        .collect();
+    let incarnations = incarnations(&map);
     let begin = planned.outlook(&plan).begin;
     let adds: Vec<Verb> = begin
         .iter()

@@ -330,6 +330,19 @@ impl Rig {
         self.frame(sent.to, header, None);
     }
 
+    /// Answers a `Fetch` with so many bytes, in that buffer.
+    pub fn give(&mut self, fetch: &Sent, bytes: u32, buffer: BufferId) {
+        let answer = Header {
+            session: self.session_of(fetch.to),
+            sequence: fetch.header.sequence,
+            slice_epoch: fetch.header.slice_epoch,
+            body_bytes: bytes,
+            ..Header::new(Kind::Ack)
+        };
+        self.engine.handle_frame(self.now, NodeId(fetch.to), &answer, None, &[], Some(buffer));
+        self.run();
+    }
+
     pub fn ack(&mut self, sent: &Sent) {
         self.answer(sent, Kind::Ack, Status::Done);
     }

@@ -286,24 +286,8 @@ fn what_a_copy_that_lags_behind_has_is_not_taken_for_what_all_have() {
         rig.answer(&compare[0], Kind::Digests, Status::Done);
         let fetch = rig.take(Kind::Fetch);
         assert_eq!(fetch.iter().map(|sent| sent.to).collect::<Vec<_>>(), [if reachable { 3 } else { 2 }]);
-        let answer = Header {
-            session: rig.session_of(fetch[0].to),
-            sequence: fetch[0].header.sequence,
-            slice_epoch: fetch[0].header.slice_epoch,
-            body_bytes: 4096,
-            ..Header::new(Kind::Ack)
-        };
         rig.hold = false;
-        let from = crate::ids::NodeId(fetch[0].to);
-        rig.engine.handle_frame(
-            rig.now,
-            from,
-            &answer,
-            None,
-            &[],
-            Some(crate::engine::action::BufferId(900)),
-        );
-        rig.run();
+        rig.give(&fetch[0], 4096, BUFFER);
         let behind = rig.engine.devices[0].slices[0].behind.iter();
         let mut differ: Vec<_> =
             behind.filter(|behind| behind.may_differ() == 1).map(|behind| behind.peer).collect();
@@ -329,16 +313,7 @@ fn a_repair_that_a_new_map_ended_is_begun_anew() {
     let fetch = rig.take(Kind::Fetch);
     assert_eq!(fetch.len(), 1);
     rig.adopt(&next(&first, |span| span.loss.0 += 1));
-    let answer = Header {
-        session: rig.session_of(2),
-        sequence: fetch[0].header.sequence,
-        slice_epoch: fetch[0].header.slice_epoch,
-        body_bytes: 4096,
-        ..Header::new(Kind::Ack)
-    };
-    let (peer, buffer) = (crate::ids::NodeId(2), crate::engine::action::BufferId(900));
-    rig.engine.handle_frame(rig.now, peer, &answer, None, &[], Some(buffer));
-    rig.run();
+    rig.give(&fetch[0], 4096, BUFFER);
     rig.adopted(2, 2);
     rig.wait(100, &[2]);
     assert_eq!(rig.held.len(), 1, "it is read again");

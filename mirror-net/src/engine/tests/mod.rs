@@ -2,7 +2,7 @@
 
 mod copying;
 
-use super::action::{Report, RequestError, RequestKind};
+use super::action::{BufferId, Report, RequestError, RequestKind};
 use super::testing::{DEVICE, Rig, claimed, map, next};
 use crate::config::{NodePolicy, Pace};
 use crate::format::alloc::Segment;
@@ -11,6 +11,9 @@ use crate::map::ReplicaState;
 use crate::map::plan::{Move, Plan};
 use crate::map::verbs::Run;
 use crate::wire::header::{Header, Kind, Status, Trailer};
+
+/// What somebody gave arrives in it.
+const BUFFER: BufferId = BufferId(900);
 
 fn promote_second(span: &mut crate::map::Span) {
     span.replicas.swap(0, 1);
@@ -668,22 +671,13 @@ fn a_repair_whose_data_comes_after_its_disk_failed_ends() {
         "{:?}",
         rig.reports
     );
-    let answer = Header {
-        session: rig.session_of(2),
-        sequence: fetch[0].header.sequence,
-        slice_epoch: fetch[0].header.slice_epoch,
-        body_bytes: 8192,
-        ..Header::new(Kind::Ack)
-    };
-    let buffer = super::action::BufferId(900);
-    rig.engine.handle_frame(rig.now, crate::ids::NodeId(2), &answer, None, &[], Some(buffer));
-    rig.run();
+    rig.give(&fetch[0], 8192, BUFFER);
     for leg in rig.take(Kind::Write) {
         rig.ack(&leg);
     }
     rig.adopt(&next(&first, promote_second));
     rig.adopted(2, 2);
-    assert!(rig.released.contains(&buffer), "{:?}", rig.released);
+    assert!(rig.released.contains(&BUFFER), "{:?}", rig.released);
     assert!(rig.engine.ops.is_empty(), "{} operations are left", rig.engine.ops.len());
 }
 

@@ -439,8 +439,8 @@ impl Cluster {
         lagging.any(|copy| is_held_up(said, device, self.locate(copy.disk).0))
     }
 
-    /// Whether nothing is laid out anew, since in a ring or in pairs somebody's place would be given away who holds what
-    /// cannot be made again: the only copy of something, on a disk that is dead.
+    /// Whether nothing is laid out anew: in a ring or in pairs the place of a dead disk would be given away, whose copies
+    /// could not be made again so far, as where there is neither a spare nor room to make one.
     pub(super) fn is_place_kept(&self) -> bool {
         let map = &self.manager.map;
         let is_dead = |disk: &DiskId| self.mounted(*disk).media.is_dead();
