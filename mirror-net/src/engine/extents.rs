@@ -48,7 +48,11 @@ impl Engine {
         let slice = at / u64::from(self.slice_bytes);
         let offset = (at % u64::from(self.slice_bytes)) as u32;
         let device = &self.devices[index];
-        let Some(entry) = device.slices.get(slice as usize) else { return true };
+        // A device that grows is exported by the map that is still being adopted here.
+        if slice >= u64::from(device.adopted_slices()) {
+            return true;
+        }
+        let entry = &device.slices[slice as usize];
         let span = device.view.span(slice as u32);
         let region = offset / self.region_bytes();
         if !span.serves()

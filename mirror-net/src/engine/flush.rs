@@ -46,9 +46,15 @@ pub(super) struct Flush {
 }
 
 impl Flush {
-    /// Whether it waits for a copy that it could not ask.
+    /// Whether it waits for a copy that it could not ask, or for another copy to take over from a failed disk.
     pub fn waits(&self) -> bool {
-        self.legs.iter().any(|(_, state)| *state == LegState::Unsent)
+        self.legs.iter().any(|(_, state)| *state == LegState::Unsent) || (self.failed && self.is_over())
+    }
+
+    /// Whether all have answered that were to.
+    fn is_over(&self) -> bool {
+        let ended = |state: &LegState| matches!(state, LegState::Acknowledged | LegState::Gone);
+        self.disks_pending == 0 && self.legs.iter().all(|(_, state)| ended(state))
     }
 }
 
@@ -149,9 +155,7 @@ impl Engine {
 
     pub(super) fn start_flush(&mut self, origin: FlushOrigin, device: usize) -> FlushKey {
         let view = &self.devices[device].view;
-        let counts = |peer: &PeerIndex| {
-            view.spans.iter().any(|span| span.serves() && self.counts(device, span, *peer))
-        };
+        let counts = |peer: &PeerIndex| self.counted_epoch(device, *peer).is_some();
         let legs = match origin {
             FlushOrigin::Primary(_) => Vec::new(),
             FlushOrigin::Export(_) | FlushOrigin::Exporter(..) if planted::is(Bug::FlushLocal) => Vec::new(),
@@ -193,7 +197,18 @@ impl Engine {
         for index in 0..count {
             let flush = &self.flushes[key];
             let (peer, state) = flush.legs[index];
-            if state != LegState::Unsent || self.peers[peer].lost.is_some() {
+            if state != LegState::Unsent {
+                continue;
+            }
+            let Some(epoch) = self.counted_epoch(flush.device, peer) else {
+                // It was about to become a member, and will flush before it does: nobody waits for it.
+                if !matches!(flush.origin, FlushOrigin::Joining(_)) {
+                    self.flushes[key].legs[index].1 = LegState::Gone;
+                }
+                continue;
+            };
+            // As with a write: what the peer does not know yet it cannot flush.
+            if self.peers[peer].lost.is_some() || self.peers[peer].adopted().0 < epoch.0 {
                 continue;
             }
             let header = Header { device: self.devices[flush.device].view.id.0, ..Header::new(Kind::Flush) };
@@ -203,11 +218,21 @@ impl Engine {
         }
     }
 
-    /// Sessions changed: flushes that waited for one go on.
+    /// The newest epoch under which that peer's copies of what this node serves of a device count; `None` if none does.
+    fn counted_epoch(&self, device: usize, peer: PeerIndex) -> Option<SliceEpoch> {
+        let spans = self.devices[device].view.spans.iter().filter(|span| span.serves());
+        spans.filter(|span| self.counts(device, span, peer)).map(|span| span.epoch).max()
+    }
+
+    /// Sessions changed: flushes that waited for one go on, or need not wait any more.
     pub(super) fn resume_flushes(&mut self) {
         let keys: Vec<FlushKey> = self.flushes.keys().collect();
         for key in keys {
-            self.send_flush_legs(key);
+            // What one of them leads to may have ended another.
+            if self.flushes.contains_key(key) {
+                self.send_flush_legs(key);
+                self.flush_progress(key);
+            }
         }
         self.resume_export_flushes();
     }
@@ -262,8 +287,7 @@ impl Engine {
 
     fn flush_progress(&mut self, key: FlushKey) {
         let Some(flush) = self.flushes.get(key) else { return };
-        let acknowledged = flush.legs.iter().all(|leg| leg.1 == LegState::Acknowledged);
-        if flush.disks_pending > 0 || !acknowledged {
+        if !flush.is_over() {
             return;
         }
         let waits = matches!(flush.origin, FlushOrigin::Export(_) | FlushOrigin::Exporter(..));

@@ -98,7 +98,8 @@ impl Engine {
     /// Rule 7: the copy takes over what is dirty here, durably. One pass is enough: bits that are set
     /// behind it belong to writes that the copy gets too, and sets bits for.
     fn unite_again(&mut self, device: usize, peer: PeerIndex, mut next: u32, mut pending: u32) {
-        while pending < EXCHANGES && next < self.devices[device].slices.len() as u32 {
+        let slices = self.devices[device].adopted_slices();
+        while pending < EXCHANGES && next < slices {
             let slice = next;
             let entry = &self.devices[device].slices[slice as usize];
             if is_syncing(self.devices[device].view.span(slice), peer)
@@ -115,7 +116,7 @@ impl Engine {
             }
             next += 1;
         }
-        let whole = next as usize == self.devices[device].slices.len();
+        let whole = next >= slices;
         if let Some(resync) = self.find_resync(device, peer) {
             resync.stage = Stage::Uniting { next, pending };
         }

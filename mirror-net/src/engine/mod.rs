@@ -158,6 +158,12 @@ impl Device {
             clearing: clear::Clearing::default(),
         }
     }
+
+    /// How many slices are kept here, of those that the adopted map has. More are kept already while a map by which
+    /// the device grows is being adopted; none where nothing of it concerns this node.
+    fn adopted_slices(&self) -> u32 {
+        self.view.slices.min(self.slices.len() as u32)
+    }
 }
 
 /// What is kept for each slice of a device that concerns this node.

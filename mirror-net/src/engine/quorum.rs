@@ -56,7 +56,7 @@ impl Engine {
         if done { Status::Done } else { status }
     }
 
-    /// Flushes that another node's exporter asked for and that wait for a copy.
+    /// Flushes that another node's exporter asked for and that wait for a copy, or for the role to move.
     fn overdue_flushes(&self) -> impl Iterator<Item = FlushKey> {
         let overdue = |flush: &Flush| {
             matches!(flush.origin, FlushOrigin::Exporter(..))
@@ -228,6 +228,29 @@ mod tests {
         let token = rig.flush();
         rig.wait(AFTER_MS, &[]);
         assert_eq!(rig.result(token), Some(Err(RequestError::NoQuorum)));
+        assert_eq!(rig.engine.flushes.len(), 0);
+    }
+
+    /// The manager could move the role to no other copy: the one there is lags behind.
+    #[test]
+    fn a_flush_of_a_failed_disk_is_given_up_where_no_copy_takes_over() {
+        let syncing = |map| next(&map, |span| span.replicas[1].state = ReplicaState::Syncing);
+        let mut rig = Rig::new(1, &syncing(failing(2, 1)));
+        rig.lane_down(2);
+        rig.fail_flush = true;
+        let token = rig.flush();
+        rig.wait(AFTER_MS - 1_000, &[]);
+        assert_eq!(rig.result(token), None, "another copy might take over");
+        rig.wait(2_000, &[]);
+        assert_eq!(rig.result(token), Some(Err(RequestError::NoQuorum)));
+        // For an exporter on another node, too.
+        let mut rig = Rig::new(1, &syncing(failing(3, 3)));
+        rig.lane_down(2);
+        rig.fail_flush = true;
+        rig.frame(3, Header { device: DEVICE.0, ..Header::new(Kind::ForwardFlush) }, Some(TRAILER));
+        rig.wait(AFTER_MS, &[3]);
+        let replies: Vec<u8> = rig.take(Kind::Reply).iter().map(|sent| sent.header.flags).collect();
+        assert_eq!(replies, [Status::NoQuorum as u8]);
         assert_eq!(rig.engine.flushes.len(), 0);
     }
 }

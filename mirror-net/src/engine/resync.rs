@@ -278,7 +278,7 @@ impl Engine {
     }
 
     fn exchange_masks(&mut self, device: usize, peer: PeerIndex) {
-        let slices = self.devices[device].slices.len() as u32;
+        let slices = self.devices[device].adopted_slices();
         let now = self.now;
         loop {
             let Some(resync) = self.find_resync(device, peer) else { return };
@@ -463,7 +463,7 @@ impl Engine {
 
     /// What to copy next; if a plan is `paused`, only what members have to be compared for.
     fn next_to_copy(&mut self, device: usize, peer: PeerIndex, paused: bool) -> Option<(u32, u32)> {
-        let slices = self.devices[device].slices.len() as u32;
+        let slices = self.devices[device].adopted_slices();
         let start = self.find_resync(device, peer)?.next_copy;
         for step in 0..slices {
             let slice = (start + step) % slices;

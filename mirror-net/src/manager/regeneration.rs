@@ -10,7 +10,7 @@
 //! made again here, those too that it has not come to yet.
 
 use super::registry::Registry;
-use super::{Change, detector};
+use super::{Change, Lines, detector, run_of};
 use crate::config::Policy;
 use crate::format::alloc::Segment;
 use crate::ids::{DeviceId, DiskId, Incarnation, NodeId, PlanId, SliceIndex};
@@ -165,6 +165,10 @@ pub(super) fn begin(
     if lost.is_empty() {
         return (Change::default(), hindered);
     }
+    let given_up = give_up_unfinished(map, &lost);
+    if !given_up.is_empty() {
+        return (given_up, hindered);
+    }
     let gone = Begun::of(map).gone(&lost.keys().copied().collect());
     let mut by_node: BTreeMap<NodeId, Vec<(DiskId, Vec<Gone>)>> = BTreeMap::new();
     for (disk, gone) in gone.into_iter().filter(|(_, gone)| !gone.is_empty()) {
@@ -204,6 +208,31 @@ pub(super) fn begin(
         }
     }
     (Change::default(), hindered)
+}
+
+/// A copy whose node went away for good while it was being filled is as good as one that was never begun. Its primary
+/// does not count on it, and so never asks. What a plan makes on such a disk is for the plan to give up.
+fn give_up_unfinished(map: &DistributionMap, lost: &BTreeMap<DiskId, String>) -> Change {
+    let mut change = Change::default();
+    for device in &map.devices {
+        let mut lines = Lines::default();
+        for span in &device.spans {
+            let run = run_of(device.id, span);
+            let is_target = |disk: DiskId| {
+                let mut steps = map.plans.iter().flat_map(|plan| &plan.moves).filter(|step| step.to == disk);
+                steps.any(|step| step.run.overlaps(&run))
+            };
+            let unfinished = span.replicas.iter().filter(|copy| copy.state == ReplicaState::Syncing);
+            for copy in unfinished.filter(|copy| lost.contains_key(&copy.disk) && !is_target(copy.disk)) {
+                let state = ReplicaState::Stale;
+                change.batch.push(Verb::Mark { run, disk: copy.disk, state, incarnation: None });
+                let (disk, why) = (map.disk_name(copy.disk), &lost[&copy.disk]);
+                lines.add(span, format!("{disk} is stale, it was being filled when it was lost: {why}"));
+            }
+        }
+        change.why.extend(lines.finish(&device.name, device.slices));
+    }
+    change
 }
 
 /// The plans that were to take the same copies elsewhere and have not begun to do so go on without them.

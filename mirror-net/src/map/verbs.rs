@@ -27,6 +27,14 @@ pub struct Run {
     pub count: u32,
 }
 
+impl Run {
+    /// Whether the two have slices in common.
+    pub fn overlaps(&self, other: &Run) -> bool {
+        let end = |run: &Run| run.first.0.saturating_add(run.count);
+        self.device == other.device && self.first.0 < end(other) && other.first.0 < end(self)
+    }
+}
+
 /// One step of a change.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

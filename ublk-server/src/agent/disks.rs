@@ -8,9 +8,9 @@ use crate::ring::disk::DiskFile;
 use crate::storage::{Candidate, DiskError, prepare};
 use anyhow::Context;
 use mirror_net::config::{self, Segments};
-use mirror_net::control::{DiskInventory, FormatOrder};
+use mirror_net::control::{DiskContent, DiskInventory, FormatOrder};
 use mirror_net::engine::LocalDisk;
-use mirror_net::ids::{AttachId, DiskId, NodeId};
+use mirror_net::ids::{AttachId, ClusterId, DiskId, NodeId};
 use mirror_net::map::DistributionMap;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -49,9 +49,23 @@ struct Held {
     in_service: bool,
     /// Its id, where a map is awaited that lists it.
     awaited: Option<DiskId>,
+    /// Why it cannot be opened for service, as was found when the process began.
+    broken: Option<String>,
 }
 
 impl Held {
+    fn new(candidate: Candidate, origin: Origin) -> Self {
+        Self { candidate: Arc::new(candidate), origin, in_service: false, awaited: None, broken: None }
+    }
+
+    fn inventory(&self) -> DiskInventory {
+        let mut inventory = self.candidate.inventory();
+        if let Some(why) = &self.broken {
+            inventory.content = DiskContent::Unusable { why: why.clone() };
+        }
+        inventory
+    }
+
     fn leave(&mut self) {
         if self.origin == Origin::Added {
             self.origin = Origin::Left;
@@ -84,8 +98,7 @@ impl Disks {
         let until = Instant::now() + patience;
         let mut disks = Self { held: Vec::new(), absent: Vec::new() };
         for disk in file {
-            let candidate = Arc::new(Candidate::open(disk)?);
-            disks.held.push(Held { candidate, origin: Origin::File, in_service: false, awaited: None });
+            disks.held.push(Held::new(Candidate::open(disk)?, Origin::File));
         }
         for disk in added {
             if let Some(named) = file.iter().find(|named| named.name == disk.name) {
@@ -112,15 +125,7 @@ impl Disks {
                 std::thread::sleep(Duration::from_millis(100));
             }
             match open(&disk.name, &disk.path) {
-                Ok(candidate) => {
-                    let candidate = Arc::new(candidate);
-                    disks.held.push(Held {
-                        candidate,
-                        origin: Origin::Added,
-                        in_service: false,
-                        awaited: None,
-                    });
-                }
+                Ok(candidate) => disks.held.push(Held::new(candidate, Origin::Added)),
                 Err(error) => {
                     tracing::error!(%error, "a disk is left out");
                     disks.absent.push(disk);
@@ -130,9 +135,23 @@ impl Disks {
         Ok(disks)
     }
 
+    /// Repairs the metadata of those that are of this cluster. One of which that fails is told as one that cannot be used:
+    /// whoever heard that it is there might count on it before its failure is known.
+    pub fn recover(&mut self, cluster: ClusterId) {
+        for held in &mut self.held {
+            let of = held.candidate.inventory().content;
+            if matches!(of, DiskContent::Ours { cluster: of, .. } if of == cluster)
+                && let Err(error) = prepare::recover(&held.candidate, cluster)
+            {
+                tracing::error!(%error, "a disk cannot be used");
+                held.broken = Some(error.to_string());
+            }
+        }
+    }
+
     /// What is on each of them.
     pub fn inventory(&self) -> Vec<DiskInventory> {
-        self.held.iter().map(|held| held.candidate.inventory()).collect()
+        self.held.iter().map(Held::inventory).collect()
     }
 
     /// Their attachments, in that order.
@@ -193,7 +212,13 @@ impl Disks {
             held.keep();
         } else {
             self.absent.retain(|absent| absent.name != candidate.name);
-            self.held.push(Held { candidate, origin: Origin::Added, in_service: false, awaited: Some(id) });
+            self.held.push(Held {
+                candidate,
+                origin: Origin::Added,
+                in_service: false,
+                awaited: Some(id),
+                broken: None,
+            });
         }
         self.save(state)
     }
@@ -246,7 +271,13 @@ impl Disks {
                     held.keep();
                     opened.push(pair);
                 }
-                Err(error) => troubles.push((awaited, error.to_string())),
+                Err(error) => {
+                    let id = awaited.or_else(|| match disk.inventory().content {
+                        DiskContent::Ours { cluster, disk } if cluster == map.cluster => Some(disk),
+                        _ => None,
+                    });
+                    troubles.push((id, error.to_string()));
+                }
             }
         }
         (opened, troubles)
@@ -286,9 +317,8 @@ pub fn format(order: &FormatOrder, node: &str, candidate: &Arc<Candidate>) -> an
 mod tests {
     use super::*;
     use mirror_net::config::segment_slots;
-    use mirror_net::control::{DiskContent, FormatDisk};
+    use mirror_net::control::FormatDisk;
     use mirror_net::format::Geometry;
-    use mirror_net::ids::ClusterId;
     use mirror_net::map::{Disk, Node};
 
     const SLICE_BYTES: u32 = 1 << 20;
@@ -467,5 +497,38 @@ mod tests {
         assert!(format!("{error:#}").contains("give --force"), "{error:#}");
         place.add(&mut disks, "d3", 4, true).unwrap();
         assert_eq!(opened(&mut disks, &map(&[4], 4), false), [4]);
+    }
+
+    /// Its metadata has to be repaired, and it takes no writes.
+    #[test]
+    fn a_disk_whose_repair_fails_is_never_told_as_one_that_is_there() {
+        use mirror_net::format::geometry::SUPERBLOCK_OFFSET;
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        use std::os::fd::AsRawFd;
+        let place = Place::new();
+        let memory: std::fs::File = memfd_create("disk", MFdFlags::MFD_ALLOW_SEALING).unwrap().into();
+        memory.set_len(64 << 20).unwrap();
+        let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        std::os::unix::fs::symlink(path, place.path("d3")).unwrap();
+        let mut disks = place.open(&[]).unwrap();
+        place.add(&mut disks, "d3", 3, false).unwrap();
+        drop(disks);
+        let ours = |disks: &Disks| matches!(disks.inventory()[0].content, DiskContent::Ours { .. });
+        for takes_writes in [true, false] {
+            // One of the copies of the superblock is gone.
+            std::os::unix::fs::FileExt::write_all_at(&memory, &[0; 4096], SUPERBLOCK_OFFSET).unwrap();
+            if !takes_writes {
+                fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+            }
+            let mut disks = place.open(&[]).unwrap();
+            assert!(ours(&disks));
+            disks.recover(ClusterId::default());
+            assert_eq!(ours(&disks), takes_writes);
+            let (opened, troubles) = disks.open_for_service(&map(&[3], 3), true);
+            assert_eq!(opened.len(), usize::from(takes_writes));
+            let told: Vec<_> = troubles.iter().map(|(id, _)| *id).collect();
+            assert_eq!(told, if takes_writes { vec![] } else { vec![Some(DiskId(3))] }, "{troubles:?}");
+        }
     }
 }

@@ -185,7 +185,8 @@ pub async fn run(options: Options) -> anyhow::Result<End> {
     let lives = state.lives();
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let lanes = Lanes::listen(&node.address, common.clone(), sender.clone()).await?;
-    let disks = Disks::open(&node.disks, state.added_disks()?, ADDED_WITHIN)?;
+    let mut disks = Disks::open(&node.disks, state.added_disks()?, ADDED_WITHIN)?;
+    cluster.into_iter().for_each(|cluster| disks.recover(cluster));
     let exports = Exports::new(&node, &options.run_dir, sender.clone()).await?;
     let membership = Membership::default();
     membership.set(cluster);

@@ -67,7 +67,7 @@ impl Ring {
             if unsafe { self.uring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            self.uring.submit()?;
+            tolerate(self.uring.submit().map(drop))?;
         }
     }
 

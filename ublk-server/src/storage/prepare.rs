@@ -6,7 +6,7 @@ use mirror_net::control::{DiskContent, FormatDisk, FormatOrder};
 use mirror_net::engine::LocalDisk;
 use mirror_net::format::alloc::Allocator;
 use mirror_net::format::create::{FormatOptions, format};
-use mirror_net::format::{Geometry, Plan, PlanStep, SlotOrder};
+use mirror_net::format::{Geometry, Journal, Plan, PlanStep, SlotOrder, Superblock};
 use mirror_net::ids::{ClusterId, SlotIndex};
 use nix::fcntl::FallocateFlags;
 use std::io;
@@ -117,6 +117,23 @@ fn geometry(order: &FormatOrder, disk: &Candidate) -> Result<Geometry, DiskError
 
 /// Opens a formatted disk for service: recovery's repairs are carried out first.
 pub fn open_for_service(disk: &Candidate, cluster: ClusterId) -> Result<(LocalDisk, DiskFile), DiskError> {
+    let (superblock, journal) = recover(disk, cluster)?;
+    let used = (0..journal.slots())
+        .map(SlotIndex)
+        .filter(|slot| journal.slot(*slot).assignment.is_some())
+        .collect::<Vec<_>>();
+    let allocator = Allocator::new(&superblock, used);
+    let descriptor = disk.descriptor().map_err(|error| DiskError::Unsuitable {
+        name: disk.name.clone(),
+        path: disk.path.clone(),
+        what: error.to_string(),
+    })?;
+    let file = DiskFile::new(descriptor, superblock.geometry.clone(), disk.in_memory);
+    Ok((LocalDisk { id: superblock.disk, attach: disk.attach, journal, allocator }, file))
+}
+
+/// Carries out recovery's repairs of the metadata of a disk of this cluster. Nothing is left to do if it is called again.
+pub fn recover(disk: &Candidate, cluster: ClusterId) -> Result<(Superblock, Journal), DiskError> {
     let (name, path) = (disk.name.clone(), disk.path.clone());
     let unsuitable = |what: String| DiskError::Unsuitable { name: name.clone(), path: path.clone(), what };
     let opened = disk.read_metadata().map_err(|source| DiskError::Format {
@@ -139,14 +156,5 @@ pub fn open_for_service(disk: &Candidate, cluster: ClusterId) -> Result<(LocalDi
     }
     carry_out(opened.plan, disk)
         .map_err(|error| unsuitable(format!("repairing its metadata failed: {error}")))?;
-    let used = (0..opened.journal.slots())
-        .map(SlotIndex)
-        .filter(|slot| opened.journal.slot(*slot).assignment.is_some())
-        .collect::<Vec<_>>();
-    let allocator = Allocator::new(&opened.superblock, used);
-    let descriptor = disk.descriptor().map_err(|error| unsuitable(error.to_string()))?;
-    let file = DiskFile::new(descriptor, opened.superblock.geometry.clone(), disk.in_memory);
-    let local =
-        LocalDisk { id: opened.superblock.disk, attach: disk.attach, journal: opened.journal, allocator };
-    Ok((local, file))
+    Ok((opened.superblock, opened.journal))
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::map::OnNoQuorum;
+use crate::map::verbs::Verb;
 
 /// Rule 1: nobody waits for a copy that is being filled and cannot be reached; what it misses is sent
 /// when it is back.
@@ -71,6 +72,71 @@ fn copies_keep_to_the_pace_while_a_host_writes() {
         }
     }
     assert!((40..=51).contains(&copied), "{copied}");
+}
+
+/// More slices are kept here than the adopted map has, while the map by which the device grows is being adopted.
+#[test]
+fn a_device_grows_while_a_copy_is_filled() {
+    for differs in [false, true] {
+        let first = next(&map(2, 2, 1), |span| span.replicas[1].state = ReplicaState::Syncing);
+        let mut rig = Rig::new(1, &first);
+        rig.lane_down(2);
+        if differs {
+            rig.write(0, 4096);
+        }
+        let span = crate::map::Span { first: SliceIndex(1), ..first.devices[0].spans[0].clone() };
+        let verb = Verb::GrowDevice { device: DEVICE, spans: vec![span] };
+        let grown = first.apply(&[verb]).unwrap().unwrap();
+        rig.hold_metadata = true;
+        rig.adopt(&grown);
+        rig.open(2, first.version);
+        rig.wait(1_000, &[2]);
+        assert_eq!(
+            rig.engine.adopted_version(),
+            first.version,
+            "the new slice's slot is not on the disk yet"
+        );
+        let now = rig.now;
+        let new = u64::from(crate::engine::testing::SLICE);
+        assert!(rig.engine.extents(now, DEVICE, new, new).all(|extent| extent.data), "who knows");
+        rig.hold_metadata = false;
+        rig.complete_io(Ok(()));
+        rig.adopted(2, grown.version.0);
+        rig.wait(300, &[2]);
+        assert_eq!(rig.engine.adopted_version(), grown.version);
+        assert_eq!(rig.take(Kind::Write).len(), usize::from(differs));
+    }
+}
+
+/// A flush waits for a copy that is about to become a member, until it turns out that it does not yet.
+#[test]
+fn a_flush_does_not_wait_for_a_copy_that_did_not_join() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &next(&first, |span| span.replicas[1].state = ReplicaState::Syncing));
+    rig.lane_down(2);
+    rig.open(2, MapVersion(2));
+    assert_eq!(rig.take(Kind::Flush).len(), 1, "the copy joins");
+    let flush = rig.flush();
+    assert_eq!(rig.take(Kind::Flush).len(), 1);
+    rig.lane_down(2);
+    assert_eq!(rig.result(flush), Some(Ok(())));
+    assert!(rig.reports.is_empty(), "{:?}", rig.reports);
+}
+
+/// A peer may be cut off from the manager, and not know of a device that is flushed here.
+#[test]
+fn a_flush_is_not_sent_to_a_peer_that_does_not_know_the_device() {
+    let first = map(2, 2, 1);
+    let mut rig = Rig::new(1, &first);
+    let mut device = first.devices[0].clone();
+    (device.id, device.name) = (first.next_device(), "other".into());
+    let made = first.apply(&[Verb::CreateDevice { device: Box::new(device) }]).unwrap().unwrap();
+    rig.adopt(&made);
+    rig.engine.start_flush(crate::engine::flush::FlushOrigin::Survey, 1);
+    rig.run();
+    assert_eq!(rig.take(Kind::Flush).len(), 0);
+    rig.adopted(2, made.version.0);
+    assert_eq!(rig.take(Kind::Flush).len(), 1);
 }
 
 /// For the log, which is to say what a resync cost.

@@ -218,6 +218,24 @@ fn a_disk_from_which_a_plan_takes_something_is_made_again_at_once_but_for_that()
     }
 }
 
+/// Its primary does not count on it, and so does not ask to go on without it.
+#[test]
+fn a_copy_whose_node_dies_for_good_while_it_is_filled_is_made_again() {
+    let mut bench = Bench::up_with(&roomy(), AUTO_SPARE);
+    bench.failover_while_away(2);
+    bench.ask_stale(1, 2);
+    bench.ask_syncing(1, 2, None);
+    assert_eq!(bench.both(), ["n1+ n2~", "n1+ n2~"]);
+    bench.disconnect(2);
+    for _ in 0..AUTO_SPARE.spare_after.as_secs() {
+        [1, 3, 4, 5, 6].iter().for_each(|node| bench.heartbeat(*node));
+        bench.pass(1_000);
+    }
+    assert_eq!(bench.both(), ["n1+ n2- n5~", "n1+ n2- n5~"]);
+    bench.copy_on(&[1, 3, 4, 5, 6]);
+    assert_eq!(bench.both(), ["n1+ n5+", "n5+ n1+"]);
+}
+
 #[test]
 fn what_is_lost_later_is_made_again_where_the_rest_of_it_is() {
     let mut map = roomy();
