@@ -392,6 +392,27 @@ mod tests {
         assert_eq!(slot_in_use(&rig), [slot.0]);
     }
 
+    /// Of both changes this node hears at once, and its primary of neither.
+    #[test]
+    fn a_copy_dropped_and_added_unseen_gives_nothing_from_then_on() {
+        let first = map(2, 2, 1);
+        let mut rig = Rig::new(2, &first);
+        write_from_1(&mut rig, 1);
+        rig.hold_metadata = true;
+        rig.adopt(&added(&dropped(&first), &first));
+        assert_eq!(rig.engine.adopted_version(), first.version, "its masks are on their way to the disk");
+        rig.sent.clear();
+        let fetch = Header {
+            slice_epoch: SliceEpoch(1),
+            device: super::super::testing::DEVICE.0,
+            length: 4096,
+            ..Header::new(Kind::Fetch)
+        };
+        rig.frame(1, fetch, None);
+        let answers: Vec<u8> = rig.take(Kind::Ack).iter().map(|sent| sent.header.flags).collect();
+        assert_eq!(answers, [Status::Fenced as u8]);
+    }
+
     /// Of both changes this node hears at once; its old slot is needed by another copy.
     #[test]
     fn a_copy_dropped_and_added_unseen_in_another_segment_gets_a_slot_there() {

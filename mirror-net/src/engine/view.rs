@@ -111,6 +111,13 @@ pub struct Mine {
     pub added: MapVersion,
 }
 
+impl Mine {
+    /// Whether both take up slots of one segment.
+    fn is_at(&self, other: &Mine) -> bool {
+        (self.disk, self.segment) == (other.disk, other.segment)
+    }
+}
+
 impl SpanView {
     /// Slices of which nobody has a copy.
     fn empty(slices: std::ops::Range<u32>, epoch: SliceEpoch, loss: LossGeneration) -> Self {
@@ -207,12 +214,11 @@ impl DeviceView {
     }
 
     /// This view without this node's copies of slices that a newer one lists on another of its disks or in another
-    /// segment, or not here at all: of those it says what the newer one says. `None` if there are none.
+    /// segment, or as another copy, or not here at all: of those it says what the newer one says. `None` if there are none.
     pub fn without_copies_left_by(&self, newer: &DeviceView) -> Option<DeviceView> {
         let leaves = |span: &SpanView, newer: &SpanView| {
-            let stays = |mine: Mine| {
-                newer.mine.is_some_and(|there| (there.disk, there.segment) == (mine.disk, mine.segment))
-            };
+            let stays =
+                |mine: Mine| newer.mine.is_some_and(|there| there.is_at(&mine) && there.added == mine.added);
             span.mine.is_some_and(|mine| !stays(mine))
         };
         let pairs = || {
@@ -228,7 +234,9 @@ impl DeviceView {
         let spans = pairs().map(|(span, other)| {
             let (first, end) = (span.first.max(other.first), span.end.min(other.end));
             if leaves(span, other) {
-                SpanView { first, end, mine: None, intact: false, ..other.clone() }
+                // One that was dropped and added again keeps its slot, and gives nothing of what is there.
+                let mine = other.mine.filter(|there| span.mine.is_some_and(|mine| mine.is_at(there)));
+                SpanView { first, end, mine, intact: false, ..other.clone() }
             } else {
                 SpanView { first, end, ..span.clone() }
             }

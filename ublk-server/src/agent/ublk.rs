@@ -11,7 +11,8 @@ use crate::frontend::ublk::params::{DeviceParams, DiscardParams};
 use crate::frontend::ublk::process::prepare_thread;
 use crate::frontend::ublk::queue::CharDevice;
 use crate::frontend::ublk::recovery::{
-    ClaimConfirmed, DeviceRecord, Records, RecoveryError, Survivor, discard, shorten_io_timeout, survey,
+    ClaimConfirmed, DeviceRecord, Reattaching, Records, RecoveryError, Survivor, discard, shorten_io_timeout,
+    survey,
 };
 use crate::frontend::ublk::users::{User, users_of};
 use crate::frontend::ublk::{Cookie, UblkId};
@@ -201,7 +202,7 @@ impl Worker {
                         let export = Export::new(device, orphan.device())?;
                         // What an older server did not note is as good as told.
                         serve(Box::new(export.resumed(orphan.record().loss_told.unwrap_or(losses))));
-                        let record = orphan.end(&mut self.control, &self.records, PATIENCE)?;
+                        let record = self.end_recovery(name, orphan)?;
                         tracing::info!(device = name, "recovered: its I/O goes on");
                         return record.id.context("a recovered device has a number");
                     }
@@ -240,6 +241,18 @@ impl Worker {
             tracing::warn!(%error, "a recovery may take half a minute to begin");
         }
         Ok(info.id)
+    }
+
+    /// Its I/O goes on once the I/O thread has taken all of it, be it late: nobody could begin the recovery again.
+    fn end_recovery(&mut self, name: &str, mut orphan: Reattaching) -> Result<DeviceRecord, RecoveryError> {
+        loop {
+            match orphan.end(&mut self.control, &self.records, PATIENCE) {
+                Err(RecoveryError::Control(error @ ControlError::TimedOut { still_running: false, .. })) => {
+                    tracing::warn!(device = name, %error, "its I/O still waits: the I/O thread stands still");
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Kernels before 6.16 crash when a server dies in the middle of a recovery, unless the device has

@@ -440,7 +440,7 @@ impl Server {
 
     fn start_devices(&mut self) -> Result<Vec<String>> {
         let mut ids = Vec::new();
-        for reattaching in self.reattaching.drain(..) {
+        for mut reattaching in self.reattaching.drain(..) {
             let record = reattaching.end(&mut self.control, &self.records, CONTROL_TIMEOUT)?;
             ids.push((record.device.clone(), record.id));
             self.added.push(record);

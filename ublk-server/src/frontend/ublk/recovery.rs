@@ -400,10 +400,10 @@ impl Reattaching {
     /// Waits until all tags of all queues were fetched, and lets I/O go on. Returns the record as it is now.
     ///
     /// # Errors
-    /// [`ControlError::TimedOut`] if an I/O thread did not fetch: discard the device, or from 6.16 on end the
-    /// process and let the next one recover.
+    /// [`ControlError::TimedOut`] if an I/O thread did not fetch yet: call it again. The device cannot be started to be
+    /// recovered once more by this process, which holds it.
     pub fn end(
-        mut self,
+        &mut self,
         control: &mut Control,
         records: &Records,
         timeout: Duration,
@@ -411,7 +411,7 @@ impl Reattaching {
         control.end_user_recovery(self.device.info().id, timeout)?;
         self.record.reattaching = false;
         records.save(&self.record)?;
-        Ok(self.record)
+        Ok(self.record.clone())
     }
 }
 
