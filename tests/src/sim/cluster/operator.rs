@@ -51,11 +51,13 @@ impl Cluster {
         self.feed(Input::Redistribute { ticket: ticket(deed), order });
     }
 
-    /// Makes a device that nobody uses, enlarges or deletes the last of those.
+    /// Makes a device that nobody uses, deletes the last of those, or enlarges one, which may be in use.
     fn change_device(&mut self, wish: Wish) {
         let map = &self.manager.map;
         let bytes = |slices: u32| u64::from(slices) * u64::from(map.slice_bytes);
         let last = map.devices.last().filter(|device| device.name.starts_with(MADE));
+        // As good as any, and no schedule that enlarges nothing becomes another one by it.
+        let any = map.devices.get(map.version.0 as usize % map.devices.len().max(1));
         let (name, change, deed) = match (wish, last) {
             (Wish::Make { node, copies }, _) => {
                 let change = DeviceChange::Create {
@@ -67,9 +69,10 @@ impl Cluster {
                 };
                 (format!("{MADE}{}", map.next_device().0), change, Deed::DeviceMade)
             }
-            (Wish::Grow, Some(last)) => {
-                let change = DeviceChange::Grow { bytes: bytes(last.slices + 1) };
-                (last.name.clone(), change, Deed::DeviceGrown)
+            (Wish::Grow, _) => {
+                let Some(device) = any else { return };
+                let change = DeviceChange::Grow { bytes: bytes(device.slices + 1) };
+                (device.name.clone(), change, Deed::DeviceGrown)
             }
             (_, Some(last)) => {
                 // Nodes here do not tell what they export, and nobody uses what the operator makes.
