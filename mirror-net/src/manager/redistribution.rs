@@ -217,14 +217,20 @@ impl View<'_> {
         }
         let in_use = self.map.disks_in_use();
         let usable = |disk: DiskId| self.now.registry.usable(self.map, disk, self.now.now_ms).is_some();
-        match self.map.disks.iter().find(|disk| in_use.contains(&disk.id) && !usable(disk.id)) {
-            None => Ok(()),
-            Some(disk) => Err(format!(
-                "{} holds data and is not there, so its place would be given to others: start it, or wait until its data \
-                 is made again elsewhere, see `mirrorctl status`",
-                self.map.disk_name(disk.id)
-            )),
-        }
+        let Some(disk) = self.map.disks.iter().find(|disk| in_use.contains(&disk.id) && !usable(disk.id)) else {
+            return Ok(());
+        };
+        let name = self.map.disk_name(disk.id);
+        Err(match disk.failed {
+            Some(_) => format!(
+                "{name} has failed and has its place still, which would be given to others: `mirrorctl disk remove {name}` \
+                 makes its data again elsewhere, whoever is there then"
+            ),
+            None => format!(
+                "{name} holds data and is not there, so its place would be given to others: start it, or wait until its data \
+                 is made again elsewhere, see `mirrorctl status`"
+            ),
+        })
     }
 
     /// That no plan is under way.
@@ -288,8 +294,18 @@ impl View<'_> {
             let mut lines = Lines::default();
             for span in device.spans.iter().filter(|span| about(device.id, span.first.0, span.count)) {
                 if plan_span(self.map, device, span, self.now.registry, self.now.now_ms) != SpanPlan::Served {
-                    let disk = self.map.disk_name(span.primary().disk);
-                    lines.add(span, format!("their primary {disk} does not serve them"));
+                    let (disk, name) = (self.map.disk_name(span.primary().disk), &device.name);
+                    let has_failed = |disk| self.map.disk(disk).is_some_and(|disk| disk.failed.is_some());
+                    lines.add(
+                        span,
+                        match span.members().all(|copy| has_failed(copy.disk)) {
+                            true => format!(
+                                "they are on {disk}, which has failed, and nowhere else: `mirrorctl device delete {name}` \
+                                 gives up all of it"
+                            ),
+                            false => format!("their primary {disk} does not serve them"),
+                        },
+                    );
                 }
             }
             unserved.extend(lines.finish(&device.name, device.slices));

@@ -12,7 +12,7 @@ use crate::map::{Commit, DistributionMap, OnNoQuorum, Topology};
 const SLICE: u64 = 64 << 20;
 
 impl Bench {
-    fn device_order(&mut self, name: &str, change: DeviceChange) -> Result<Vec<String>, String> {
+    pub(super) fn device_order(&mut self, name: &str, change: DeviceChange) -> Result<Vec<String>, String> {
         let order = DeviceOrder { name: name.into(), change, carry_out: true };
         self.input(Input::Device { ticket: Ticket(9), order });
         match self.replies.pop().unwrap().1 {

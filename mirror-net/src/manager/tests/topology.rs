@@ -3,7 +3,7 @@
 use super::{Bench, map_of};
 
 use super::redistribution::{ALL, roomy, spare};
-use crate::control::{PlanOrder, Redistribution, RedistributionOrder};
+use crate::control::{DeviceChange, PlanOrder, Redistribution, RedistributionOrder};
 use crate::map::{DistributionMap, SegmentSlots, Topology};
 
 fn order(wish: Redistribution, carry_out: bool) -> RedistributionOrder {
@@ -157,4 +157,34 @@ fn a_node_that_is_away_takes_nothing_and_a_topology_that_is_not_kept_is_told_of(
     bench.redistribute(order(Redistribution::Balance, true)).unwrap();
     bench.copy_on(&ALL);
     assert_eq!(bench.map().deviation(Topology::Chain), None);
+}
+
+/// With no spare a dead disk keeps its place in a chain or a pair, until somebody takes it out.
+#[test]
+fn who_is_told_to_take_a_failed_disk_out_can() {
+    let mut map = wide();
+    for disk in &mut map.disks {
+        disk.spare = false;
+    }
+    let mut bench = Bench::up(&map);
+    bench.redistribute(topology(Topology::Chain, None)).unwrap();
+    bench.copy_on(&ALL);
+    bench.breaks(3);
+    let up = [1, 2, 4, 5, 6];
+    for _ in 0..3 {
+        bench.copy_once(&up);
+    }
+    let reason = bench.refused(order(Redistribution::Balance, true));
+    assert!(reason.contains("`mirrorctl disk remove n3/d1`"), "{reason}");
+    let removal = order(Redistribution::RemoveDisk { disk: "n3/d1".into(), onto: Vec::new() }, true);
+    let reason = bench.refused(removal.clone());
+    assert!(reason.contains("`mirrorctl device delete n3-d1-unmirrored`"), "{reason}");
+    bench.device_order("n3-d1-unmirrored", DeviceChange::Delete { force: true }).unwrap();
+    bench.redistribute(removal).unwrap();
+    bench.copy_on(&up);
+    assert!(bench.map().disk(crate::ids::DiskId(3)).is_none());
+    bench.redistribute(order(Redistribution::Balance, true)).unwrap();
+    bench.copy_on(&up);
+    assert_eq!(bench.map().deviation(Topology::Chain), None);
+    bench.all_have_their_copies();
 }
