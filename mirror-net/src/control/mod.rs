@@ -74,6 +74,11 @@ pub enum NodeMessage {
         /// What the kernel said.
         reason: String,
     },
+    /// A disk that has left the map is not held by this node's process any more.
+    DiskReleased {
+        /// The disk.
+        disk: DiskId,
+    },
     /// Sent every [`REPORT_MS`]: also the heartbeat.
     Report(NodeReport),
     /// The answer to [`ManagerMessage::Format`].

@@ -27,6 +27,12 @@ pub(super) struct Adoption {
     tickets: Option<Vec<Ticket>>,
 }
 
+impl Adoption {
+    pub fn map(&self) -> &Arc<DistributionMap> {
+        &self.map
+    }
+}
+
 /// Whether a peer that was lost before this change of a device's view still has to be recorded stale.
 ///
 /// A member that joins now was stale in between, in a map that this node need not have seen. One that

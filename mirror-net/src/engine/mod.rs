@@ -316,6 +316,22 @@ impl Engine {
         self.settle();
     }
 
+    /// Whether nothing of a disk that has left the map is under way any more: then nothing is ever asked of it again.
+    pub fn release_disk(&mut self, id: DiskId) -> bool {
+        let is_listed = |map: &Arc<DistributionMap>| map.disk(id).is_some();
+        let adopting = self.adopting.as_ref().map(|adoption| adoption.map());
+        let Some(index) = self.disks.iter().position(|disk| disk.id == id) else { return true };
+        let in_use = self.map.as_ref().is_none_or(is_listed)
+            || adopting.into_iter().chain(&self.next_map).any(is_listed)
+            || self.ops.values().any(|op| op.disk == index)
+            || self.leaving.iter().any(|(disk, _)| *disk == index);
+        if !in_use {
+            // As good as one that has failed, of which the manager need not hear.
+            self.disks[index].failed = true;
+        }
+        !in_use
+    }
+
     /// Its disks, in the order of their indices.
     pub fn disk_ids(&self) -> impl Iterator<Item = DiskId> {
         self.disks.iter().map(|disk| disk.id)

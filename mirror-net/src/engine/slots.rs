@@ -260,6 +260,7 @@ fn nothing_copied(slot: RegionMasks) -> RegionMasks {
 
 #[cfg(test)]
 mod tests {
+    use super::super::action::Report;
     use super::super::testing::{Rig, map, next};
     use super::AdoptError;
     use crate::format::alloc::Segment;
@@ -316,6 +317,33 @@ mod tests {
             (0, 0, !1),
             "what was written is not zero any more"
         );
+    }
+
+    #[test]
+    fn a_disk_that_left_the_map_is_released_once_nothing_uses_it() {
+        let first = map(2, 2, 1);
+        let id = first.disks[1].id;
+        let mut rig = Rig::new(2, &first);
+        rig.hold = true;
+        write_from_1(&mut rig, 1);
+        assert!(!rig.engine.release_disk(id), "it is in the map");
+        let mut without = dropped(&first);
+        rig.adopt(&without);
+        without.disks.truncate(1);
+        without.version.0 += 1;
+        rig.adopt(&without);
+        rig.wait(200, &[]);
+        assert!(!rig.engine.release_disk(id), "the write is still on its way there");
+        rig.complete_io(Ok(()));
+        rig.wait(200, &[]);
+        assert!(rig.engine.release_disk(id));
+        // Nothing is asked of it, and nobody hears that it failed.
+        rig.hold_metadata = true;
+        without.version.0 += 1;
+        rig.adopt(&without);
+        rig.wait(5_000, &[]);
+        assert!(rig.held.is_empty());
+        assert!(!rig.reports.iter().any(|report| matches!(report, Report::DiskFailed { .. })));
     }
 
     #[test]

@@ -349,6 +349,7 @@ impl Manager {
                     self.log(format!("node {name} says that {disk} failed, which is not its own: ignored"));
                 }
             }
+            NodeMessage::DiskReleased { disk } => self.registry.disk_released(&name, disk),
             NodeMessage::KeptMap { map } => {
                 if let Some(rebuild) = &mut self.rebuild {
                     rebuild.answered(connection, map.map(|map| *map));

@@ -109,8 +109,8 @@ fn removed_disk(map: &DistributionMap, node: &str, disk: &DiskInventory) -> Opti
         node: Some(node.to_owned()),
         what: format!("{node}/{} ({}) is no part of the cluster any more", disk.name, disk.path),
         todo: format!(
-            "take it out of the cluster file of {node} if it is there, and restart ublk-server; or restart it and type: \
-             mirrorctl disk add {node}/{} {} --force",
+            "take it out of the cluster file of {node}, if it is there; or let it enter again: mirrorctl disk add {node}/{} \
+             {} --force",
             disk.name, disk.path
         ),
     })

@@ -217,7 +217,8 @@ impl View<'_> {
         }
         let in_use = self.map.disks_in_use();
         let usable = |disk: DiskId| self.now.registry.usable(self.map, disk, self.now.now_ms).is_some();
-        let Some(disk) = self.map.disks.iter().find(|disk| in_use.contains(&disk.id) && !usable(disk.id)) else {
+        let Some(disk) = self.map.disks.iter().find(|disk| in_use.contains(&disk.id) && !usable(disk.id))
+        else {
             return Ok(());
         };
         let name = self.map.disk_name(disk.id);

@@ -127,6 +127,13 @@ impl Registry {
         self.failed.entry(disk).or_insert(reason);
     }
 
+    /// Nobody holds it at that node any more.
+    pub(super) fn disk_released(&mut self, node: &str, disk: DiskId) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.disks.retain(|inventory| our_disk(inventory) != Some(disk));
+        }
+    }
+
     /// Enters a registration, in place of an older one of the same node, whose connection is returned.
     pub(super) fn enter(
         &mut self,

@@ -45,8 +45,8 @@ enum Origin {
 struct Held {
     candidate: Arc<Candidate>,
     origin: Origin,
-    /// The I/O thread has it, and does until the process ends.
-    in_service: bool,
+    /// The I/O thread has it, by that id.
+    in_service: Option<DiskId>,
     /// Its id, where a map is awaited that lists it.
     awaited: Option<DiskId>,
     /// Why it cannot be opened for service, as was found when the process began.
@@ -55,7 +55,7 @@ struct Held {
 
 impl Held {
     fn new(candidate: Candidate, origin: Origin) -> Self {
-        Self { candidate: Arc::new(candidate), origin, in_service: false, awaited: None, broken: None }
+        Self { candidate: Arc::new(candidate), origin, in_service: None, awaited: None, broken: None }
     }
 
     fn inventory(&self) -> DiskInventory {
@@ -185,9 +185,9 @@ impl Disks {
                 continue;
             }
             anyhow::ensure!(
-                !held.in_service,
-                "{} is held by ublk-server here as disk {}, in use or removed: if it was removed, restart ublk-server, then \
-                 repeat",
+                held.in_service.is_none(),
+                "{} is in use by ublk-server here as disk {}: remove it first with `mirrorctl disk remove`; if that was done, \
+                 what is under way on it has to end, or ublk-server here to be restarted",
                 candidate.path.display(),
                 candidate.name
             );
@@ -215,7 +215,7 @@ impl Disks {
             self.held.push(Held {
                 candidate,
                 origin: Origin::Added,
-                in_service: false,
+                in_service: None,
                 awaited: Some(id),
                 broken: None,
             });
@@ -238,7 +238,7 @@ impl Disks {
     /// Whether a map lists disks that the I/O thread is still to get.
     pub fn awaits(&self, map: &DistributionMap, me: NodeId) -> bool {
         let listed = |id: DiskId| map.node_of(id) == Some(me);
-        self.held.iter().any(|held| !held.in_service && held.awaited.is_some_and(listed))
+        self.held.iter().any(|held| held.in_service.is_none() && held.awaited.is_some_and(listed))
     }
 
     /// Opens what the map lists and the I/O thread does not have: for the first map everything. What cannot be used is
@@ -249,7 +249,7 @@ impl Disks {
         first: bool,
     ) -> (Vec<Opened>, Vec<(Option<DiskId>, String)>) {
         let (mut opened, mut troubles) = (Vec::new(), Vec::new());
-        for held in self.held.iter_mut().filter(|held| !held.in_service) {
+        for held in self.held.iter_mut().filter(|held| held.in_service.is_none()) {
             let awaited = held.awaited.filter(|id| map.disk(*id).is_some());
             if !first && awaited.is_none() {
                 continue;
@@ -266,7 +266,7 @@ impl Disks {
                     tracing::warn!(disk = disk.name, id = %local.id, "a disk is left out: it is no part of the cluster");
                 }
                 Ok(pair) => {
-                    held.in_service = true;
+                    held.in_service = Some(pair.0.id);
                     held.awaited = None;
                     held.keep();
                     opened.push(pair);
@@ -285,7 +285,12 @@ impl Disks {
 
     /// There is no I/O thread after all.
     pub fn let_go(&mut self) {
-        self.held.iter_mut().for_each(|held| held.in_service = false);
+        self.held.iter_mut().for_each(|held| held.in_service = None);
+    }
+
+    /// The I/O thread has closed a disk: whoever wants it can have it, under this name or another.
+    pub fn released(&mut self, id: DiskId) {
+        self.held.retain(|held| held.in_service != Some(id));
     }
 
     /// A disk has left the map: nobody adds it again by itself after a restart.
@@ -415,8 +420,13 @@ mod tests {
         assert_eq!(opened(&mut disks, &map(&[3], 3), false), [3]);
         assert!(!disks.awaits(&map(&[3], 3), ME), "once");
         let error = disks.find("d3", &place.path("d3")).map(drop).unwrap_err().to_string();
-        assert!(error.contains("held by ublk-server here as disk d3"), "{error}");
+        assert!(error.contains("in use by ublk-server here as disk d3"), "{error}");
+        // When it has left the map and is closed, anybody can have it.
+        let mut let_go = disks.clone();
         drop(disks);
+        let_go.released(DiskId(3));
+        drop(let_go.find("d4", &place.path("d3")).unwrap());
+        drop(let_go);
         let mut disks = place.open(&[]).unwrap();
         assert_eq!(opened(&mut disks, &map(&[3], 3), true), [3]);
         // It has left the map: nobody opens it after the next restart.

@@ -10,7 +10,7 @@ use anyhow::Context;
 use mirror_net::config::NodePolicy;
 use mirror_net::control::{BroadcastKind, SurveyRun};
 use mirror_net::engine::{Engine, LocalDisk, Me};
-use mirror_net::ids::{DeviceId, ExporterSession, NodeId, ProcessId};
+use mirror_net::ids::{DeviceId, DiskId, ExporterSession, NodeId, ProcessId};
 use mirror_net::map::DistributionMap;
 use mirror_net::wire::handshake::ClusterKey;
 use mirror_net::wire::header::CrcSeed;
@@ -90,6 +90,11 @@ impl IoHandle {
     /// A further disk, before the map that lists it.
     pub fn add_disk(&self, disk: (LocalDisk, DiskFile)) {
         self.handle.send(Command::AddDisk(Box::new(disk)));
+    }
+
+    /// Close a disk that the map does not list any more.
+    pub fn release_disk(&self, disk: DiskId) {
+        self.handle.send(Command::ReleaseDisk(disk));
     }
 
     /// Adopt this map.

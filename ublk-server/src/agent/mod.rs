@@ -418,7 +418,7 @@ impl Agent {
             tracing::info!(version = %map.version, "this node is not in the map");
             return Ok(());
         };
-        self.forget_removed(&map)?;
+        let removed = self.forget_removed(&map)?;
         self.state.save_map(&map)?;
         self.membership.set(Some(map.cluster));
         match self.io.is_some() {
@@ -433,25 +433,25 @@ impl Agent {
             // word to the next exporter.
             self.exports.follow(&map, me, io);
             io.map(map);
+            removed.into_iter().for_each(|disk| io.release_disk(disk));
         }
         Ok(())
     }
 
-    /// Disks of this node that a new map does not list any more are written nothing; they are let go of when the daemon
-    /// ends.
-    fn forget_removed(&mut self, map: &DistributionMap) -> anyhow::Result<()> {
-        let Some(before) = self.map.clone() else { return Ok(()) };
+    /// Disks of this node that a new map does not list any more are written nothing from then on.
+    fn forget_removed(&mut self, map: &DistributionMap) -> anyhow::Result<Vec<DiskId>> {
+        let Some(before) = self.map.clone() else { return Ok(Vec::new()) };
         let me = before.node_named(&self.common.node).map(|node| node.id);
         let mine = before.disks.iter().filter(|disk| Some(disk.node) == me);
-        for disk in mine.filter(|disk| map.disk(disk.id).is_none()) {
+        let removed: Vec<_> = mine.filter(|disk| map.disk(disk.id).is_none()).collect();
+        for disk in &removed {
             self.disks.removed(&disk.name, &self.state)?;
             tracing::warn!(
                 disk = disk.name,
-                "removed from the cluster: take it out of the cluster file of this machine and restart ublk-server, which \
-                 holds it until then"
+                "removed from the cluster: take it out of the cluster file of this machine, if it is there"
             );
         }
-        Ok(())
+        Ok(removed.into_iter().map(|disk| disk.id).collect())
     }
 
     /// Opens the disks and starts the I/O thread; false if it does not start.
@@ -538,6 +538,12 @@ impl Agent {
                 self.exports.adopted(version);
                 self.start_exports();
                 self.tell_manager(NodeMessage::Adopted { version });
+            }
+            Event::DiskReleased(disk) => {
+                tracing::info!(%disk, "a removed disk is let go of");
+                self.failed_disks.remove(&disk);
+                self.disks.released(disk);
+                self.tell_manager(NodeMessage::DiskReleased { disk });
             }
             Event::Report(Report::AskStale { peer, version, cause }) => {
                 tracing::warn!(

@@ -19,6 +19,8 @@ use std::sync::mpsc;
 pub enum Command {
     /// A further disk, before the map that lists it.
     AddDisk(Box<(LocalDisk, DiskFile)>),
+    /// Close a disk that the newest map does not list any more, once that map is adopted and the disk is idle.
+    ReleaseDisk(DiskId),
     /// Adopt this map.
     Map(Arc<DistributionMap>),
     /// The manager's number for this process as an exporter.
@@ -84,6 +86,8 @@ pub enum Event {
     },
     /// A map could not be adopted.
     MapRefused(String),
+    /// A disk that has left the map is closed.
+    DiskReleased(DiskId),
     /// A device's copies at a peer are equal to this node's.
     Resynced(ResyncReport),
     /// Answers to that order.

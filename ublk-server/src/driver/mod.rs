@@ -19,10 +19,10 @@ use crate::ring::stream::Sent;
 use crate::ring::{Completion, Ring};
 use command::{Command, DeviceReport, Event, Inbox, ThreadReport};
 use io_uring::{opcode, types};
-use mirror_net::engine::action::{Action, Io, OpKey, Request, RequestError, RequestToken};
+use mirror_net::engine::action::{Action, DiskIndex, Io, OpKey, Request, RequestError, RequestToken};
 use mirror_net::engine::{Engine, Nanos};
 use mirror_net::format::MetadataIo;
-use mirror_net::ids::{DeviceId, NodeId};
+use mirror_net::ids::{DeviceId, DiskId, NodeId};
 use mirror_net::region::digest::{Digest, DigestKey};
 use mirror_net::wire::header::CrcSeed;
 use patience::Patience;
@@ -52,6 +52,9 @@ pub struct WireKeys {
     pub digests: DigestKey,
 }
 
+/// The engine asks nothing of a disk that it has released.
+const HELD: &str = "a disk that was not let go of";
+
 /// Regions that are copied at a time.
 const COPIES: usize = 4;
 
@@ -60,7 +63,10 @@ pub struct IoThread {
     ring: Ring,
     engine: Engine,
     buffers: Buffers,
-    disks: Vec<DiskFile>,
+    /// As the engine numbers them; none where one was let go of.
+    disks: Vec<Option<DiskFile>>,
+    /// Those that have left the map, and that something may be under way on.
+    leaving: Vec<DiskId>,
     disk_ios: Slab<DiskIo>,
     /// Those that have not begun.
     starting: Vec<usize>,
@@ -103,7 +109,8 @@ impl IoThread {
             ring: Ring::new(RING_ENTRIES)?,
             engine,
             buffers,
-            disks,
+            disks: disks.into_iter().map(Some).collect(),
+            leaving: Vec::new(),
             disk_ios: Slab::new(),
             starting: Vec::new(),
             lanes: Slab::new(),
@@ -140,6 +147,7 @@ impl IoThread {
             if self.start_disk_ios()? || self.late_answers {
                 continue;
             }
+            self.let_go();
             if self.stopping && self.is_quiet() {
                 return Ok(());
             }
@@ -248,9 +256,10 @@ impl IoThread {
             }
             Command::AddDisk(disk) => {
                 let (local, file) = *disk;
-                self.disks.push(file);
+                self.disks.push(Some(file));
                 self.engine.add_disk(now(), local);
             }
+            Command::ReleaseDisk(disk) => self.leaving.push(disk),
             Command::ExporterSession(session) => self.engine.set_exporter_session(session),
             Command::Policy(policy) => self.engine.set_policy(policy),
             Command::Lane { peer, session, process, socket } => {
@@ -314,9 +323,9 @@ impl IoThread {
             loss_told: self.engine.loss_told(device),
         };
         let now = now();
-        let work = self.disks.iter().map(|disk| disk.work(now));
+        let disks = self.engine.disk_ids().zip(&self.disks);
         ThreadReport {
-            disks: self.engine.disk_ids().zip(work).collect(),
+            disks: disks.filter_map(|(id, disk)| Some((id, disk.as_ref()?.work(now)))).collect(),
             adopted: self.engine.adopted_version(),
             sessions: self.engine.session_reports(),
             waiting: self.engine.waiting(),
@@ -342,22 +351,22 @@ impl IoThread {
     fn carry_out(&mut self, action: Action) -> io::Result<()> {
         match action {
             Action::Read { io, disk, slot, offset, buffer } => {
-                let io = self.disks[disk].read(io, disk, (slot, offset), buffer, &self.buffers);
+                let io = self.disk(disk).read(io, disk, (slot, offset), buffer, &self.buffers);
                 self.start_disk_io(io);
                 Ok(())
             }
             Action::Write { io, disk, slot, offset, buffer, fua } => {
-                let io = self.disks[disk].write(io, disk, (slot, offset), buffer, fua, &self.buffers);
+                let io = self.disk(disk).write(io, disk, (slot, offset), buffer, fua, &self.buffers);
                 self.start_disk_io(io);
                 Ok(())
             }
             Action::Zero { io, disk, slot, offset, length, fua } => {
-                let io = self.disks[disk].zero(io, disk, (slot, offset), length, fua);
+                let io = self.disk(disk).zero(io, disk, (slot, offset), length, fua);
                 self.start_disk_io(io);
                 Ok(())
             }
             Action::Punch { io, disk, slot, offset, length } => {
-                let io = self.disks[disk].punch(io, disk, (slot, offset), length);
+                let io = self.disk(disk).punch(io, disk, (slot, offset), length);
                 self.start_disk_io(io);
                 Ok(())
             }
@@ -422,6 +431,26 @@ impl IoThread {
         }
     }
 
+    fn disk(&self, disk: DiskIndex) -> &DiskFile {
+        self.disks[disk].as_ref().expect(HELD)
+    }
+
+    /// Closes disks that have left the map once they are idle.
+    fn let_go(&mut self) {
+        for id in std::mem::take(&mut self.leaving) {
+            let index = self.engine.disk_ids().position(|disk| disk == id);
+            let busy = self.disk_ios.iter().any(|(_, io)| Some(io.disk()) == index);
+            if busy || !self.engine.release_disk(id) {
+                self.leaving.push(id);
+                continue;
+            }
+            if let Some(index) = index {
+                self.disks[index] = None;
+            }
+            self.tell(Event::DiskReleased(id));
+        }
+    }
+
     /// It begins once what is to be sent is on its way.
     fn start_disk_io(&mut self, io: DiskIo) {
         let index = self.disk_ios.insert(io);
@@ -436,7 +465,8 @@ impl IoThread {
         let (mut any_done, now) = (false, now());
         for index in self.starting.drain(..) {
             let (io, token) = (&self.disk_ios[index], Token::Disk(index).encode());
-            let inline = self.disks[io.disk()].submit(now, &mut self.ring, io, token)?;
+            let disk = self.disks[io.disk()].as_mut().expect(HELD);
+            let inline = disk.submit(now, &mut self.ring, io, token)?;
             if let Some(result) = inline {
                 self.done[0].push((index, result));
                 any_done = true;
@@ -448,7 +478,7 @@ impl IoThread {
     fn disk_io_done(&mut self, now: Nanos, index: usize, result: i32) -> io::Result<()> {
         let io = self.disk_ios.remove(index);
         let disk = io.disk();
-        match self.disks[disk].completed(now, io, result) {
+        match self.disks[disk].as_mut().expect(HELD).completed(now, io, result) {
             DiskOutcome::Done(io, result) => {
                 if let (Err(reason), Io::Metadata(..) | Io::Flush(_)) = (&result, io) {
                     tracing::error!(disk, reason, "the disk failed a metadata write or flush");
