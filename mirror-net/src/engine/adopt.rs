@@ -145,6 +145,7 @@ impl Engine {
 
     /// Leaves the copies that new views do not list here any more: they are fitted to those already.
     fn withdraw(&mut self, views: &[DeviceView]) {
+        self.refitting = true;
         let mut changed = Vec::new();
         for view in views {
             let Some(index) = self.by_device.get(&view.id).copied() else { continue };
@@ -156,6 +157,7 @@ impl Engine {
             changed.push(index);
         }
         if changed.is_empty() {
+            self.refitting = false;
             return;
         }
         self.leave_slots(&changed);
@@ -169,6 +171,7 @@ impl Engine {
             self.restart_flushes(*device);
             self.restart_export_flushes(*device);
         }
+        self.refitting = false;
         self.reroute_forwarded();
         for peer in 0..self.peers.len() {
             self.resume_after(peer);
@@ -201,6 +204,7 @@ impl Engine {
     }
 
     fn make_effective(&mut self, adoption: Adoption) {
+        self.refitting = true;
         let consecutive = self.adopted_version().0 + 1 == adoption.map.version.0;
         let mut took_over = false;
         let mut changed = Vec::new();

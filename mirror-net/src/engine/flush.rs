@@ -226,6 +226,10 @@ impl Engine {
 
     /// Sessions changed: flushes that waited for one go on, or need not wait any more.
     pub(super) fn resume_flushes(&mut self) {
+        if self.refitting {
+            // A flush that began under a view before ends or begins anew first.
+            return;
+        }
         let keys: Vec<FlushKey> = self.flushes.keys().collect();
         for key in keys {
             // What one of them leads to may have ended another.

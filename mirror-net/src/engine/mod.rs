@@ -202,6 +202,8 @@ pub struct Engine {
     map: Option<Arc<DistributionMap>>,
     adopting: Option<adopt::Adoption>,
     next_map: Option<Arc<DistributionMap>>,
+    /// Views are new, and what began under those before is not fitted to them yet.
+    refitting: bool,
     refused_map: Option<AdoptError>,
     unreported: Option<MapVersion>,
     /// The map that last made this node primary of something.
@@ -262,6 +264,7 @@ impl Engine {
             map: None,
             adopting: None,
             next_map: None,
+            refitting: false,
             refused_map: None,
             unreported: None,
             took_over: MapVersion(0),
@@ -324,7 +327,11 @@ impl Engine {
         let in_use = self.map.as_ref().is_none_or(is_listed)
             || adopting.into_iter().chain(&self.next_map).any(is_listed)
             || self.ops.values().any(|op| op.disk == index)
-            || self.leaving.iter().any(|(disk, _)| *disk == index);
+            || self.leaving.iter().any(|(disk, _)| *disk == index)
+            // What a map that was refused found there.
+            || self.devices.iter().flat_map(|device| &device.slices).any(|slice| {
+                slice.place.is_some_and(|(disk, _)| disk == index)
+            });
         if !in_use {
             // As good as one that has failed, of which the manager need not hear.
             self.disks[index].failed = true;

@@ -197,6 +197,10 @@ fn distrust(map: &mut DistributionMap, missing: &BTreeSet<NodeId>) -> Result<Vec
             }
             let mut changed = at != 0;
             span.replicas[..=at].rotate_right(1);
+            if changed {
+                // As with every change of the primary: what it held in memory before is not stored by that.
+                span.primary_since = version;
+            }
             for replica in &mut span.replicas[1..] {
                 changed |= replica.state != ReplicaState::Stale;
                 replica.state = ReplicaState::Stale;

@@ -198,7 +198,10 @@ impl Disks {
                 candidate.path.display(),
                 candidate.name
             );
-            return Ok(Arc::clone(candidate));
+            if candidate.is_at(path) {
+                return Ok(Arc::clone(candidate));
+            }
+            // Another disk has taken its place.
         }
         anyhow::ensure!(path.exists(), "{} does not exist on this node", path.display());
         Ok(Arc::new(open(name, path)?))
@@ -212,6 +215,7 @@ impl Disks {
             held.keep();
         } else {
             self.absent.retain(|absent| absent.name != candidate.name);
+            self.held.retain(|held| held.in_service.is_some() || held.candidate.name != candidate.name);
             self.held.push(Held {
                 candidate,
                 origin: Origin::Added,
@@ -255,7 +259,11 @@ impl Disks {
                 continue;
             }
             let disk = Arc::clone(&held.candidate);
-            match prepare::open_for_service(&disk, map.cluster) {
+            let opened_now = match &held.broken {
+                None => prepare::open_for_service(&disk, map.cluster).map_err(|error| error.to_string()),
+                Some(why) => Err(why.clone()),
+            };
+            match opened_now {
                 Ok((local, _)) if map.disk(local.id).is_none() => {
                     held.awaited = Some(local.id);
                     // It was removed while this node was away, or is about to enter: then it is added once more.
@@ -276,7 +284,7 @@ impl Disks {
                         DiskContent::Ours { cluster, disk } if cluster == map.cluster => Some(disk),
                         _ => None,
                     });
-                    troubles.push((id, error.to_string()));
+                    troubles.push((id, error));
                 }
             }
         }
@@ -294,8 +302,14 @@ impl Disks {
     }
 
     /// A disk has left the map: nobody adds it again by itself after a restart.
-    pub fn removed(&mut self, name: &str, state: &StateDir) -> anyhow::Result<()> {
-        self.held.iter_mut().filter(|held| held.candidate.name == name).for_each(Held::leave);
+    /// One that was never in service is let go of at once.
+    pub fn removed(&mut self, id: DiskId, name: &str, state: &StateDir) -> anyhow::Result<()> {
+        // Not another one that got its name meanwhile.
+        let is_it = |held: &Held| {
+            held.candidate.name == name && held.in_service.or(held.awaited).is_none_or(|known| known == id)
+        };
+        self.held.iter_mut().filter(|held| is_it(held)).for_each(Held::leave);
+        self.held.retain(|held| held.in_service.is_some() || !is_it(held));
         self.absent.retain(|absent| absent.name != name);
         self.save(state)
     }
@@ -430,7 +444,7 @@ mod tests {
         let mut disks = place.open(&[]).unwrap();
         assert_eq!(opened(&mut disks, &map(&[3], 3), true), [3]);
         // It has left the map: nobody opens it after the next restart.
-        disks.removed("d3", &place.state).unwrap();
+        disks.removed(DiskId(3), "d3", &place.state).unwrap();
         assert_eq!(kept(&place), Vec::<String>::new());
     }
 
@@ -540,5 +554,45 @@ mod tests {
             let told: Vec<_> = troubles.iter().map(|(id, _)| *id).collect();
             assert_eq!(told, if takes_writes { vec![] } else { vec![Some(DiskId(3))] }, "{troubles:?}");
         }
+    }
+
+    /// It was never in service: its tables are lost, or it came back after it had been removed.
+    #[test]
+    fn a_broken_disk_that_is_removed_makes_room_for_another_at_once() {
+        for other_path in [true, false] {
+            let place = Place::new();
+            let path = place.make("d3");
+            let mut disks = place.open(&[]).unwrap();
+            place.add(&mut disks, "d3", 3, false).unwrap();
+            drop(disks);
+            let mut disks = place.open(&[]).unwrap();
+            disks.held[0].broken = Some("its slot tables are lost".into());
+            let (opened, troubles) = disks.open_for_service(&map(&[3], 3), true);
+            assert!(opened.is_empty());
+            assert_eq!(troubles, [(Some(DiskId(3)), "its slot tables are lost".to_owned())]);
+            if other_path {
+                disks.removed(DiskId(3), "d3", &place.state).unwrap();
+                let new = place.make("new");
+                assert_eq!(disks.find("d3", &new).unwrap().path, new);
+                continue;
+            }
+            // Another one at its path is another disk, be it removed before or not.
+            std::fs::rename(&path, place.path("old")).unwrap();
+            place.make("d3");
+            place.add(&mut disks, "d3", 4, false).unwrap();
+            assert_eq!(opened_ids(&disks), [4]);
+            drop(disks);
+            let mut disks = place.open(&[]).unwrap();
+            assert_eq!(self::opened(&mut disks, &map(&[4], 4), true), [4]);
+        }
+    }
+
+    fn opened_ids(disks: &Disks) -> Vec<u32> {
+        let contents = disks.inventory().into_iter().map(|disk| disk.content);
+        let ours = contents.filter_map(|content| match content {
+            DiskContent::Ours { disk, .. } => Some(disk.0),
+            _ => None,
+        });
+        ours.collect()
     }
 }

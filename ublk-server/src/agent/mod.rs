@@ -445,7 +445,7 @@ impl Agent {
         let mine = before.disks.iter().filter(|disk| Some(disk.node) == me);
         let removed: Vec<_> = mine.filter(|disk| map.disk(disk.id).is_none()).collect();
         for disk in &removed {
-            self.disks.removed(&disk.name, &self.state)?;
+            self.disks.removed(disk.id, &disk.name, &self.state)?;
             tracing::warn!(
                 disk = disk.name,
                 "removed from the cluster: take it out of the cluster file of this machine, if it is there"

@@ -27,6 +27,8 @@ use tokio::sync::mpsc;
 
 /// For a control command that depends on others.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// So often a recovery that is not over in time is waited for.
+const RECOVERY_TRIES: u32 = 9;
 /// For writing a device's page cache back; the agent waits for all of its devices a little longer.
 const SYNC_PATIENCE: Duration = Duration::from_secs(8);
 /// For programs that have a device open to be done with it, all devices together.
@@ -245,7 +247,7 @@ impl Worker {
 
     /// Its I/O goes on once the I/O thread has taken all of it, be it late: nobody could begin the recovery again.
     fn end_recovery(&mut self, name: &str, mut orphan: Reattaching) -> Result<DeviceRecord, RecoveryError> {
-        loop {
+        for _ in 1..RECOVERY_TRIES {
             match orphan.end(&mut self.control, &self.records, PATIENCE) {
                 Err(RecoveryError::Control(error @ ControlError::TimedOut { still_running: false, .. })) => {
                     tracing::warn!(device = name, %error, "its I/O still waits: the I/O thread stands still");
@@ -253,6 +255,11 @@ impl Worker {
                 result => return result,
             }
         }
+        // Other devices wait for this thread as well. This one's I/O fails, and a new device takes its place.
+        orphan.end(&mut self.control, &self.records, PATIENCE).or_else(|error| {
+            discard(&mut self.control, orphan.device().info().id, PATIENCE)?;
+            Err(error)
+        })
     }
 
     /// Kernels before 6.16 crash when a server dies in the middle of a recovery, unless the device has

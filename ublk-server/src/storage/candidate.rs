@@ -91,6 +91,13 @@ impl Candidate {
         Ok(Self { name, path, bytes, block_bytes, attach, in_memory, is_file: kind.is_file(), file })
     }
 
+    /// Whether the path still leads to this disk.
+    pub fn is_at(&self, path: &Path) -> bool {
+        std::fs::metadata(path)
+            .and_then(|metadata| attach_id(&metadata))
+            .is_ok_and(|attach| attach == self.attach)
+    }
+
     /// A further descriptor of the same open disk.
     pub fn descriptor(&self) -> io::Result<OwnedFd> {
         Ok(self.file.try_clone()?.into())

@@ -123,6 +123,31 @@ fn a_flush_does_not_wait_for_a_copy_that_did_not_join() {
     assert!(rig.reports.is_empty(), "{:?}", rig.reports);
 }
 
+/// A map moves the role for one device away and brings that for another, of which a copy is another incarnation: that
+/// peer is lost while what runs is being fitted to the map.
+#[test]
+fn a_flush_that_began_as_primary_does_not_end_as_one_that_is_none() {
+    let mut first = map(3, 2, 1);
+    let mut other = first.devices[0].clone();
+    (other.id, other.name) = (crate::ids::DeviceId(2), "other".into());
+    other.spans[0].replicas[1].disk = DiskId(3);
+    other.spans[0].replicas[1].incarnation.attach.0 = 3;
+    other.spans[0].replicas.swap(0, 1);
+    first.devices.push(other);
+    first.validate().unwrap();
+    let mut rig = Rig::new(1, &first);
+    rig.lane_down(2);
+    let flush = rig.flush();
+    let mut second = next(&first, promote_second);
+    let span = &mut second.devices[1].spans[0];
+    span.epoch = SliceEpoch(second.version.0);
+    span.replicas.swap(0, 1);
+    span.replicas[1].incarnation.attach.0 = 99;
+    rig.adopt(&second);
+    assert!(rig.reports.iter().any(|report| matches!(report, Report::AskStale { .. })), "{:?}", rig.reports);
+    assert_eq!(rig.result(flush), None, "node 2 is primary now, and has not flushed");
+}
+
 /// A peer may be cut off from the manager, and not know of a device that is flushed here.
 #[test]
 fn a_flush_is_not_sent_to_a_peer_that_does_not_know_the_device() {

@@ -2,7 +2,7 @@
 
 use super::bench::{Bench, incarnation, map_of};
 use crate::config::ClusterFile;
-use crate::control::{ManagerMessage, NodeMessage, OperatorReply};
+use crate::control::{Life, ManagerMessage, NodeMessage, OperatorReply};
 use crate::ids::SliceEpoch;
 use crate::manager::{Input, Ticket};
 use crate::map::{DistributionMap, ReplicaState};
@@ -114,6 +114,23 @@ fn without_a_node_nothing_that_it_may_have_left_behind_is_a_member() {
     let (bench, reply) = rebuild(&kept, &[&name], true);
     reply.unwrap();
     assert_eq!(bench.manager.map().unwrap().devices[0].spans, map.devices[0].spans);
+}
+
+/// What it held in memory when it was no primary yet nobody has stored.
+#[test]
+fn a_deferred_secondary_that_is_waited_for_and_was_restarted_is_a_loss() {
+    let mut map = map_of(2);
+    for device in map.devices.iter_mut().filter(|device| device.copies > 1) {
+        device.commit = crate::map::Commit::Deferred;
+    }
+    let (mut bench, reply) = rebuild(&[Some(map.clone()), None], &["n2"], true);
+    reply.unwrap();
+    assert_eq!((bench.copies("n1-d1"), bench.span("n1-d1").loss.0), ("n2+ n1-".to_owned(), 0));
+    let mut registration = bench.registration(2, super::rules::restarted(2));
+    let before = Life { process: incarnation(2).process, adopted: map.version };
+    registration.lives = vec![before];
+    bench.register_as(registration);
+    assert_eq!(bench.span("n1-d1").loss.0, 1);
 }
 
 #[test]

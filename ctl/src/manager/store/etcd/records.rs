@@ -205,17 +205,21 @@ impl EtcdStore {
     async fn remove_oldest(&mut self) -> Result<(), StoreError> {
         while self.history.len() > HISTORY_MAX {
             let (oldest, next) = (self.history[0], self.history[1]);
-            let mut spans = [BTreeSet::new(), BTreeSet::new()];
+            let mut spans = [None, None];
             for (version, spans) in [oldest, next].into_iter().zip(&mut spans) {
                 let prefix = pieces::history_prefix(version);
                 let keys = self.etcd.keys(&prefix).await?;
                 let base = self.etcd.need_all(&keys).await?.concat();
-                // Already half removed: then the rest goes as well.
-                *spans = Places::of_history(&base).unwrap_or_default();
+                *spans = Places::of_history(&base).ok();
             }
-            let [old, new] = spans;
+            // Of one that is half removed already the rest goes as well. What one that cannot be read needs nobody can
+            // tell: then nothing goes that it may share with this.
+            let unused = match spans {
+                [Some(old), Some(new)] => old.difference(&new).copied().collect(),
+                _ => BTreeSet::new(),
+            };
             let all = Some(DeleteOptions::new().with_prefix());
-            let unused = old.difference(&new).map(|place| pieces::spans_prefix(*place));
+            let unused = unused.into_iter().map(pieces::spans_prefix);
             let prefixes = unused.chain([pieces::history_prefix(oldest)]);
             let ops = prefixes.map(|prefix| TxnOp::delete(self.etcd.key(&prefix), all.clone())).collect();
             self.fenced_all(ops).await?;
