@@ -74,6 +74,28 @@ async fn swap(store: &mut EtcdStore, base: Option<u64>, next: &DistributionMap) 
     store.swap(base.map(MapVersion), next, &["because".into()], &[]).await.unwrap()
 }
 
+/// Stores the next map, and tidies up. A busy machine may let a lease run out: then it is elected anew, and goes on from
+/// what is stored.
+async fn stored(
+    candidate: &mut Candidate,
+    mut seat: (Box<EtcdStore>, Tenure),
+    next: &DistributionMap,
+) -> (Box<EtcdStore>, Tenure) {
+    while seat.0.map().await.unwrap().is_some_and(|map| map.version < next.version) {
+        let base = Some(MapVersion(next.version.0 - 1));
+        match seat.0.swap(base, next, &["because".into()], &[]).await {
+            Ok(swapped) => assert!(matches!(swapped, Swapped::Stored { .. })),
+            Err(StoreError::Deposed(_)) => {
+                drop(seat);
+                seat = elected(candidate).await;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    seat.0.tidy().await;
+    seat
+}
+
 #[test]
 fn a_leader_that_was_deposed_without_knowing_stores_nothing() {
     let etcd = Etcd::start(1);
@@ -173,10 +195,10 @@ fn a_large_map_and_a_long_history_are_kept() {
     let etcd = Etcd::start(1);
     runtime().block_on(async {
         let mut first = candidate(&etcd, "lab", 1, "a:1");
-        let (mut store, mut tenure) = elected(&mut first).await;
+        let mut seat = elected(&mut first).await;
         // Some four megabytes, in spans of every slice.
         let mut newest = map(1, 5000);
-        assert!(matches!(swap(&mut store, None, &newest).await, Swapped::Stored { .. }));
+        assert!(matches!(swap(&mut seat.0, None, &newest).await, Swapped::Stored { .. }));
         for version in 2..=105u64 {
             newest.version = MapVersion(version);
             newest.devices[0].spans[1].epoch = SliceEpoch(version);
@@ -184,20 +206,9 @@ fn a_large_map_and_a_long_history_are_kept() {
                 newest.devices[0].spans.truncate(3);
                 newest.devices[0].slices = 3;
             }
-            // A busy machine may let a lease run out: then it is elected anew, and goes on from what is stored.
-            while store.map().await.unwrap().is_some_and(|map| map.version < newest.version) {
-                match store.swap(Some(MapVersion(version - 1)), &newest, &["because".into()], &[]).await {
-                    Ok(swapped) => assert!(matches!(swapped, Swapped::Stored { .. })),
-                    Err(StoreError::Deposed(_)) => {
-                        drop((store, tenure));
-                        (store, tenure) = elected(&mut first).await;
-                    }
-                    Err(error) => panic!("{error}"),
-                }
-            }
-            store.tidy().await;
+            seat = stored(&mut first, seat, &newest).await;
         }
-        drop((store, tenure));
+        drop(seat);
         let (mut store, _tenure) = elected(&mut candidate(&etcd, "lab", 1, "b:1")).await;
         assert_eq!(store.map().await.unwrap(), Some(newest));
         let mut client = etcd.client().await;
@@ -212,6 +223,30 @@ fn a_large_map_and_a_long_history_are_kept() {
         assert_eq!(keys("device/00000001@").await.len(), 100);
         let other = keys("device/00000003@").await;
         assert!(!other.is_empty() && other.iter().all(|key| key.contains("@000000000001/")), "{other:?}");
+    });
+}
+
+/// Spans that did not change are shared by all maps, also by one whose own part cannot be read any more.
+#[test]
+fn nothing_that_an_unreadable_map_may_share_is_removed_with_the_oldest() {
+    let etcd = Etcd::start(1);
+    runtime().block_on(async {
+        let mut first = candidate(&etcd, "lab", 1, "a:1");
+        let mut seat = elected(&mut first).await;
+        let mut newest = map(1, 3);
+        assert!(matches!(swap(&mut seat.0, None, &newest).await, Swapped::Stored { .. }));
+        for version in 2..=103u64 {
+            newest.version = MapVersion(version);
+            newest.devices[0].spans[1].epoch = SliceEpoch(version);
+            seat = stored(&mut first, seat, &newest).await;
+            if version == 3 {
+                let key = "/ublk-mirror/lab/base@000000000002/0000";
+                etcd.client().await.put(key, "no map", None).await.unwrap();
+            }
+        }
+        drop(seat);
+        let (mut store, _tenure) = elected(&mut candidate(&etcd, "lab", 1, "b:1")).await;
+        assert_eq!(store.map().await.unwrap(), Some(newest));
     });
 }
 
