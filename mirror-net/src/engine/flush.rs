@@ -155,7 +155,7 @@ impl Engine {
 
     pub(super) fn start_flush(&mut self, origin: FlushOrigin, device: usize) -> FlushKey {
         let view = &self.devices[device].view;
-        let counts = |peer: &PeerIndex| self.counted_epoch(device, *peer).is_some();
+        let counts = |peer: &PeerIndex| self.counted_spans(device, *peer).next().is_some();
         let legs = match origin {
             FlushOrigin::Primary(_) => Vec::new(),
             FlushOrigin::Export(_) | FlushOrigin::Exporter(..) if planted::is(Bug::FlushLocal) => Vec::new(),
@@ -220,8 +220,7 @@ impl Engine {
 
     /// The newest epoch under which that peer's copies of what this node serves of a device count; `None` if none does.
     fn counted_epoch(&self, device: usize, peer: PeerIndex) -> Option<SliceEpoch> {
-        let spans = self.devices[device].view.spans.iter().filter(|span| span.serves());
-        spans.filter(|span| self.counts(device, span, peer)).map(|span| span.epoch).max()
+        self.counted_spans(device, peer).map(|span| span.epoch).max()
     }
 
     /// Sessions changed: flushes that waited for one go on, or need not wait any more.

@@ -34,6 +34,12 @@ impl Engine {
             })
     }
 
+    /// Those of a device's spans that this node serves and for which that peer's copy is needed.
+    pub(super) fn counted_spans(&self, device: usize, peer: PeerIndex) -> impl Iterator<Item = &SpanView> {
+        let spans = self.devices[device].view.spans.iter();
+        spans.filter(move |span| span.serves() && self.counts(device, span, peer))
+    }
+
     /// Whether that peer holds a syncing copy of some of what this node serves of a device.
     pub(super) fn has_syncing(&self, device: usize, peer: PeerIndex) -> bool {
         self.devices[device].view.spans.iter().any(|span| is_syncing(span, peer))

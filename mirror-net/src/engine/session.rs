@@ -353,9 +353,7 @@ impl Engine {
 
     /// Whether this node counts on that peer's copies anywhere.
     pub(super) fn counts_on(&self, peer: PeerIndex) -> bool {
-        self.devices.iter().enumerate().any(|(index, device)| {
-            device.view.spans.iter().any(|span| span.serves() && self.counts(index, span, peer))
-        })
+        (0..self.devices.len()).any(|device| self.counted_spans(device, peer).next().is_some())
     }
 
     /// Whether that peer's copies get this node's writes anywhere.
@@ -705,10 +703,8 @@ impl Engine {
     fn lag(&mut self, peer: PeerIndex) {
         let adopted = self.peers[peer].adopted();
         let lags = self.peers[peer].is_open()
-            && self.devices.iter().enumerate().any(|(index, device)| {
-                let mut spans = device.view.spans.iter().filter(|span| span.serves());
-                spans.any(|span| span.epoch.0 > adopted.0 && self.counts(index, span, peer))
-            });
+            && (0..self.devices.len())
+                .any(|device| self.counted_spans(device, peer).any(|span| span.epoch.0 > adopted.0));
         if !lags {
             self.peers[peer].lags_since = None;
             return;

@@ -372,6 +372,14 @@ impl Rig {
         self.request(RequestKind::Write { fua: false }, offset, length)
     }
 
+    /// A write that this node and its only partner have.
+    pub fn write_to_both(&mut self, offset: u64, length: u32) {
+        let write = self.write(offset, length);
+        let leg = self.take(Kind::Write);
+        self.ack(&leg[0]);
+        assert_eq!(self.result(write), Some(Ok(())));
+    }
+
     pub fn flush(&mut self) -> u64 {
         self.request(RequestKind::Flush, 0, 0)
     }

@@ -246,20 +246,20 @@ impl Worker {
     }
 
     /// Its I/O goes on once the I/O thread has taken all of it, be it late: nobody could begin the recovery again.
-    fn end_recovery(&mut self, name: &str, mut orphan: Reattaching) -> Result<DeviceRecord, RecoveryError> {
-        for _ in 1..RECOVERY_TRIES {
+    fn end_recovery(&mut self, name: &str, mut orphan: Reattaching) -> anyhow::Result<DeviceRecord> {
+        for _ in 0..RECOVERY_TRIES {
             match orphan.end(&mut self.control, &self.records, PATIENCE) {
                 Err(RecoveryError::Control(error @ ControlError::TimedOut { still_running: false, .. })) => {
                     tracing::warn!(device = name, %error, "its I/O still waits: the I/O thread stands still");
                 }
-                result => return result,
+                result => return Ok(result?),
             }
         }
-        // Other devices wait for this thread as well. This one's I/O fails, and a new device takes its place.
-        orphan.end(&mut self.control, &self.records, PATIENCE).or_else(|error| {
-            discard(&mut self.control, orphan.device().info().id, PATIENCE)?;
-            Err(error)
-        })
+        // Other devices wait for this thread as well.
+        discard(&mut self.control, orphan.device().info().id, PATIENCE)?;
+        anyhow::bail!(
+            "the I/O thread never took what waited for it: that I/O fails, and a new device takes its place"
+        )
     }
 
     /// Kernels before 6.16 crash when a server dies in the middle of a recovery, unless the device has

@@ -39,6 +39,9 @@ pub enum Looked {
     Crowded,
 }
 
+/// So often room is made for a submission, where the kernel may be short of memory.
+const PUSH_TRIES: u32 = 1_000;
+
 /// So long without the core means that others need it.
 const CROWDED: Duration = Duration::from_micros(300);
 
@@ -62,13 +65,15 @@ impl Ring {
     /// Everything that `entry` points at must stay valid, and untouched where the kernel writes,
     /// until its completion was taken.
     pub unsafe fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
-        loop {
+        for _ in 0..PUSH_TRIES {
             // SAFETY: the caller keeps what the entry points at.
             if unsafe { self.uring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
             tolerate(self.uring.submit().map(drop))?;
         }
+        // What completed can be taken by the caller only: to go on trying would be for ever.
+        Err(io::ErrorKind::ResourceBusy.into())
     }
 
     /// Submits, and looks for completions for so long without sleeping. Whoever else is ready to run on this

@@ -242,10 +242,7 @@ fn space_that_was_never_written_is_not_sent_to_a_new_copy() {
         assert_eq!(rig.take(kind).len(), 0, "{kind:?}");
     }
     // What is written from now on is content.
-    let write = rig.write(0, 4096);
-    let leg = rig.take(Kind::Write);
-    rig.ack(&leg[0]);
-    assert_eq!(rig.result(write), Some(Ok(())));
+    rig.write_to_both(0, 4096);
     let data = |extents: &mut dyn Iterator<Item = crate::engine::Extent>| {
         extents.filter(|extent| extent.data).count()
     };
@@ -315,10 +312,7 @@ fn a_disk_that_a_peer_does_not_have_by_the_map_that_needs_it_is_lost() {
 fn a_disk_that_a_peer_had_is_missed_whatever_map_the_peer_has() {
     let first = map(2, 2, 1);
     let mut rig = Rig::new(1, &first);
-    let write = rig.write(0, 4096);
-    let leg = rig.take(Kind::Write);
-    rig.ack(&leg[0]);
-    assert_eq!(rig.result(write), Some(Ok(())));
+    rig.write_to_both(0, 4096);
     rig.lane_down(2);
     rig.adopt(&next(&first, |_| {}));
     rig.reports.clear();
@@ -394,10 +388,7 @@ fn what_a_copy_that_lags_behind_has_is_not_taken_for_what_all_have() {
 fn a_repair_that_a_new_map_ended_is_begun_anew() {
     let first = map(2, 2, 1);
     let mut rig = Rig::new(1, &first);
-    let write = rig.write(0, 4096);
-    let leg = rig.take(Kind::Write);
-    rig.ack(&leg[0]);
-    assert_eq!(rig.result(write), Some(Ok(())));
+    rig.write_to_both(0, 4096);
     rig.hold = true;
     let read = rig.request(RequestKind::Read, 0, 4096);
     rig.complete_io(Err("medium error".into()));

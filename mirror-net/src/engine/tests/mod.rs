@@ -654,10 +654,7 @@ fn a_read_of_what_no_copy_can_read_fails_though_the_copies_were_not_compared() {
 fn a_repair_whose_data_comes_after_its_disk_failed_ends() {
     let first = map(2, 2, 1);
     let mut rig = Rig::new(1, &first);
-    let write = rig.write(4096, 4096);
-    let leg = rig.take(Kind::Write);
-    rig.ack(&leg[0]);
-    assert_eq!(rig.result(write), Some(Ok(())));
+    rig.write_to_both(4096, 4096);
     rig.hold = true;
     // Half of what is read was never written: repairing it needs an intent.
     rig.request(RequestKind::Read, 0, 8192);
